@@ -1,0 +1,3 @@
+//! Virtual machines: memory, loading, vCPUs, exits, CPUID and MSR policy, instruction emulation.
+pub mod layout;
+pub mod ram;

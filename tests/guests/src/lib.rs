@@ -1,0 +1,2 @@
+//! What every test guest shares: entry, console, case reporting.
+#![no_std]

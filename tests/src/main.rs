@@ -1,0 +1,2 @@
+//! Scenarios that boot Umbra in an emulator and judge what it does.
+fn main() {}

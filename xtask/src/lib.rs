@@ -1,0 +1,1 @@
+//! Every developer command, as a library that the emulator tests share.
