@@ -1,1 +1,408 @@
-//! placeholder
+//! Hardware virtualization behind one trait: what SVM and VMX have in common, in vendor-neutral terms.
+//!
+//! The code above is generic over [`Vendor`] and monomorphised once for each, so an exit takes no dynamic
+//! dispatch. Nothing outside the vendors' folders knows which one runs.
+//!
+//! Architecture Invariant: an [`Exit`] carries all that its handler needs; no handler reads a vendor structure.
+
+#[cfg(target_os = "none")]
+pub mod extended;
+pub mod svm;
+
+use core::fmt;
+
+/// Index of a general-purpose register in [`HwVcpu::gprs`], in the order of instruction encodings.
+pub mod gpr {
+    /// RAX.
+    pub const RAX: usize = 0;
+    /// RCX.
+    pub const RCX: usize = 1;
+    /// RDX.
+    pub const RDX: usize = 2;
+    /// RBX.
+    pub const RBX: usize = 3;
+    /// RSP.
+    pub const RSP: usize = 4;
+}
+
+/// A segment register. `attributes` packs descriptor bits 47:40 into bits 7:0 and 55:52 into bits 11:8; P
+/// clear means unusable.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Segment {
+    /// Selector.
+    pub selector: u16,
+    /// Type, S, DPL, P in bits 7:0; AVL, L, D/B, G in bits 11:8.
+    pub attributes: u16,
+    /// Limit in bytes.
+    pub limit: u32,
+    /// Base.
+    pub base: u64,
+}
+
+impl Segment {
+    /// Code segment runs 64-bit code if the CPU is in long mode.
+    pub const LONG: u16 = 1 << 9;
+    /// Default operand size is 32 bits.
+    pub const DEFAULT_32: u16 = 1 << 10;
+
+    /// A segment as real mode loads it: base is the selector times 16, limit 64 KiB, `kind` the attributes.
+    pub const fn real_mode(selector: u16, attributes: u16) -> Self {
+        Self { selector, attributes, limit: 0xffff, base: (selector as u64) << 4 }
+    }
+}
+
+/// Segment registers by their encoding in instructions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SegmentName {
+    /// ES.
+    Es,
+    /// CS.
+    Cs,
+    /// SS.
+    Ss,
+    /// DS.
+    Ds,
+    /// FS.
+    Fs,
+    /// GS.
+    Gs,
+}
+
+/// Base and limit of GDTR or IDTR.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TableRegister {
+    /// Linear base address.
+    pub base: u64,
+    /// Limit in bytes.
+    pub limit: u16,
+}
+
+/// Architectural state that the virtualization hardware switches, general-purpose registers apart.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CpuState {
+    /// ES, CS, SS, DS, FS, GS.
+    pub segments: [Segment; 6],
+    /// Local descriptor table.
+    pub ldtr: Segment,
+    /// Task register.
+    pub tr: Segment,
+    /// Global descriptor table.
+    pub gdtr: TableRegister,
+    /// Interrupt descriptor table.
+    pub idtr: TableRegister,
+    /// CR0.
+    pub cr0: u64,
+    /// CR2.
+    pub cr2: u64,
+    /// CR3.
+    pub cr3: u64,
+    /// CR4.
+    pub cr4: u64,
+    /// EFER as the guest sees it.
+    pub efer: u64,
+    /// DR6.
+    pub dr6: u64,
+    /// DR7.
+    pub dr7: u64,
+    /// RFLAGS.
+    pub rflags: u64,
+    /// RIP.
+    pub rip: u64,
+}
+
+impl CpuState {
+    /// State after INIT or power-up (SDM vol. 3, table 9-1; APM vol. 2, table 14-1), but for general-purpose
+    /// registers.
+    pub fn reset() -> Self {
+        // Type 3: read/write data, accessed; type 0xb: execute/read code, accessed; type 2: LDT; 0xb: busy TSS.
+        const DATA: u16 = 0x93;
+        const CODE: u16 = 0x9b;
+        let data = Segment::real_mode(0, DATA);
+        let mut cs = Segment::real_mode(0xf000, CODE);
+        cs.base = 0xffff_0000;
+        Self {
+            segments: [data, cs, data, data, data, data],
+            ldtr: Segment { selector: 0, attributes: 0x82, limit: 0xffff, base: 0 },
+            tr: Segment { selector: 0, attributes: 0x8b, limit: 0xffff, base: 0 },
+            gdtr: TableRegister { base: 0, limit: 0xffff },
+            idtr: TableRegister { base: 0, limit: 0xffff },
+            cr0: 0x6000_0010,
+            cr2: 0,
+            cr3: 0,
+            cr4: 0,
+            efer: 0,
+            dr6: 0xffff_0ff0,
+            dr7: 0x400,
+            rflags: 2,
+            rip: 0xfff0,
+        }
+    }
+
+    /// State in which a processor starts after SIPI with `vector` (SDM vol. 3, 9.4.4).
+    pub fn startup(vector: u8) -> Self {
+        let mut state = Self::reset();
+        state.segments[SegmentName::Cs as usize] = Segment::real_mode(u16::from(vector) << 8, 0x9b);
+        state.rip = 0;
+        state
+    }
+}
+
+/// An event that is delivered through the guest's IDT.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// External interrupt.
+    Interrupt(u8),
+    /// Non-maskable interrupt.
+    Nmi,
+    /// Exception with its error code, if it has one.
+    Exception(u8, Option<u32>),
+}
+
+/// A port access that exited.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PortAccess {
+    /// Port number.
+    pub port: u16,
+    /// Bytes: 1, 2 or 4.
+    pub size: u8,
+    /// IN or INS.
+    pub is_in: bool,
+    /// INS or OUTS: to be emulated as an instruction.
+    pub string: bool,
+    /// Address of the next instruction.
+    pub next_rip: u64,
+}
+
+/// A nested page fault or EPT violation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SecondStageFault {
+    /// Guest-physical address.
+    pub gpa: u64,
+    /// The translation was present, but did not allow the access.
+    pub present: bool,
+    /// The access was a write. A walk that sets accessed or dirty bits counts as one.
+    pub write: bool,
+    /// The access was an instruction fetch.
+    pub execute: bool,
+    /// A reserved bit was set in an entry of ours.
+    pub reserved: bool,
+    /// The fault hit a read or write of the guest's own page tables, not the final address.
+    pub table_walk: bool,
+}
+
+/// Why the guest stopped running.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exit {
+    /// A host interrupt, NMI, SMI or INIT is pending; it is taken once interrupts are let in.
+    HostInterrupt,
+    /// CPUID.
+    Cpuid,
+    /// RDMSR or WRMSR.
+    Msr {
+        /// WRMSR.
+        write: bool,
+    },
+    /// Port access.
+    Port(PortAccess),
+    /// Nested page fault or EPT violation.
+    SecondStage(SecondStageFault),
+    /// HLT.
+    Hlt,
+    /// PAUSE in a loop.
+    Pause,
+    /// MOV to a control register that is intercepted now.
+    WriteCr(u8),
+    /// XSETBV.
+    Xsetbv,
+    /// INVD or WBINVD: caches need no care, the instruction is skipped.
+    CacheFlush,
+    /// An instruction that this virtual CPU does not have: the guest gets #UD.
+    Undefined,
+    /// An instruction that this virtual CPU refuses: the guest gets #GP(0).
+    Refused,
+    /// An intercepted exception that goes back to the guest as it came.
+    Exception(u8, Option<u32>),
+    /// A machine check: the host's affair.
+    MachineCheck,
+    /// The guest can take an interrupt now.
+    InterruptWindow,
+    /// The guest is about to execute IRET.
+    Iret,
+    /// Triple fault.
+    Shutdown,
+    /// The hardware refused the guest's state; the reason is in words.
+    InvalidState(&'static str),
+    /// An exit that was not asked for.
+    Unknown(u64),
+}
+
+/// Why this machine cannot run guests, as a sentence for its owner.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// Neither SVM nor VMX in CPUID.
+    NoVirtualization,
+    /// VM_CR.SVMDIS is set.
+    SvmDisabledByFirmware,
+    /// No nested paging.
+    NoNestedPaging,
+    /// The CPU has VMX, which this version cannot use.
+    VmxNotSupported,
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::NoVirtualization => {
+                "this CPU offers neither SVM nor VMX; run Umbra on a CPU with AMD-V, or in QEMU with -cpu max,+svm"
+            }
+            Self::SvmDisabledByFirmware => {
+                "SVM is switched off in this machine's firmware; turn on \"SVM\" or \"AMD-V\" in its setup and boot again"
+            }
+            Self::NoNestedPaging => {
+                "this CPU has SVM without nested paging, which Umbra needs; in QEMU add +npt to -cpu"
+            }
+            Self::VmxNotSupported => {
+                "this CPU has VMX, which this version of Umbra cannot use yet; boot it on a CPU with AMD-V"
+            }
+        })
+    }
+}
+
+/// Why a vCPU could not be made: the host has no memory left for its control structures.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OutOfMemory;
+
+/// What a virtualization extension offers on a machine. One value, shared by all CPUs.
+pub trait Vendor: Copy + Send + Sync + 'static {
+    /// The vCPU of this vendor.
+    type Vcpu: HwVcpu;
+
+    /// Name for the log, "SVM" or "VMX".
+    const NAME: &'static str;
+
+    /// Makes a vCPU in reset state that translates through the second-stage table `root`.
+    fn new_vcpu(&self, root: u64) -> Result<Self::Vcpu, OutOfMemory>;
+}
+
+/// A vCPU as the hardware runs it.
+///
+/// State setters take effect at the next entry. Nothing here is safe to call from an interrupt handler.
+pub trait HwVcpu: Send {
+    /// General-purpose registers, valid between two runs; see [`gpr`].
+    fn gprs(&self) -> &[u64; 16];
+    /// General-purpose registers, to be changed.
+    fn gprs_mut(&mut self) -> &mut [u64; 16];
+
+    /// Runs the guest on this CPU until it exits. Host interrupts must be off; they end the run, and stay pending.
+    fn run(&mut self) -> Exit;
+
+    /// RIP.
+    fn rip(&self) -> u64;
+    /// Sets RIP.
+    fn set_rip(&mut self, rip: u64);
+    /// RFLAGS.
+    fn rflags(&self) -> u64;
+    /// Sets RFLAGS.
+    fn set_rflags(&mut self, rflags: u64);
+    /// CR0.
+    fn cr0(&self) -> u64;
+    /// CR2.
+    fn cr2(&self) -> u64;
+    /// Sets CR2.
+    fn set_cr2(&mut self, cr2: u64);
+    /// CR3.
+    fn cr3(&self) -> u64;
+    /// CR4.
+    fn cr4(&self) -> u64;
+    /// Sets CR4, whose value the caller has checked.
+    fn set_cr4(&mut self, cr4: u64);
+    /// CR8.
+    fn cr8(&self) -> u8;
+    /// Sets CR8.
+    fn set_cr8(&mut self, tpr: u8);
+    /// EFER as the guest sees it.
+    fn efer(&self) -> u64;
+    /// Sets EFER, whose value the caller has checked.
+    fn set_efer(&mut self, efer: u64);
+    /// DR6.
+    fn dr6(&self) -> u64;
+    /// Sets DR6.
+    fn set_dr6(&mut self, dr6: u64);
+    /// DR7.
+    fn dr7(&self) -> u64;
+    /// Current privilege level.
+    fn cpl(&self) -> u8;
+    /// A segment register.
+    fn segment(&self, name: SegmentName) -> Segment;
+    /// Base of FS, GS, KernelGSBase and the system-call MSRs: those that load and save with the vCPU.
+    fn switched_msr(&self, msr: u32) -> Option<u64>;
+    /// Sets such an MSR; false if `msr` is not one of them.
+    fn set_switched_msr(&mut self, msr: u32, value: u64) -> bool;
+    /// Guest PAT.
+    fn set_pat(&mut self, pat: u64);
+    /// Sets what is added to the host's TSC when the guest reads it.
+    fn set_tsc_offset(&mut self, offset: u64);
+
+    /// Everything the hardware switches, general-purpose registers apart.
+    fn state(&self) -> CpuState;
+    /// Replaces that state and ends any shadow or pending event.
+    fn load_state(&mut self, state: &CpuState);
+
+    /// Instruction bytes that the hardware saved at the last exit; empty if it saved none.
+    fn exit_insn_bytes(&self) -> &[u8];
+    /// Address of the instruction after the one that exited, where the hardware says it.
+    fn exit_next_rip(&self) -> Option<u64>;
+
+    /// Whether a maskable interrupt may be injected now: RFLAGS.IF, no shadow, no event in the way.
+    fn interrupts_open(&self) -> bool;
+    /// Whether the guest is in the shadow of STI or MOV SS.
+    fn in_shadow(&self) -> bool;
+    /// Ends the shadow, as each completed instruction does.
+    fn clear_shadow(&mut self);
+    /// Delivers `event` at the next entry.
+    fn inject(&mut self, event: Event);
+    /// Whether an event is set for the next entry.
+    fn injecting(&self) -> bool;
+    /// Takes the event whose delivery the last exit interrupted, if it must be injected again.
+    fn take_interrupted_event(&mut self) -> Option<Event>;
+    /// Asks for [`Exit::InterruptWindow`] as soon as the guest can take an interrupt, or withdraws that.
+    fn request_interrupt_window(&mut self, on: bool);
+    /// Asks for [`Exit::Iret`] at the next IRET, or withdraws that.
+    fn intercept_iret(&mut self, on: bool);
+    /// Makes writes of CR8 exit, or not.
+    fn intercept_cr8_writes(&mut self, on: bool);
+    /// Makes writes of CR4 exit, or not.
+    fn intercept_cr4_writes(&mut self, on: bool);
+
+    /// Sets the root of the second-stage table.
+    fn set_root(&mut self, root: u64);
+    /// Flushes all translations of this vCPU at the next entry.
+    fn flush_tlb(&mut self);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn startup_begins_at_the_vectors_page() {
+        let state = CpuState::startup(0x9a);
+        let cs = state.segments[SegmentName::Cs as usize];
+        assert_eq!((cs.selector, cs.base, cs.limit, state.rip), (0x9a00, 0x9a000, 0xffff, 0));
+        assert_eq!(state.cr0 & 1, 0);
+    }
+
+    #[test]
+    fn each_refusal_says_what_to_do() {
+        for refusal in [
+            Refusal::NoVirtualization,
+            Refusal::SvmDisabledByFirmware,
+            Refusal::NoNestedPaging,
+            Refusal::VmxNotSupported,
+        ] {
+            let sentence = std::format!("{refusal}");
+            assert!(sentence.contains("; "), "{sentence}");
+            assert!(!sentence.ends_with('.'));
+        }
+    }
+}

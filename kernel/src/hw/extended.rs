@@ -1,0 +1,161 @@
+//! Guest state that neither VMRUN nor VM entry switches: x87, SSE, AVX and the rest of XSAVE's components
+//! (PKRU among them), XCR0, DR0 to DR3, TSC_AUX. It stays in the registers across exits, for the kernel uses none
+//! of it, and is switched eagerly when another vCPU gets the CPU. (Lazy switching leaks between guests.)
+#![allow(unsafe_code)] // Saving and restoring processor state is what this module is for.
+
+use super::OutOfMemory;
+use crate::cpu::Features;
+use crate::mm::{self, FrameSize, Zone};
+use core::arch::asm;
+use x86_64::registers::model_specific::Msr;
+use x86_64::PhysAddr;
+
+/// IA32_TSC_AUX, read by RDTSCP and RDPID.
+const MSR_TSC_AUX: u32 = 0xc000_0103;
+/// Offset of MXCSR in the legacy region of the save area, and its value after reset (SDM vol. 1, 10.5.1.2).
+const MXCSR_OFFSET: usize = 24;
+const MXCSR_RESET: u32 = 0x1f80;
+/// Offset of FCW and its value after reset.
+const FCW_RESET: u16 = 0x40;
+
+/// XCR0 bits and the save area's size, as this machine has them.
+#[derive(Clone, Copy, Debug)]
+pub struct XsaveFacts {
+    /// All components that XCR0 can enable here; 0 without XSAVE.
+    pub components: u64,
+    /// RDTSCP, and so TSC_AUX, exists.
+    pub tsc_aux: bool,
+}
+
+impl XsaveFacts {
+    /// Reads them from CPUID (leaf 0Dh, subleaf 0).
+    pub fn detect(features: &Features) -> Self {
+        let leaf = core::arch::x86_64::__cpuid_count(0xd, 0);
+        let components = if features.xsave { u64::from(leaf.edx) << 32 | u64::from(leaf.eax) } else { 0 };
+        debug_assert!(leaf.ecx <= 4096 || !features.xsave);
+        Self { components, tsc_aux: features.rdtscp }
+    }
+}
+
+/// The switched state of one vCPU while it is not on a CPU, and what XCR0 it has while it is.
+#[derive(Debug)]
+pub struct ExtendedState {
+    area: PhysAddr,
+    size: FrameSize,
+    facts: XsaveFacts,
+    xcr0: u64,
+    debug: [u64; 4],
+    tsc_aux: u64,
+}
+
+impl ExtendedState {
+    /// State as after reset.
+    pub fn new(facts: XsaveFacts) -> Result<Self, OutOfMemory> {
+        let needed = core::arch::x86_64::__cpuid_count(0xd, 0).ecx;
+        // AMX alone makes the area larger than a page.
+        let size = if facts.components != 0 && needed > 4096 { FrameSize::Size2M } else { FrameSize::Size4K };
+        let area = mm::alloc(size, Zone::Any).ok_or(OutOfMemory)?;
+        let mut state = Self { area, size, facts, xcr0: 1, debug: [0; 4], tsc_aux: 0 };
+        state.reset();
+        Ok(state)
+    }
+
+    /// Returns to the state after power-up. The vCPU must not be on a CPU.
+    pub fn reset(&mut self) {
+        (self.xcr0, self.debug, self.tsc_aux) = (1, [0; 4], 0);
+        // SAFETY: the area is ours. XRSTOR takes zeroed components as their initial state, but loads MXCSR from
+        // memory; FXRSTOR also takes FCW from there.
+        unsafe {
+            mm::phys::zero(self.area, self.size.bytes());
+            let area = mm::phys_to_virt(self.area);
+            area.cast::<u16>().write(FCW_RESET);
+            area.add(MXCSR_OFFSET).cast::<u32>().write(MXCSR_RESET);
+        }
+    }
+
+    /// XCR0 of the guest.
+    pub fn xcr0(&self) -> u64 {
+        self.xcr0
+    }
+
+    /// Sets XCR0 of the vCPU that is on this CPU; the caller has checked the value against the CPU's components.
+    pub fn set_xcr0(&mut self, value: u64) {
+        self.xcr0 = value;
+        // SAFETY: the caller offers only components that exist, and consistent ones.
+        unsafe { xsetbv(value) };
+    }
+
+    /// TSC_AUX of the guest.
+    pub fn tsc_aux(&self) -> u64 {
+        self.tsc_aux
+    }
+
+    /// Sets TSC_AUX of the vCPU that is on this CPU.
+    pub fn set_tsc_aux(&mut self, value: u64) {
+        self.tsc_aux = value;
+        if self.facts.tsc_aux {
+            // SAFETY: the MSR exists; the kernel does not use it.
+            unsafe { Msr::new(MSR_TSC_AUX).write(value & 0xffff_ffff) };
+        }
+    }
+
+    /// Puts this vCPU's state into the registers. Interrupts are off, and the state of the vCPU that was on this
+    /// CPU before has been saved.
+    pub fn load(&self) {
+        let area = mm::phys_to_virt(self.area);
+        // SAFETY: the area was written by `reset` or `save` with the same components enabled, so XRSTOR's checks
+        // pass; nothing in the kernel lives in this state.
+        unsafe {
+            if self.facts.components == 0 {
+                asm!("fxrstor64 [{}]", in(reg) area, options(nostack, readonly));
+            } else {
+                xsetbv(self.facts.components);
+                asm!("xrstor64 [{}]", in(reg) area, in("eax") self.facts.components as u32,
+                     in("edx") (self.facts.components >> 32) as u32, options(nostack, readonly));
+                xsetbv(self.xcr0);
+            }
+            let [dr0, dr1, dr2, dr3] = self.debug;
+            asm!("mov dr0, {}", "mov dr1, {}", "mov dr2, {}", "mov dr3, {}",
+                 in(reg) dr0, in(reg) dr1, in(reg) dr2, in(reg) dr3, options(nomem, nostack));
+            if self.facts.tsc_aux {
+                Msr::new(MSR_TSC_AUX).write(self.tsc_aux & 0xffff_ffff);
+            }
+        }
+    }
+
+    /// Takes the state of the vCPU that is on this CPU out of the registers.
+    pub fn save(&mut self) {
+        let area = mm::phys_to_virt(self.area);
+        // SAFETY: the area is ours, 64-byte aligned and large enough for all components.
+        unsafe {
+            if self.facts.components == 0 {
+                asm!("fxsave64 [{}]", in(reg) area, options(nostack));
+            } else {
+                xsetbv(self.facts.components);
+                asm!("xsave64 [{}]", in(reg) area, in("eax") self.facts.components as u32,
+                     in("edx") (self.facts.components >> 32) as u32, options(nostack));
+            }
+            asm!("mov {}, dr0", "mov {}, dr1", "mov {}, dr2", "mov {}, dr3",
+                 out(reg) self.debug[0], out(reg) self.debug[1], out(reg) self.debug[2], out(reg) self.debug[3],
+                 options(nomem, nostack));
+        }
+    }
+}
+
+impl Drop for ExtendedState {
+    fn drop(&mut self) {
+        mm::free(self.area, self.size);
+    }
+}
+
+/// Writes XCR0.
+///
+/// # Safety
+/// CR4.OSXSAVE is set and `value` enables only components that this CPU has, in a combination that it allows.
+unsafe fn xsetbv(value: u64) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        asm!("xsetbv", in("ecx") 0, in("eax") value as u32, in("edx") (value >> 32) as u32,
+             options(nomem, nostack, preserves_flags));
+    }
+}

@@ -1,0 +1,138 @@
+//! SVM on one physical CPU: detection, enabling, host state, ASIDs.
+#![allow(unsafe_code)] // MSR writes that turn the extension on, and the per-CPU cells.
+
+use super::asid::AsidAllocator;
+use super::permission_map::{allow_msr, IOPM_BYTES, MSRPM_BYTES};
+use super::vcpu::SvmVcpu;
+use crate::cpu::Features;
+use crate::hw::{OutOfMemory, Refusal, Vendor};
+use crate::mm::{self, FrameSize, Zone};
+use crate::vm::msr::passthrough;
+use core::arch::asm;
+use core::cell::UnsafeCell;
+use spin::Once;
+use x86_64::registers::model_specific::{Efer, EferFlags, Msr};
+use x86_64::PhysAddr;
+
+/// VM_CR. APM 15.30.1.
+const MSR_VM_CR: u32 = 0xc001_0114;
+/// SVMDIS: EFER.SVME cannot be set.
+const VM_CR_SVMDIS: u64 = 1 << 4;
+/// VM_HSAVE_PA. APM 15.30.4.
+const MSR_VM_HSAVE_PA: u32 = 0xc001_0117;
+
+/// Most processors that one machine may have.
+pub(super) const MAX_CPUS: usize = crate::cpu::MAX_CPUS;
+
+/// SVM as this machine has it.
+#[derive(Clone, Copy, Debug)]
+pub struct Svm {
+    /// Next RIP at exits.
+    pub(super) nrips: bool,
+    /// Single-ASID flushes.
+    pub(super) flush_by_asid: bool,
+    /// PAUSE filter with count and threshold.
+    pub(super) pause_filter: bool,
+    /// Permission map for ports, all ones: every port exits.
+    pub(super) iopm: PhysAddr,
+    /// Permission map for MSRs.
+    pub(super) msrpm: PhysAddr,
+    asid_count: u32,
+}
+
+/// What one CPU keeps for running guests.
+pub(super) struct SvmCpu {
+    /// Page that VMSAVE filled with the host's FS, GS, TR, LDTR and system-call MSRs.
+    pub(super) host_state: PhysAddr,
+    /// Tags of this CPU's TLB.
+    pub(super) asids: AsidAllocator,
+}
+
+struct CpuCell(UnsafeCell<Option<SvmCpu>>);
+// SAFETY: cell n is touched by CPU n alone, with interrupts off (see `this_cpu`).
+unsafe impl Sync for CpuCell {}
+
+static CPUS: [CpuCell; MAX_CPUS] = [const { CpuCell(UnsafeCell::new(None)) }; MAX_CPUS];
+
+/// Runs `f` on this CPU's state. None if SVM was not enabled here.
+///
+/// Callers have interrupts off and do not nest, so the exclusive borrow is the only one.
+#[inline]
+pub(super) fn with_this_cpu<R>(index: usize, f: impl FnOnce(&mut SvmCpu) -> R) -> Option<R> {
+    // SAFETY: `index` is the caller's own CPU; interrupts are off and `f` cannot reach this function again
+    // (it sees only the `SvmCpu`), so no second reference exists.
+    unsafe { (*CPUS[index].0.get()).as_mut().map(f) }
+}
+
+impl Svm {
+    /// Looks for SVM with nested paging and prepares what all CPUs share.
+    pub fn detect(features: &Features) -> Result<Self, Refusal> {
+        let Some(svm) = &features.svm else {
+            return Err(if features.vmx { Refusal::VmxNotSupported } else { Refusal::NoVirtualization });
+        };
+        // SAFETY: VM_CR exists on every CPU with SVM; reading it has no effect.
+        let vm_cr = unsafe { Msr::new(MSR_VM_CR).read() };
+        if vm_cr & VM_CR_SVMDIS != 0 {
+            return Err(Refusal::SvmDisabledByFirmware);
+        }
+        if !svm.nested_paging {
+            return Err(Refusal::NoNestedPaging);
+        }
+        static MAPS: Once<(PhysAddr, PhysAddr)> = Once::new();
+        let &(iopm, msrpm) = MAPS.call_once(permission_maps);
+        Ok(Self {
+            nrips: svm.nrips,
+            flush_by_asid: svm.flush_by_asid,
+            pause_filter: svm.pause_filter && svm.pause_filter_threshold,
+            iopm,
+            msrpm,
+            asid_count: svm.asid_count.max(2),
+        })
+    }
+}
+
+/// Builds the maps that all guests share: every port exits, every MSR but the switched ones exits.
+fn permission_maps() -> (PhysAddr, PhysAddr) {
+    let allocate = |bytes: usize| {
+        let frames = mm::alloc_contiguous(bytes as u64, Zone::Any).expect("memory for permission maps at boot");
+        // SAFETY: the frames are ours alone, contiguous, and `bytes` long.
+        let map = unsafe { core::slice::from_raw_parts_mut(mm::phys_to_virt(frames), bytes) };
+        map.fill(0xff);
+        (frames, map)
+    };
+    let (iopm, _) = allocate(IOPM_BYTES);
+    let (msrpm, map) = allocate(MSRPM_BYTES);
+    let map: &mut [u8; MSRPM_BYTES] = map.try_into().expect("a slice of that length");
+    for &msr in passthrough() {
+        allow_msr(map, msr, true, true);
+    }
+    (iopm, msrpm)
+}
+
+/// Turns SVM on for the CPU that runs this.
+pub fn enable_on_this_cpu(svm: &Svm) {
+    let page = || mm::alloc(FrameSize::Size4K, Zone::Any).expect("memory for host state at boot");
+    let (host_save, host_state) = (page(), page());
+    // SAFETY: the pages are ours and stay so. Setting SVME on a CPU with SVM changes nothing that runs; VMSAVE
+    // stores into `host_state` only.
+    unsafe {
+        mm::phys::zero(host_save, 4096);
+        mm::phys::zero(host_state, 4096);
+        Efer::update(|efer| efer.insert(EferFlags::SECURE_VIRTUAL_MACHINE_ENABLE));
+        Msr::new(MSR_VM_HSAVE_PA).write(host_save.as_u64());
+        asm!("vmsave rax", in("rax") host_state.as_u64(), options(nostack, preserves_flags));
+    }
+    let index = crate::cpu::this().index;
+    let state = SvmCpu { host_state, asids: AsidAllocator::new(svm.asid_count) };
+    // SAFETY: as in `with_this_cpu`; this CPU runs no guest yet.
+    unsafe { *CPUS[index].0.get() = Some(state) };
+}
+
+impl Vendor for Svm {
+    type Vcpu = SvmVcpu;
+    const NAME: &'static str = "SVM";
+
+    fn new_vcpu(&self, root: u64) -> Result<SvmVcpu, OutOfMemory> {
+        SvmVcpu::new(*self, root)
+    }
+}

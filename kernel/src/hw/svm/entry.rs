@@ -1,0 +1,81 @@
+//! The world switch: VMRUN and the state around it that the processor leaves to software.
+#![allow(unsafe_code)] // The switch itself is assembly.
+
+use core::arch::naked_asm;
+
+/// Runs the guest of the VMCB at physical address `vmcb` until it exits.
+///
+/// `gprs` holds the guest's registers in encoding order; RAX and RSP are in the VMCB. FS, GS, TR, LDTR and the
+/// system-call MSRs are the host's again on return, loaded from the VMCB-shaped page at physical address `host`.
+///
+/// Interrupts: GIF is clear from before the guest's GS is loaded until the host's is back (APM 15.17), so no
+/// handler ever runs on guest state. IF is set inside, because with V_INTR_MASKING the host's IF decides
+/// whether physical interrupts end the guest's run (APM 15.21.1); they stay pending on return, with IF clear.
+///
+/// # Safety
+/// SVM is enabled on this CPU, with a valid VM_HSAVE_PA; interrupts are off; `vmcb` and `host` are physical
+/// addresses of a VMCB and of a page filled by VMSAVE on this CPU; the VMCB's second-stage tables and permission
+/// maps belong to the guest; the guest's tag was flushed as its tables require.
+#[unsafe(naked)]
+pub(super) unsafe extern "sysv64" fn enter(gprs: *mut [u64; 16], vmcb: u64, host: u64) {
+    naked_asm!(
+        "push rbp",
+        "push rbx",
+        "push r12",
+        "push r13",
+        "push r14",
+        "push r15",
+        "push rdi",
+        "push rdx",
+        "mov rax, rsi",
+        "clgi",
+        "sti",
+        "mov rcx, [rdi + 8*1]",
+        "mov rdx, [rdi + 8*2]",
+        "mov rbx, [rdi + 8*3]",
+        "mov rbp, [rdi + 8*5]",
+        "mov rsi, [rdi + 8*6]",
+        "mov r8,  [rdi + 8*8]",
+        "mov r9,  [rdi + 8*9]",
+        "mov r10, [rdi + 8*10]",
+        "mov r11, [rdi + 8*11]",
+        "mov r12, [rdi + 8*12]",
+        "mov r13, [rdi + 8*13]",
+        "mov r14, [rdi + 8*14]",
+        "mov r15, [rdi + 8*15]",
+        "mov rdi, [rdi + 8*7]",
+        "vmload rax",
+        "vmrun rax",
+        "vmsave rax",
+        // RSP and RAX are the host's again: [rsp] is `host`, [rsp + 8] is `gprs`.
+        "mov rax, [rsp]",
+        "vmload rax",
+        "mov rax, [rsp + 8]",
+        "mov [rax + 8*1], rcx",
+        "mov [rax + 8*2], rdx",
+        "mov [rax + 8*3], rbx",
+        "mov [rax + 8*5], rbp",
+        "mov [rax + 8*6], rsi",
+        "mov [rax + 8*7], rdi",
+        "mov [rax + 8*8], r8",
+        "mov [rax + 8*9], r9",
+        "mov [rax + 8*10], r10",
+        "mov [rax + 8*11], r11",
+        "mov [rax + 8*12], r12",
+        "mov [rax + 8*13], r13",
+        "mov [rax + 8*14], r14",
+        "mov [rax + 8*15], r15",
+        "cli",
+        "stgi",
+        // The direction flag is the guest's no more (VMRUN saved RFLAGS), but the ABI wants it clear.
+        "cld",
+        "add rsp, 16",
+        "pop r15",
+        "pop r14",
+        "pop r13",
+        "pop r12",
+        "pop rbx",
+        "pop rbp",
+        "ret",
+    )
+}

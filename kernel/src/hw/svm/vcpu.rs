@@ -1,0 +1,429 @@
+//! A vCPU under SVM: its VMCB, the registers that the VMCB does not hold, its TLB tag.
+#![allow(unsafe_code)] // The VMCB is shared with the processor, and entering a guest is unsafe.
+
+use super::asid::Tag;
+use super::cpu::{with_this_cpu, Svm};
+use super::entry;
+use super::exit::{decode, encode_event, interrupted_event, INTERCEPTED_EXCEPTIONS};
+use super::vmcb::{Intercepts, TlbControl, Vmcb, VmcbSegment};
+use crate::hw::{gpr, CpuState, Event, Exit, HwVcpu, OutOfMemory, Segment, SegmentName, TableRegister};
+use crate::mm::{self, FrameSize, Zone};
+use core::ptr::NonNull;
+use x86_64::PhysAddr;
+
+/// EFER.SVME, always set while a guest runs and never shown to it (APM 15.5.1).
+const EFER_SVME: u64 = 1 << 12;
+const RFLAGS_IF: u64 = 1 << 9;
+/// Bit of CR4 and CR8 in the set of intercepted control-register writes.
+const CR4: u16 = 1 << 4;
+const CR8: u16 = 1 << 8;
+
+/// A vCPU under SVM.
+#[derive(Debug)]
+pub struct SvmVcpu {
+    gprs: [u64; 16],
+    /// Points to the VMCB through the physical map; owned.
+    vmcb: NonNull<Vmcb>,
+    vmcb_pa: PhysAddr,
+    svm: Svm,
+    /// Index of the CPU it last ran on, whose caches may hold its state.
+    cpu: usize,
+    tag: Tag,
+    flush: bool,
+}
+
+// SAFETY: the VMCB belongs to this vCPU alone, wherever it runs.
+unsafe impl Send for SvmVcpu {}
+
+impl SvmVcpu {
+    pub(super) fn new(svm: Svm, root: u64) -> Result<Self, OutOfMemory> {
+        let vmcb_pa = mm::alloc(FrameSize::Size4K, Zone::Any).ok_or(OutOfMemory)?;
+        let vmcb = NonNull::new(mm::phys_to_virt(vmcb_pa).cast::<Vmcb>()).ok_or(OutOfMemory)?;
+        // SAFETY: the frame is ours, page-aligned, and all zeroes is a valid VMCB.
+        unsafe { mm::phys::zero(vmcb_pa, 4096) };
+        let mut vcpu =
+            Self { gprs: [0; 16], vmcb, vmcb_pa, svm, cpu: usize::MAX, tag: Tag::default(), flush: false };
+        let vmcb = vcpu.vmcb_mut();
+        vmcb.set_intercepts(
+            Intercepts::INTR
+                | Intercepts::NMI
+                | Intercepts::SMI
+                | Intercepts::INIT
+                | Intercepts::RDPMC
+                | Intercepts::CPUID
+                | Intercepts::RSM
+                | Intercepts::INVD
+                | Intercepts::WBINVD
+                | Intercepts::HLT
+                | Intercepts::INVLPGA
+                | Intercepts::IO
+                | Intercepts::MSR
+                | Intercepts::FERR_FREEZE
+                | Intercepts::SHUTDOWN
+                | Intercepts::VMRUN
+                | Intercepts::VMMCALL
+                | Intercepts::VMLOAD
+                | Intercepts::VMSAVE
+                | Intercepts::STGI
+                | Intercepts::CLGI
+                | Intercepts::SKINIT
+                | Intercepts::MONITOR
+                | Intercepts::MWAIT
+                | Intercepts::XSETBV
+                | Intercepts::RDPRU,
+        );
+        vmcb.set_exceptions(INTERCEPTED_EXCEPTIONS);
+        if svm.pause_filter {
+            // A spinning guest exits after 3,000 PAUSEs that follow each other within 128 cycles.
+            vmcb.set_pause_filter(3_000, 128);
+            vmcb.intercept(Intercepts::PAUSE, true);
+        }
+        vmcb.set_permission_maps(svm.iopm.as_u64(), svm.msrpm.as_u64());
+        vmcb.enable_interrupt_masking();
+        vmcb.enable_nested_paging();
+        vmcb.set_n_cr3(root);
+        vmcb.set_g_pat(0x0007_0406_0007_0406);
+        vcpu.load_state(&CpuState::reset());
+        Ok(vcpu)
+    }
+
+    #[inline]
+    fn vmcb(&self) -> &Vmcb {
+        // SAFETY: the pointer is to our own page, valid while `self` lives; the processor writes it only
+        // inside `run`, which holds `&mut self`.
+        unsafe { self.vmcb.as_ref() }
+    }
+
+    #[inline]
+    fn vmcb_mut(&mut self) -> &mut Vmcb {
+        // SAFETY: as in `vmcb`, and `&mut self` makes the reference unique.
+        unsafe { self.vmcb.as_mut() }
+    }
+
+    /// Gives the vCPU a valid tag on this CPU and decides what the next VMRUN flushes.
+    #[inline]
+    fn prepare_tag(&mut self, cpu: usize, asids: &mut super::asid::AsidAllocator) {
+        if self.cpu != cpu {
+            self.cpu = cpu;
+            self.tag = Tag::default();
+            self.vmcb_mut().mark_all_dirty();
+        }
+        let mut control = TlbControl::Nothing;
+        let current = asids.is_current(self.tag);
+        if current && self.flush && self.svm.flush_by_asid {
+            control = TlbControl::ThisGuest;
+        } else if !current || self.flush {
+            let allocation = asids.allocate();
+            self.tag = allocation.tag;
+            self.vmcb_mut().set_asid(allocation.tag.asid);
+            if allocation.flush_all {
+                control = TlbControl::All;
+            }
+        }
+        self.flush = false;
+        self.vmcb_mut().control.tlb_control = control as u8;
+    }
+}
+
+impl Drop for SvmVcpu {
+    fn drop(&mut self) {
+        mm::free(self.vmcb_pa, FrameSize::Size4K);
+    }
+}
+
+fn to_vmcb(segment: Segment) -> VmcbSegment {
+    let Segment { selector, attributes, limit, base } = segment;
+    VmcbSegment { selector, attrib: attributes, limit, base }
+}
+
+fn from_vmcb(segment: VmcbSegment) -> Segment {
+    let VmcbSegment { selector, attrib, limit, base } = segment;
+    Segment { selector, attributes: attrib, limit, base }
+}
+
+fn table_to_vmcb(table: TableRegister) -> VmcbSegment {
+    VmcbSegment { limit: u32::from(table.limit), base: table.base, ..VmcbSegment::default() }
+}
+
+fn table_from_vmcb(table: VmcbSegment) -> TableRegister {
+    TableRegister { base: table.base, limit: table.limit as u16 }
+}
+
+impl HwVcpu for SvmVcpu {
+    #[inline]
+    fn gprs(&self) -> &[u64; 16] {
+        &self.gprs
+    }
+
+    #[inline]
+    fn gprs_mut(&mut self) -> &mut [u64; 16] {
+        &mut self.gprs
+    }
+
+    fn run(&mut self) -> Exit {
+        let cpu = crate::cpu::this().index;
+        let host = with_this_cpu(cpu, |state| {
+            self.prepare_tag(cpu, &mut state.asids);
+            state.host_state
+        });
+        let Some(host) = host else { return Exit::InvalidState("SVM is not enabled on this CPU") };
+        let (rax, rsp) = (self.gprs[gpr::RAX], self.gprs[gpr::RSP]);
+        let save = &mut self.vmcb_mut().save;
+        save.rax = rax;
+        save.rsp = rsp;
+        // SAFETY: SVM is enabled here, since this CPU has its state; callers keep interrupts off; the VMCB, its
+        // tables and maps are this guest's; `prepare_tag` gave a flushed tag.
+        unsafe { entry::enter(&raw mut self.gprs, self.vmcb_pa.as_u64(), host.as_u64()) };
+        let vmcb = self.vmcb_mut();
+        vmcb.mark_all_clean();
+        vmcb.control.event_inj = 0;
+        let (rax, rsp) = (vmcb.save.rax, vmcb.save.rsp);
+        let exit = decode(vmcb.control.exit_code, vmcb.control.exit_info_1, vmcb.control.exit_info_2);
+        self.gprs[gpr::RAX] = rax;
+        self.gprs[gpr::RSP] = rsp;
+        exit
+    }
+
+    #[inline]
+    fn rip(&self) -> u64 {
+        self.vmcb().save.rip
+    }
+    #[inline]
+    fn set_rip(&mut self, rip: u64) {
+        self.vmcb_mut().save.rip = rip;
+    }
+    #[inline]
+    fn rflags(&self) -> u64 {
+        self.vmcb().save.rflags
+    }
+    fn set_rflags(&mut self, rflags: u64) {
+        self.vmcb_mut().save.rflags = rflags;
+    }
+    #[inline]
+    fn cr0(&self) -> u64 {
+        self.vmcb().cr0()
+    }
+    fn cr2(&self) -> u64 {
+        self.vmcb().cr2()
+    }
+    fn set_cr2(&mut self, cr2: u64) {
+        self.vmcb_mut().set_cr2(cr2);
+    }
+    #[inline]
+    fn cr3(&self) -> u64 {
+        self.vmcb().cr3()
+    }
+    #[inline]
+    fn cr4(&self) -> u64 {
+        self.vmcb().cr4()
+    }
+    fn set_cr4(&mut self, cr4: u64) {
+        self.vmcb_mut().set_cr4(cr4);
+    }
+    #[inline]
+    fn cr8(&self) -> u8 {
+        self.vmcb().v_tpr()
+    }
+    #[inline]
+    fn set_cr8(&mut self, tpr: u8) {
+        self.vmcb_mut().set_v_tpr(tpr);
+    }
+    #[inline]
+    fn efer(&self) -> u64 {
+        self.vmcb().efer() & !EFER_SVME
+    }
+    fn set_efer(&mut self, efer: u64) {
+        self.vmcb_mut().set_efer(efer | EFER_SVME);
+    }
+    fn dr6(&self) -> u64 {
+        self.vmcb().dr6()
+    }
+    fn set_dr6(&mut self, dr6: u64) {
+        self.vmcb_mut().set_dr6(dr6);
+    }
+    fn dr7(&self) -> u64 {
+        self.vmcb().dr7()
+    }
+    #[inline]
+    fn cpl(&self) -> u8 {
+        self.vmcb().cpl()
+    }
+
+    #[inline]
+    fn segment(&self, name: SegmentName) -> Segment {
+        let vmcb = self.vmcb();
+        from_vmcb(match name {
+            SegmentName::Es => vmcb.es(),
+            SegmentName::Cs => vmcb.cs(),
+            SegmentName::Ss => vmcb.ss(),
+            SegmentName::Ds => vmcb.ds(),
+            SegmentName::Fs => vmcb.save.fs,
+            SegmentName::Gs => vmcb.save.gs,
+        })
+    }
+
+    fn switched_msr(&self, msr: u32) -> Option<u64> {
+        let save = &self.vmcb().save;
+        Some(match msr {
+            0x174 => save.sysenter_cs,
+            0x175 => save.sysenter_esp,
+            0x176 => save.sysenter_eip,
+            0xc000_0081 => save.star,
+            0xc000_0082 => save.lstar,
+            0xc000_0083 => save.cstar,
+            0xc000_0084 => save.sfmask,
+            0xc000_0100 => save.fs.base,
+            0xc000_0101 => save.gs.base,
+            0xc000_0102 => save.kernel_gs_base,
+            _ => return None,
+        })
+    }
+
+    fn set_switched_msr(&mut self, msr: u32, value: u64) -> bool {
+        let save = &mut self.vmcb_mut().save;
+        *match msr {
+            0x174 => &mut save.sysenter_cs,
+            0x175 => &mut save.sysenter_esp,
+            0x176 => &mut save.sysenter_eip,
+            0xc000_0081 => &mut save.star,
+            0xc000_0082 => &mut save.lstar,
+            0xc000_0083 => &mut save.cstar,
+            0xc000_0084 => &mut save.sfmask,
+            0xc000_0100 => &mut save.fs.base,
+            0xc000_0101 => &mut save.gs.base,
+            0xc000_0102 => &mut save.kernel_gs_base,
+            _ => return false,
+        } = value;
+        true
+    }
+
+    fn set_pat(&mut self, pat: u64) {
+        self.vmcb_mut().set_g_pat(pat);
+    }
+    fn set_tsc_offset(&mut self, offset: u64) {
+        self.vmcb_mut().set_tsc_offset(offset);
+    }
+
+    fn state(&self) -> CpuState {
+        use SegmentName::{Cs, Ds, Es, Fs, Gs, Ss};
+        let vmcb = self.vmcb();
+        CpuState {
+            segments: [Es, Cs, Ss, Ds, Fs, Gs].map(|name| self.segment(name)),
+            ldtr: from_vmcb(vmcb.save.ldtr),
+            tr: from_vmcb(vmcb.save.tr),
+            gdtr: table_from_vmcb(vmcb.gdtr()),
+            idtr: table_from_vmcb(vmcb.idtr()),
+            cr0: vmcb.cr0(),
+            cr2: vmcb.cr2(),
+            cr3: vmcb.cr3(),
+            cr4: vmcb.cr4(),
+            efer: self.efer(),
+            dr6: vmcb.dr6(),
+            dr7: vmcb.dr7(),
+            rflags: vmcb.save.rflags,
+            rip: vmcb.save.rip,
+        }
+    }
+
+    fn load_state(&mut self, state: &CpuState) {
+        let vmcb = self.vmcb_mut();
+        let [es, cs, ss, ds, fs, gs] = state.segments.map(to_vmcb);
+        vmcb.set_es(es);
+        vmcb.set_cs(cs);
+        vmcb.set_ss(ss);
+        vmcb.set_ds(ds);
+        vmcb.save.fs = fs;
+        vmcb.save.gs = gs;
+        vmcb.save.ldtr = to_vmcb(state.ldtr);
+        vmcb.save.tr = to_vmcb(state.tr);
+        vmcb.set_gdtr(table_to_vmcb(state.gdtr));
+        vmcb.set_idtr(table_to_vmcb(state.idtr));
+        // CPL is SS.DPL, bits 6:5 of the attributes; real mode runs at 0.
+        let protected = state.cr0 & 1 != 0;
+        vmcb.set_cpl(if protected { (ss.attrib >> 5 & 3) as u8 } else { 0 });
+        vmcb.set_cr0(state.cr0);
+        vmcb.set_cr2(state.cr2);
+        vmcb.set_cr3(state.cr3);
+        vmcb.set_cr4(state.cr4);
+        vmcb.set_efer(state.efer | EFER_SVME);
+        vmcb.set_dr6(state.dr6);
+        vmcb.set_dr7(state.dr7);
+        vmcb.save.rflags = state.rflags;
+        vmcb.save.rip = state.rip;
+        vmcb.control.interrupt_shadow = 0;
+        vmcb.control.event_inj = 0;
+        vmcb.control.exit_int_info = 0;
+        vmcb.request_interrupt_window(false);
+        self.flush = true;
+    }
+
+    fn exit_insn_bytes(&self) -> &[u8] {
+        let control = &self.vmcb().control;
+        &control.insn_bytes[..usize::from(control.insn_len & 0xf)]
+    }
+
+    #[inline]
+    fn exit_next_rip(&self) -> Option<u64> {
+        self.svm.nrips.then(|| self.vmcb().control.next_rip).filter(|&rip| rip != 0)
+    }
+
+    #[inline]
+    fn interrupts_open(&self) -> bool {
+        let vmcb = self.vmcb();
+        vmcb.save.rflags & RFLAGS_IF != 0 && vmcb.control.interrupt_shadow & 1 == 0 && vmcb.control.event_inj == 0
+    }
+    #[inline]
+    fn in_shadow(&self) -> bool {
+        self.vmcb().control.interrupt_shadow & 1 != 0
+    }
+    #[inline]
+    fn clear_shadow(&mut self) {
+        self.vmcb_mut().control.interrupt_shadow = 0;
+    }
+    #[inline]
+    fn inject(&mut self, event: Event) {
+        self.vmcb_mut().control.event_inj = encode_event(event);
+    }
+    #[inline]
+    fn injecting(&self) -> bool {
+        self.vmcb().control.event_inj != 0
+    }
+    #[inline]
+    fn take_interrupted_event(&mut self) -> Option<Event> {
+        interrupted_event(core::mem::take(&mut self.vmcb_mut().control.exit_int_info))
+    }
+    fn request_interrupt_window(&mut self, on: bool) {
+        self.vmcb_mut().request_interrupt_window(on);
+        // CR8 must not be written while V_IRQ is set: see `intercept_cr8_writes`.
+        let cr_writes = self.vmcb().cr_writes();
+        if on && cr_writes & CR8 == 0 {
+            self.vmcb_mut().set_cr_writes(cr_writes | CR8);
+        }
+    }
+    fn intercept_iret(&mut self, on: bool) {
+        self.vmcb_mut().intercept(Intercepts::IRET, on);
+    }
+    #[inline]
+    fn intercept_cr8_writes(&mut self, on: bool) {
+        // QEMU's TCG aborts when a guest writes CR8 while V_IRQ is pending, so then the write always exits.
+        let vmcb = self.vmcb_mut();
+        let old = vmcb.cr_writes();
+        let new = if on || vmcb.v_irq() { old | CR8 } else { old & !CR8 };
+        if new != old {
+            vmcb.set_cr_writes(new);
+        }
+    }
+    fn intercept_cr4_writes(&mut self, on: bool) {
+        let vmcb = self.vmcb_mut();
+        let old = vmcb.cr_writes();
+        vmcb.set_cr_writes(if on { old | CR4 } else { old & !CR4 });
+    }
+
+    fn set_root(&mut self, root: u64) {
+        self.vmcb_mut().set_n_cr3(root);
+        self.flush = true;
+    }
+    fn flush_tlb(&mut self) {
+        self.flush = true;
+    }
+}
