@@ -5,6 +5,7 @@
 extern crate alloc;
 
 pub mod devices;
+pub mod hw;
 pub mod vm;
 
 /// Takes over from the entry stub. The identity map of the first 4 GiB and the boot stack are in use.

@@ -7,6 +7,8 @@
 
 #[cfg(target_os = "none")]
 pub mod extended;
+#[cfg(test)]
+pub(crate) mod fake;
 pub mod svm;
 
 use core::fmt;
