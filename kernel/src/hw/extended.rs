@@ -4,7 +4,7 @@
 #![allow(unsafe_code)] // Saving and restoring processor state is what this module is for.
 
 use super::OutOfMemory;
-use crate::cpu::Features;
+use crate::cpu::features::Features;
 use crate::mm::{self, FrameSize, Zone};
 use core::arch::asm;
 use x86_64::registers::model_specific::Msr;
@@ -23,17 +23,17 @@ const FCW_RESET: u16 = 0x40;
 pub struct XsaveFacts {
     /// All components that XCR0 can enable here; 0 without XSAVE.
     pub components: u64,
+    /// Size in bytes of an area for all of them.
+    area_bytes: u32,
     /// RDTSCP, and so TSC_AUX, exists.
     pub tsc_aux: bool,
 }
 
 impl XsaveFacts {
-    /// Reads them from CPUID (leaf 0Dh, subleaf 0).
+    /// Takes them from CPUID.
     pub fn detect(features: &Features) -> Self {
-        let leaf = core::arch::x86_64::__cpuid_count(0xd, 0);
-        let components = if features.xsave { u64::from(leaf.edx) << 32 | u64::from(leaf.eax) } else { 0 };
-        debug_assert!(leaf.ecx <= 4096 || !features.xsave);
-        Self { components, tsc_aux: features.rdtscp }
+        let (components, area_bytes) = features.xsave.map_or((0, 512), |xsave| (xsave.xcr0, xsave.area_bytes));
+        Self { components, area_bytes, tsc_aux: features.rdtscp }
     }
 }
 
@@ -51,9 +51,8 @@ pub struct ExtendedState {
 impl ExtendedState {
     /// State as after reset.
     pub fn new(facts: XsaveFacts) -> Result<Self, OutOfMemory> {
-        let needed = core::arch::x86_64::__cpuid_count(0xd, 0).ecx;
         // AMX alone makes the area larger than a page.
-        let size = if facts.components != 0 && needed > 4096 { FrameSize::Size2M } else { FrameSize::Size4K };
+        let size = if facts.area_bytes > 4096 { FrameSize::Size2M } else { FrameSize::Size4K };
         let area = mm::alloc(size, Zone::Any).ok_or(OutOfMemory)?;
         let mut state = Self { area, size, facts, xcr0: 1, debug: [0; 4], tsc_aux: 0 };
         state.reset();

@@ -4,7 +4,7 @@
 use super::asid::AsidAllocator;
 use super::permission_map::{allow_msr, IOPM_BYTES, MSRPM_BYTES};
 use super::vcpu::SvmVcpu;
-use crate::cpu::Features;
+use crate::cpu::features::Features;
 use crate::hw::{OutOfMemory, Refusal, Vendor};
 use crate::mm::{self, FrameSize, Zone};
 use crate::vm::msr::passthrough;
@@ -75,7 +75,7 @@ impl Svm {
         if vm_cr & VM_CR_SVMDIS != 0 {
             return Err(Refusal::SvmDisabledByFirmware);
         }
-        if !svm.nested_paging {
+        if !svm.npt {
             return Err(Refusal::NoNestedPaging);
         }
         static MAPS: Once<(PhysAddr, PhysAddr)> = Once::new();
@@ -86,7 +86,7 @@ impl Svm {
             pause_filter: svm.pause_filter && svm.pause_filter_threshold,
             iopm,
             msrpm,
-            asid_count: svm.asid_count.max(2),
+            asid_count: svm.asids.max(2),
         })
     }
 }
@@ -122,7 +122,7 @@ pub fn enable_on_this_cpu(svm: &Svm) {
         Msr::new(MSR_VM_HSAVE_PA).write(host_save.as_u64());
         asm!("vmsave rax", in("rax") host_state.as_u64(), options(nostack, preserves_flags));
     }
-    let index = crate::cpu::this().index;
+    let index = crate::cpu::number();
     let state = SvmCpu { host_state, asids: AsidAllocator::new(svm.asid_count) };
     // SAFETY: as in `with_this_cpu`; this CPU runs no guest yet.
     unsafe { *CPUS[index].0.get() = Some(state) };

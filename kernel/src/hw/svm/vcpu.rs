@@ -161,7 +161,7 @@ impl HwVcpu for SvmVcpu {
     }
 
     fn run(&mut self) -> Exit {
-        let cpu = crate::cpu::this().index;
+        let cpu = crate::cpu::number();
         let host = with_this_cpu(cpu, |state| {
             self.prepare_tag(cpu, &mut state.asids);
             state.host_state

@@ -1,0 +1,246 @@
+//! Which vCPU runs next on this CPU: round robin over everything that has a reason to run, one slice each.
+//!
+//! Guests run on the boot CPU. The extended state (FPU and the like) of the vCPU that ran last stays in the
+//! registers until another vCPU runs.
+#![cfg(target_os = "none")]
+
+mod terminal;
+mod timer;
+
+pub use timer::HostTimer;
+
+use crate::cpu::tsc;
+use crate::hw::Vendor;
+use crate::vm::instance::{Instance, Specification};
+use crate::vm::report::End;
+use crate::vm::vcpu::Pause;
+use alloc::vec::Vec;
+use boot::config::OnReset;
+use terminal::Terminal;
+
+/// How long a vCPU runs while others wait.
+const SLICE_NS: u64 = 2_000_000;
+/// How often the console is looked at while nothing else happens.
+const POLL_NS: u64 = 10_000_000;
+
+/// A place for a VM: its specification outlives its restarts.
+struct Place<'a, V: Vendor> {
+    specification: Specification<'a, V>,
+    /// None once it has ended for good.
+    instance: Option<Instance<V>>,
+}
+
+/// Everything that runs on this CPU.
+pub struct Scheduler<'a, V: Vendor> {
+    places: Vec<Place<'a, V>>,
+    timer: HostTimer,
+    terminal: Terminal,
+    /// The vCPU whose extended state is in the registers: place and index.
+    loaded: Option<(usize, usize)>,
+    /// Where the search for the next vCPU begins.
+    next: (usize, usize),
+    slice: u64,
+    poll: u64,
+    status: u8,
+}
+
+impl<'a, V: Vendor> Scheduler<'a, V> {
+    /// A scheduler of these VMs, of which there is at least one.
+    pub fn new(instances: Vec<(Specification<'a, V>, Instance<V>)>) -> Self {
+        let rate = tsc::rate();
+        let places: Vec<_> = instances
+            .into_iter()
+            .map(|(specification, instance)| Place { specification, instance: Some(instance) })
+            .collect();
+        let mut scheduler = Self {
+            terminal: Terminal::new(places.len()),
+            places,
+            timer: HostTimer::new(),
+            loaded: None,
+            next: (0, 0),
+            slice: rate.ticks(SLICE_NS),
+            poll: rate.ticks(POLL_NS),
+            status: 0,
+        };
+        scheduler.show_focus();
+        scheduler
+    }
+
+    /// Runs everything until every VM has ended; the exit status of the worst end.
+    pub fn run(mut self) -> u8 {
+        loop {
+            self.poll_console();
+            self.settle_ends();
+            if self.places.iter().all(|place| place.instance.is_none()) {
+                return self.status;
+            }
+            let now = tsc::read();
+            self.wake_due(now);
+            match self.pick() {
+                Some(chosen) => self.run_one(chosen, now),
+                None => {
+                    let until = self.next_deadline(None).unwrap_or(u64::MAX).min(now.saturating_add(self.poll));
+                    self.timer.idle_until(until);
+                }
+            }
+        }
+    }
+
+    fn run_one(&mut self, (place, index): (usize, usize), now: u64) {
+        let crowded = self.has_other_runnable((place, index));
+        let slice = if crowded { self.slice } else { self.poll };
+        let others = self.next_deadline(Some((place, index))).unwrap_or(u64::MAX);
+        let until = now.saturating_add(slice).min(others.max(now + 1));
+        self.load(place, index);
+        let Some(instance) = &mut self.places[place].instance else { return };
+        let Some(vcpu) = instance.vcpus.get_mut(index) else { return };
+        let pause = vcpu.run(&instance.guest, &mut self.timer, until);
+        for woken in vcpu.take_woken() {
+            if let Some(other) = instance.vcpus.get_mut(woken) {
+                other.kick();
+            }
+        }
+        if pause == Pause::Idle && instance.vcpus.iter().all(|vcpu| vcpu.is_dead(&instance.guest)) {
+            instance.guest.end(End::Halted);
+        }
+    }
+
+    /// Makes the registers hold the extended state of this vCPU.
+    fn load(&mut self, place: usize, index: usize) {
+        if self.loaded == Some((place, index)) {
+            return;
+        }
+        self.unload();
+        if let Some(vcpu) = self.places[place].instance.as_ref().and_then(|it| it.vcpus.get(index)) {
+            vcpu.core.extended.load();
+            self.loaded = Some((place, index));
+        }
+    }
+
+    fn unload(&mut self) {
+        if let Some((place, index)) = self.loaded.take() {
+            if let Some(vcpu) = self.places[place].instance.as_mut().and_then(|it| it.vcpus.get_mut(index)) {
+                vcpu.core.extended.save();
+            }
+        }
+    }
+
+    /// Places and indices of all vCPUs, beginning behind the one that ran last.
+    fn in_turn(&self) -> impl Iterator<Item = (usize, usize)> + '_ {
+        let all = || {
+            self.places.iter().enumerate().flat_map(|(place, it)| {
+                let count = it.instance.as_ref().map_or(0, |it| it.vcpus.len());
+                (0..count).map(move |index| (place, index))
+            })
+        };
+        all().skip_while(|&at| at < self.next).chain(all().take_while(|&at| at < self.next))
+    }
+
+    fn is_runnable(&self, (place, index): (usize, usize)) -> bool {
+        self.places[place].instance.as_ref().is_some_and(|it| it.vcpus[index].is_runnable(&it.guest))
+    }
+
+    fn pick(&mut self) -> Option<(usize, usize)> {
+        let chosen = self.in_turn().find(|&at| self.is_runnable(at))?;
+        self.next = (chosen.0, chosen.1 + 1);
+        Some(chosen)
+    }
+
+    fn has_other_runnable(&self, this: (usize, usize)) -> bool {
+        self.in_turn().any(|at| at != this && self.is_runnable(at))
+    }
+
+    /// The earliest moment, in the host's TSC, at which a vCPU or a chipset wants to be looked at. The vCPU that is
+    /// about to run sees to its own deadline and to its VM's chipset.
+    fn next_deadline(&self, runs: Option<(usize, usize)>) -> Option<u64> {
+        let mut earliest: Option<u64> = None;
+        let mut consider = |deadline: Option<u64>| {
+            earliest = match (earliest, deadline) {
+                (Some(a), Some(b)) => Some(a.min(b)),
+                (a, b) => a.or(b),
+            }
+        };
+        for (place, it) in self.places.iter().enumerate() {
+            let Some(instance) = &it.instance else { continue };
+            for (index, vcpu) in instance.vcpus.iter().enumerate() {
+                if runs != Some((place, index)) {
+                    consider(vcpu.deadline(&instance.guest));
+                }
+            }
+            if runs.is_none_or(|(running, _)| running != place) {
+                consider(instance.guest.chipset_deadline());
+            }
+        }
+        earliest
+    }
+
+    /// Kicks every vCPU whose timer, or whose VM's chipset, is due.
+    fn wake_due(&mut self, now: u64) {
+        let due = |deadline: Option<u64>| deadline.is_some_and(|at| at <= now);
+        for instance in self.places.iter_mut().filter_map(|it| it.instance.as_mut()) {
+            let chipset_due = due(instance.guest.chipset_deadline());
+            for (index, vcpu) in instance.vcpus.iter_mut().enumerate() {
+                if due(vcpu.deadline(&instance.guest)) || index == 0 && chipset_due {
+                    vcpu.kick();
+                }
+            }
+        }
+    }
+
+    fn poll_console(&mut self) {
+        let places = &mut self.places;
+        let focus_before = self.terminal.focus();
+        self.terminal.poll(|focus, byte| {
+            let Some(instance) = places.get_mut(focus).and_then(|it| it.instance.as_mut()) else { return true };
+            let taken = instance.guest.type_byte(byte);
+            if taken {
+                instance.vcpus[0].kick();
+            }
+            taken
+        });
+        if self.terminal.focus() != focus_before {
+            self.show_focus();
+            if let Some(instance) = &self.places[self.terminal.focus()].instance {
+                log::info!("console: now of vm \"{}\"", instance.guest.name);
+            }
+        }
+    }
+
+    /// Tells each VM whether the console shows its output as it comes.
+    fn show_focus(&mut self) {
+        let focus = self.terminal.focus();
+        for (place, it) in self.places.iter().enumerate() {
+            if let Some(instance) = &it.instance {
+                instance.guest.set_focus(place == focus);
+            }
+        }
+    }
+
+    /// Reports VMs that ended, and starts those again that were reset.
+    fn settle_ends(&mut self) {
+        for place in 0..self.places.len() {
+            let Some(instance) = &self.places[place].instance else { continue };
+            let Some(end) = instance.guest.how_it_ended() else { continue };
+            instance.guest.flush_output();
+            log::info!("vm \"{}\": {end}", instance.guest.name);
+            if self.loaded.is_some_and(|(loaded, _)| loaded == place) {
+                self.loaded = None;
+            }
+            // The old instance goes first: its memory is what the new one is made of.
+            self.places[place].instance = None;
+            let specification = &self.places[place].specification;
+            if end == End::Reset && specification.config.on_reset == OnReset::Restart {
+                match specification.create() {
+                    Ok(instance) => self.places[place].instance = Some(instance),
+                    Err(error) => {
+                        log::error!("vm \"{}\": {error}", specification.config.name);
+                        self.status = self.status.max(crate::power::VM_ERROR);
+                    }
+                }
+            } else {
+                self.status = self.status.max(end.status());
+            }
+            self.show_focus();
+        }
+    }
+}

@@ -1,0 +1,456 @@
+//! What each exit does. Vendor-neutral; the hot ones are CPUID, MSRs, ports, page faults, HLT.
+#![cfg(target_os = "none")]
+
+use super::emulate::{Fault, KnownOperand, Mode, Outcome};
+use super::events::{DR6_BS, SINGLE_STEP};
+use super::exceptions::{DB, GP, PF, UD};
+use super::guest::Guest;
+use super::msr::MsrEffect;
+use super::paging::Resolution;
+use super::report::{End, StopReason};
+use super::vcpu::{Activity, Core, Vcpu};
+use super::view::View;
+use crate::cpu::tsc;
+use crate::devices::apic_bus::Requests;
+use crate::devices::chipset::ChipsetEvent;
+use crate::devices::lapic::ApicAction;
+use crate::hw::gpr::{RAX, RBX, RCX, RDX};
+use crate::hw::{CpuState, Exit, HwVcpu, PortAccess, SecondStageFault, SegmentName, Vendor};
+
+const RFLAGS_TF: u64 = 1 << 8;
+const RFLAGS_RF: u64 = 1 << 16;
+
+/// Instruction bytes at RIP, as far as they could be fetched.
+pub(super) type InsnBytes = ([u8; 15], usize);
+
+impl<V: Vendor> Vcpu<V> {
+    /// Handles an exit. Whatever cannot be handled ends the VM.
+    #[inline]
+    pub(super) fn handle(&mut self, guest: &Guest<V>, exit: Exit) {
+        match exit {
+            Exit::Cpuid => self.cpuid(guest),
+            Exit::Msr { write: true } => self.wrmsr(guest),
+            Exit::Msr { write: false } => self.rdmsr(guest),
+            Exit::Port(access) if access.string => self.emulate(guest, None),
+            Exit::Port(access) => self.port(guest, access),
+            Exit::SecondStage(fault) => self.second_stage_fault(guest, fault),
+            Exit::Hlt => {
+                if self.skip(guest) {
+                    self.core.activity = Activity::Halted;
+                    self.core.attention = true;
+                }
+            }
+            Exit::HostInterrupt => {
+                crate::cpu::interrupts::let_in();
+                self.core.attention = true;
+            }
+            Exit::InterruptWindow => self.core.attention = true,
+            Exit::Iret => {
+                self.core.events.at_iret(&mut self.core.hw);
+                self.core.attention = true;
+            }
+            Exit::Pause => {
+                self.skip(guest);
+                self.core.gives_way = true;
+                self.core.attention = true;
+            }
+            Exit::WriteCr(8) => self.write_cr8(guest),
+            Exit::WriteCr(4) => self.write_cr4(guest),
+            Exit::Xsetbv => self.xsetbv(guest),
+            Exit::CacheFlush => {
+                // Both need CPL 0, which the processor checked before the intercept (APM table 15-7).
+                self.skip(guest);
+            }
+            Exit::Undefined => self.raise(guest, UD, None),
+            Exit::Refused => self.raise(guest, GP, Some(0)),
+            Exit::Exception(vector, error_code) => {
+                if vector == DB && self.core.events.swallows_debug(&mut self.core.hw) {
+                    self.core.attention = true;
+                } else {
+                    self.raise(guest, vector, error_code);
+                }
+            }
+            Exit::MachineCheck => panic!("machine check while a guest ran"),
+            Exit::Shutdown => self.stop(guest, StopReason::TripleFault),
+            Exit::InvalidState(why) => self.stop(guest, StopReason::InvalidState(why)),
+            Exit::WriteCr(_) => self.stop(guest, StopReason::UnknownExit(0)),
+            Exit::Unknown(code) => self.stop(guest, StopReason::UnknownExit(code)),
+        }
+    }
+
+    /// Raises an exception in the guest.
+    pub(super) fn raise(&mut self, guest: &Guest<V>, vector: u8, error_code: Option<u32>) {
+        self.core.attention = true;
+        if self.core.events.raise(vector, error_code).is_err() {
+            self.stop(guest, StopReason::TripleFault);
+        }
+    }
+
+    fn raise_page_fault(&mut self, guest: &Guest<V>, error_code: u32, cr2: u64) {
+        self.core.hw.set_cr2(cr2);
+        self.raise(guest, PF, Some(error_code));
+    }
+
+    /// Goes on behind the intercepted instruction. False if it could not be fetched again; then the guest takes
+    /// the fault of that fetch, and the instruction has no effect.
+    #[inline]
+    fn skip(&mut self, guest: &Guest<V>) -> bool {
+        let next = match self.core.hw.exit_next_rip() {
+            Some(next) => next,
+            None => match self.next_rip(guest) {
+                Some(next) => next,
+                None => return false,
+            },
+        };
+        self.complete(guest, next);
+        true
+    }
+
+    /// Where the instruction at RIP ends, found by reading it.
+    #[inline]
+    fn next_rip(&mut self, guest: &Guest<V>) -> Option<u64> {
+        let (bytes, len) = match self.core.fetch(guest) {
+            Ok(fetched) => fetched,
+            Err(fault) => {
+                self.refuse(guest, fault);
+                return None;
+            }
+        };
+        match self.emulator.insn_len(self.core.mode(), &bytes[..len]) {
+            Ok(insn_len) => Some(self.core.hw.rip().wrapping_add(u64::from(insn_len))),
+            Err(_) => {
+                // Another vCPU changed the code since the exit: let the guest run into what is there now.
+                self.core.attention = true;
+                None
+            }
+        }
+    }
+
+    /// What the processor does when an instruction completes: RIP, RF, the shadow, the single-step trap.
+    #[inline]
+    fn complete(&mut self, guest: &Guest<V>, next_rip: u64) {
+        let hw = &mut self.core.hw;
+        let next_rip = if hw.efer() & EFER_LMA != 0 && hw.segment(SegmentName::Cs).attributes & CS_LONG != 0 {
+            next_rip
+        } else {
+            next_rip & 0xffff_ffff
+        };
+        hw.set_rip(next_rip);
+        hw.clear_shadow();
+        let rflags = hw.rflags();
+        if rflags & (RFLAGS_TF | RFLAGS_RF) != 0 {
+            hw.set_rflags(rflags & !RFLAGS_RF);
+            if rflags & RFLAGS_TF != 0 {
+                self.trap_single_step(guest);
+            }
+        }
+    }
+
+    #[cold]
+    fn trap_single_step(&mut self, guest: &Guest<V>) {
+        let dr6 = self.core.hw.dr6();
+        self.core.hw.set_dr6(dr6 | DR6_BS);
+        self.raise(guest, SINGLE_STEP.0, SINGLE_STEP.1);
+    }
+
+    #[inline]
+    fn cpuid(&mut self, guest: &Guest<V>) {
+        let gprs = self.core.hw.gprs();
+        let (leaf, subleaf) = (gprs[RAX] as u32, gprs[RCX] as u32);
+        if !self.skip(guest) {
+            return;
+        }
+        let [eax, ebx, ecx, edx] = self.core.cpuid(guest, leaf, subleaf);
+        let gprs = self.core.hw.gprs_mut();
+        gprs[RAX] = u64::from(eax);
+        gprs[RBX] = u64::from(ebx);
+        gprs[RCX] = u64::from(ecx);
+        gprs[RDX] = u64::from(edx);
+    }
+}
+
+impl<V: Vendor> Vcpu<V> {
+    #[inline]
+    fn rdmsr(&mut self, guest: &Guest<V>) {
+        let msr = self.core.hw.gprs()[RCX] as u32;
+        match self.core.read_msr(guest, msr) {
+            Ok(value) => {
+                if self.skip(guest) {
+                    let gprs = self.core.hw.gprs_mut();
+                    gprs[RAX] = value & 0xffff_ffff;
+                    gprs[RDX] = value >> 32;
+                }
+            }
+            Err(_) => self.raise(guest, GP, Some(0)),
+        }
+    }
+
+    #[inline]
+    fn wrmsr(&mut self, guest: &Guest<V>) {
+        let gprs = self.core.hw.gprs();
+        let (msr, value) = (gprs[RCX] as u32, gprs[RDX] << 32 | gprs[RAX] & 0xffff_ffff);
+        // The length is found first: a fetch that faults must leave the MSR alone.
+        let Some(next) = self.core.hw.exit_next_rip().or_else(|| self.next_rip(guest)) else { return };
+        match self.core.write_msr(guest, msr, value) {
+            Ok(()) => self.complete(guest, next),
+            Err(_) => self.raise(guest, GP, Some(0)),
+        }
+    }
+
+    #[inline]
+    fn port(&mut self, guest: &Guest<V>, access: PortAccess) {
+        if access.is_in {
+            let value = u64::from(self.core.port_in(guest, access.port, access.size));
+            let rax = &mut self.core.hw.gprs_mut()[RAX];
+            *rax = match access.size {
+                1 => *rax & !0xff | value & 0xff,
+                2 => *rax & !0xffff | value & 0xffff,
+                _ => value & 0xffff_ffff,
+            };
+        } else {
+            let value = self.core.hw.gprs()[RAX] as u32;
+            self.core.port_out(guest, access.port, access.size, value);
+        }
+        self.complete(guest, access.next_rip);
+    }
+
+    fn second_stage_fault(&mut self, guest: &Guest<V>, fault: SecondStageFault) {
+        if fault.reserved {
+            return self.stop(guest, StopReason::CorruptTables { gpa: fault.gpa });
+        }
+        match self.core.paging.resolve(&guest.memory, &fault) {
+            Resolution::Mapped => {}
+            Resolution::NoTableMemory => self.stop(guest, StopReason::NoTableMemory),
+            Resolution::Device if self.core.events.delivery_was_interrupted() => {
+                self.stop(guest, StopReason::DeliveryOutsideRam { gpa: fault.gpa });
+            }
+            Resolution::Device if fault.execute && !fault.table_walk => {
+                self.stop(guest, StopReason::FetchOutsideRam { gpa: fault.gpa });
+            }
+            Resolution::Device => {
+                let known = KnownOperand { gpa: fault.gpa, linear: None, write: fault.write };
+                self.emulate(guest, (!fault.table_walk).then_some(known));
+            }
+        }
+    }
+
+    /// Emulates the instruction at RIP. `known` is what the fault said about its operand.
+    fn emulate(&mut self, guest: &Guest<V>, known: Option<KnownOperand>) {
+        let mut bytes = [0; 15];
+        let saved = self.core.hw.exit_insn_bytes();
+        let len = if saved.is_empty() {
+            match self.core.fetch(guest) {
+                Ok((fetched, len)) => {
+                    bytes = fetched;
+                    len
+                }
+                Err(fault) => return self.refuse(guest, fault),
+            }
+        } else {
+            let len = saved.len();
+            bytes[..len].copy_from_slice(saved);
+            len
+        };
+        let mut view = View { core: &mut self.core, guest, known };
+        let outcome = self.emulator.emulate(&mut view, &bytes[..len]);
+        match outcome {
+            Outcome::Done { trap } | Outcome::Continue { trap } => {
+                if trap {
+                    self.trap_single_step(guest);
+                }
+            }
+            Outcome::Exception(exception) => self.refuse(guest, Fault::Exception(exception)),
+            Outcome::Retry | Outcome::Stop => self.core.attention = true,
+            Outcome::Truncated => self.fetch_rest(guest, len),
+            Outcome::Unsupported { reason } => self.stop(guest, StopReason::Unsupported(reason)),
+        }
+    }
+
+    /// The instruction goes on behind what could be fetched: raise the fault of the next page's fetch.
+    fn fetch_rest(&mut self, guest: &Guest<V>, have: usize) {
+        match self.core.probe_fetch(guest, have as u64) {
+            Err(fault) => self.refuse(guest, fault),
+            // It can be fetched by now: run the instruction again.
+            Ok(()) => self.core.attention = true,
+        }
+    }
+
+    /// Acts on a refused access.
+    fn refuse(&mut self, guest: &Guest<V>, fault: Fault) {
+        match fault {
+            Fault::Exception(exception) => {
+                if let Some(cr2) = exception.cr2 {
+                    self.core.hw.set_cr2(cr2);
+                }
+                self.raise(guest, exception.vector, exception.error_code);
+            }
+            Fault::Retry | Fault::Stop => self.core.attention = true,
+            Fault::Unsupported(reason) => self.stop(guest, StopReason::Unsupported(reason)),
+        }
+    }
+
+    /// MOV to CR8, intercepted while an interrupt waits for a lower task priority.
+    fn write_cr8(&mut self, guest: &Guest<V>) {
+        let Some((value, next)) = self.mov_to_cr_operand(guest) else { return };
+        if value & !0xf != 0 {
+            return self.raise(guest, GP, Some(0));
+        }
+        self.core.hw.set_cr8(value as u8);
+        self.core.attention = true;
+        self.complete(guest, next);
+    }
+
+    /// MOV to CR4, intercepted where the CPU has features that the guest was not told of.
+    fn write_cr4(&mut self, guest: &Guest<V>) {
+        let Some((value, next)) = self.mov_to_cr_operand(guest) else { return };
+        if !self.core.cr4_is_valid(value) {
+            return self.raise(guest, GP, Some(0));
+        }
+        self.core.hw.set_cr4(value);
+        // The processor would flush as the changed bits require; flushing all covers each case.
+        self.core.hw.flush_tlb();
+        self.complete(guest, next);
+    }
+
+    /// Value and next RIP of the MOV to a control register at RIP.
+    fn mov_to_cr_operand(&mut self, guest: &Guest<V>) -> Option<(u64, u64)> {
+        let (bytes, len) = match self.core.fetch(guest) {
+            Ok(fetched) => fetched,
+            Err(fault) => {
+                self.refuse(guest, fault);
+                return None;
+            }
+        };
+        let mode = self.core.mode();
+        let Ok(insn_len) = self.emulator.insn_len(mode, &bytes[..len]) else {
+            self.core.attention = true;
+            return None;
+        };
+        let insn = &bytes[..usize::from(insn_len).min(len)];
+        let register = super::mov_cr::source_register(insn, mode == Mode::Long64)?;
+        let value = self.core.hw.gprs()[register];
+        let value = if mode == Mode::Long64 { value } else { value & 0xffff_ffff };
+        Some((value, self.core.hw.rip().wrapping_add(u64::from(insn_len))))
+    }
+
+    fn xsetbv(&mut self, guest: &Guest<V>) {
+        let gprs = self.core.hw.gprs();
+        let (register, value) = (gprs[RCX] as u32, gprs[RDX] << 32 | gprs[RAX] & 0xffff_ffff);
+        if register != 0 || !guest.cpuid.xcr0_is_valid(value) {
+            return self.raise(guest, GP, Some(0));
+        }
+        if self.skip(guest) {
+            self.core.extended.set_xcr0(value);
+        }
+    }
+}
+
+impl<V: Vendor> Core<V> {
+    /// Runs the guest until it exits, with this CPU's translations up to date.
+    #[inline]
+    pub(super) fn enter(&mut self, guest: &Guest<V>) -> Exit {
+        self.paging.enter(&guest.memory, &mut self.hw);
+        let exit = self.hw.run();
+        self.paging.leave(&guest.memory);
+        self.exits += 1;
+        if let Some(event) = self.hw.take_interrupted_event() {
+            self.events.interrupted(event);
+            self.attention = true;
+        }
+        exit
+    }
+
+    /// The guest's TSC at the host's TSC `host`.
+    #[inline]
+    pub(super) fn guest_tsc(&self, guest: &Guest<V>, host: u64) -> u64 {
+        guest.clock.guest_tsc(host, self.msrs.tsc_adjust())
+    }
+
+    /// Execution mode.
+    #[inline]
+    pub(super) fn mode(&self) -> Mode {
+        let cs = self.hw.segment(SegmentName::Cs);
+        Mode::of(self.hw.cr0(), self.hw.efer(), self.hw.rflags(), Attributes(cs.attributes))
+    }
+
+    /// Obeys what other CPUs ask of this one.
+    pub(super) fn obey(&mut self, guest: &Guest<V>, requests: Requests) {
+        if requests.init() {
+            self.init(guest);
+        }
+        if requests.nmi() && self.activity != Activity::WaitForSipi {
+            self.events.raise_nmi();
+        }
+        // SMIs are dropped: this machine has no SMM, as FADT.SMI_CMD = 0 says.
+        if let (Some(vector), Activity::WaitForSipi) = (requests.sipi(), self.activity) {
+            self.hw.load_state(&CpuState::startup(vector));
+            self.activity = Activity::Running;
+        }
+    }
+
+    /// INIT (SDM vol. 3, table 9-1): registers reset, but not x87, SSE, MTRRs, TSC and the like.
+    fn init(&mut self, guest: &Guest<V>) {
+        self.hw.load_state(&CpuState::reset());
+        *self.hw.gprs_mut() = [0; 16];
+        self.hw.gprs_mut()[RDX] = u64::from(guest.cpuid.signature());
+        self.lapic.init_reset();
+        self.events.reset();
+        self.hw.set_cr8(0);
+        // The bootstrap processor would start at the reset vector, where there is no firmware: it waits as well.
+        self.activity = Activity::WaitForSipi;
+    }
+
+    /// IN of 1, 2 or 4 bytes.
+    #[inline]
+    pub(super) fn port_in(&mut self, guest: &Guest<V>, port: u16, size: u8) -> u32 {
+        let now = guest.clock.ns(tsc::read());
+        let mut board = guest.board.lock();
+        let before = board.outlook(now);
+        let value = board.chipset.port_read(port, size, now);
+        guest.with_sink(&mut self.woken, |sink| board.update_lines(sink));
+        self.attention |= board.outlook(now) != before;
+        value
+    }
+
+    /// OUT of 1, 2 or 4 bytes.
+    #[inline]
+    pub(super) fn port_out(&mut self, guest: &Guest<V>, port: u16, size: u8, value: u32) {
+        let now = guest.clock.ns(tsc::read());
+        let mut board = guest.board.lock();
+        let before = board.outlook(now);
+        let event = board.chipset.port_write(port, size, value, now, guest.memory.ram());
+        guest.with_sink(&mut self.woken, |sink| board.update_lines(sink));
+        self.attention |= board.outlook(now) != before;
+        drop(board);
+        if let Some(event) = event {
+            self.chipset_event(guest, event);
+        }
+    }
+
+    #[cold]
+    fn chipset_event(&mut self, guest: &Guest<V>, event: ChipsetEvent) {
+        self.attention = true;
+        guest.end(match event {
+            ChipsetEvent::PowerOff => End::PoweredOff,
+            ChipsetEvent::Reset => End::Reset,
+            ChipsetEvent::Exit(value) => End::ExitPort(value),
+        });
+    }
+
+    /// Does what a local APIC access asks for.
+    #[inline]
+    pub(super) fn apic_action(&mut self, guest: &Guest<V>, action: ApicAction) {
+        match action {
+            ApicAction::None => {}
+            ApicAction::Eoi(vector) => {
+                let mut board = guest.board.lock();
+                guest.with_sink(&mut self.woken, |sink| board.ioapic.eoi(vector, sink));
+            }
+            ApicAction::Send(message) => {
+                guest.with_sink(&mut self.woken, |sink| {
+                    crate::devices::apic_bus::ApicSink::send(sink, message);
+                });
+            }
+        }
+    }
+}

@@ -1,0 +1,347 @@
+//! The host memory behind a guest's RAM: reserved when the VM is made, zeroed when it is first used.
+//!
+//! RAM is one range from address zero up to the PCI hole and, if it is larger, a second one from 4 GiB. Each is
+//! backed by 2 MiB frames, or by 1 GiB frames where the VM asks for them. A *granule* is what is zeroed at once
+//! and the largest page that a fault may map before its neighbours have been used: 4 KiB or 2 MiB. A granule is
+//! given to the guest only after it was zeroed, so nothing of another VM or of the host can be read through it.
+#![cfg(target_os = "none")]
+#![allow(unsafe_code)] // Copying to and from guest memory, which is never a Rust reference.
+
+use super::layout::{PCI_HOLE_END, PCI_HOLE_START};
+use super::ram::{BadGpa, GuestRam};
+use crate::mm::{self, FrameSize, Zone};
+use alloc::vec::Vec;
+use core::fmt;
+use core::hint::spin_loop;
+use core::sync::atomic::{AtomicU32, AtomicU64, AtomicU8, Ordering};
+use mmu::{
+    AccessKind, Backing, GfnRange, Gpa, Hpa, NoPage, PageSize, RamAddr, Resolved, Slot, SlotFlags, SlotPage,
+};
+use x86_64::PhysAddr;
+
+const PAGE_SIZE: u64 = 4096;
+const CHUNK: u64 = FrameSize::Size2M.bytes();
+const GIGA: u64 = FrameSize::Size1G.bytes();
+
+/// The granule has not been used yet: it holds whatever the frame held before.
+const UNUSED: u8 = 0;
+/// Somebody is zeroing it.
+const ZEROING: u8 = 1;
+/// It belongs to the guest.
+const READY: u8 = 2;
+
+/// The host cannot back this much guest memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NotEnoughMemory {
+    /// What was asked for, in bytes.
+    pub wanted: u64,
+    /// What the host has free, in bytes.
+    pub free: u64,
+}
+
+impl fmt::Display for NotEnoughMemory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        const MIB: u64 = 1 << 20;
+        write!(
+            f,
+            "memory = \"{}M\" is more than this machine can give, which has {} MiB free; \
+             write a smaller size or start it with more memory",
+            self.wanted / MIB,
+            self.free / MIB
+        )
+    }
+}
+
+/// One range of RAM.
+#[derive(Debug)]
+struct Range {
+    start: u64,
+    bytes: u64,
+    /// Host address of each 2 MiB chunk; bit 0 marks a chunk that is part of a 1 GiB frame.
+    chunks: Vec<u64>,
+    granules: Vec<AtomicU8>,
+}
+
+const IN_GIGA_FRAME: u64 = 1;
+
+/// All RAM of a VM.
+#[derive(Debug)]
+pub struct HostMemory {
+    ranges: Vec<Range>,
+    granule: FrameSize,
+}
+
+/// Start and size of the ranges that `bytes` of RAM make, up to the PCI hole and from 4 GiB.
+pub fn ram_ranges(bytes: u64) -> impl Iterator<Item = (u64, u64)> {
+    let low = bytes.min(PCI_HOLE_START);
+    [(0, low), (PCI_HOLE_END, bytes - low)].into_iter().filter(|&(_, bytes)| bytes != 0)
+}
+
+impl HostMemory {
+    /// Reserves `bytes` for a guest whose pages are at most `page_size` large.
+    pub fn reserve(bytes: u64, page_size: FrameSize) -> Result<Self, NotEnoughMemory> {
+        let refused = NotEnoughMemory { wanted: bytes, free: mm::free_bytes() };
+        if refused.wanted.next_multiple_of(CHUNK) > refused.free {
+            return Err(refused);
+        }
+        let granule = page_size.min(FrameSize::Size2M);
+        let mut memory = Self { ranges: Vec::new(), granule };
+        for (start, bytes) in ram_ranges(bytes) {
+            // Whatever was reserved so far is given back by `Drop` when a later step fails.
+            let range = Range { start, bytes, chunks: Vec::new(), granules: Vec::new() };
+            memory.ranges.push(range);
+            let range = memory.ranges.last_mut().expect("just pushed");
+            range.fill(page_size, granule).map_err(|OutOfFrames| refused)?;
+        }
+        if page_size == FrameSize::Size1G {
+            memory.zero_all();
+        }
+        Ok(memory)
+    }
+
+    /// Zeroes everything now, so that 1 GiB pages can be mapped at the first fault.
+    fn zero_all(&self) {
+        for range in &self.ranges {
+            for offset in (0..range.bytes).step_by(CHUNK as usize) {
+                range.make_ready(offset, self.granule);
+            }
+        }
+    }
+
+    #[inline]
+    fn range(&self, gpa: u64) -> Option<(&Range, u64)> {
+        self.ranges.iter().find_map(|range| {
+            let offset = gpa.wrapping_sub(range.start);
+            (offset < range.bytes).then_some((range, offset))
+        })
+    }
+
+    /// Host address of guest RAM at `gpa`, good for accesses up to the end of its 4 KiB page.
+    #[inline]
+    pub fn host(&self, gpa: u64) -> Option<PhysAddr> {
+        let (range, offset) = self.range(gpa)?;
+        range.make_ready(offset, self.granule);
+        Some(PhysAddr::new(range.host(offset)))
+    }
+
+    /// Splits an access at page boundaries and calls `copy` with each part's host pointer and range in the buffer.
+    fn for_each_part(
+        &self,
+        gpa: u64,
+        len: usize,
+        mut copy: impl FnMut(*mut u8, core::ops::Range<usize>),
+    ) -> Result<(), BadGpa> {
+        let bad = BadGpa { gpa, len };
+        let end = gpa.checked_add(len as u64).ok_or(bad)?;
+        let mut page = gpa & !0xfff;
+        while page < end {
+            self.range(page).ok_or(bad)?;
+            page += 0x1000;
+        }
+        let mut done = 0;
+        while done < len {
+            let at = gpa + done as u64;
+            let part = (len - done).min((0x1000 - (at & 0xfff)) as usize);
+            let host = self.host(at).ok_or(bad)?;
+            copy(mm::phys_to_virt(host), done..done + part);
+            done += part;
+        }
+        Ok(())
+    }
+}
+
+/// The frame allocator, or the heap that lists its frames, has nothing left.
+struct OutOfFrames;
+
+impl Range {
+    fn fill(&mut self, page_size: FrameSize, granule: FrameSize) -> Result<(), OutOfFrames> {
+        let chunks = self.bytes.div_ceil(CHUNK) as usize;
+        let granules = self.bytes.div_ceil(granule.bytes()) as usize;
+        self.chunks.try_reserve_exact(chunks).map_err(|_| OutOfFrames)?;
+        self.granules.try_reserve_exact(granules).map_err(|_| OutOfFrames)?;
+        self.granules.resize_with(granules, || AtomicU8::new(UNUSED));
+        while self.chunks.len() < chunks {
+            let at = self.chunks.len() as u64 * CHUNK;
+            let giga_fits = page_size == FrameSize::Size1G && at % GIGA == 0 && self.bytes - at >= GIGA;
+            if let Some(frame) = giga_fits.then(|| mm::alloc(FrameSize::Size1G, Zone::Any)).flatten() {
+                let parts = (0..GIGA / CHUNK).map(|n| frame.as_u64() + n * CHUNK | IN_GIGA_FRAME);
+                self.chunks.extend(parts);
+            } else {
+                self.chunks.push(mm::alloc(FrameSize::Size2M, Zone::Any).ok_or(OutOfFrames)?.as_u64());
+            }
+        }
+        Ok(())
+    }
+
+    /// Host address that backs `offset`.
+    #[inline]
+    fn host(&self, offset: u64) -> u64 {
+        (self.chunks[(offset / CHUNK) as usize] & !IN_GIGA_FRAME) + offset % CHUNK
+    }
+
+    /// Zeroes the granule of `offset` if nobody has; waits if somebody does so now.
+    #[inline]
+    fn make_ready(&self, offset: u64, granule: FrameSize) {
+        let state = &self.granules[(offset / granule.bytes()) as usize];
+        if state.load(Ordering::Acquire) != READY {
+            self.zero(offset & !(granule.bytes() - 1), granule, state);
+        }
+    }
+
+    fn zero(&self, offset: u64, granule: FrameSize, state: &AtomicU8) {
+        match state.compare_exchange(UNUSED, ZEROING, Ordering::Acquire, Ordering::Acquire) {
+            Ok(_) => {
+                // SAFETY: the granule lies in frames that this range owns, and ZEROING makes us its only user.
+                unsafe { mm::phys::zero(PhysAddr::new(self.host(offset)), granule.bytes()) };
+                state.store(READY, Ordering::Release);
+            }
+            // Another CPU zeroes it with interrupts off: at most some hundred microseconds.
+            Err(_) => {
+                while state.load(Ordering::Acquire) != READY {
+                    spin_loop();
+                }
+            }
+        }
+    }
+
+    /// Whether the gibibyte around `offset` is one host frame, wholly inside the range, and zeroed.
+    fn giga_is_ready(&self, offset: u64, granule: FrameSize) -> bool {
+        let first = (offset / GIGA * (GIGA / CHUNK)) as usize;
+        let end = first + (GIGA / CHUNK) as usize;
+        granule == FrameSize::Size2M
+            && self.bytes / GIGA > offset / GIGA
+            && self.chunks[first] & IN_GIGA_FRAME != 0
+            && self.granules[first..end].iter().all(|state| state.load(Ordering::Acquire) == READY)
+    }
+}
+
+impl Drop for Range {
+    fn drop(&mut self) {
+        let mut next = 0;
+        while let Some(&chunk) = self.chunks.get(next) {
+            let size = if chunk & IN_GIGA_FRAME != 0 { FrameSize::Size1G } else { FrameSize::Size2M };
+            mm::free(PhysAddr::new(chunk & !IN_GIGA_FRAME), size);
+            next += (size.bytes() / CHUNK) as usize;
+        }
+    }
+}
+
+/// A copy to or from guest memory by raw pointer: the guest may change it meanwhile, so no reference is ever made,
+/// and what was read is data of a stranger.
+impl GuestRam for HostMemory {
+    fn read(&self, gpa: u64, buf: &mut [u8]) -> Result<(), BadGpa> {
+        self.for_each_part(gpa, buf.len(), |host, range| {
+            let part = &mut buf[range];
+            // SAFETY: `host` is guest RAM up to the end of its page, mapped in the physical map, and never overlaps
+            // Rust objects.
+            unsafe { core::ptr::copy_nonoverlapping(host, part.as_mut_ptr(), part.len()) };
+        })
+    }
+
+    fn write(&self, gpa: u64, data: &[u8]) -> Result<(), BadGpa> {
+        self.for_each_part(gpa, data.len(), |host, range| {
+            let part = &data[range];
+            // SAFETY: as in `read`.
+            unsafe { core::ptr::copy_nonoverlapping(part.as_ptr(), host, part.len()) };
+        })
+    }
+}
+
+impl HostMemory {
+    /// Slots that show this memory to the guest; the cookie is the index of the range.
+    pub fn slots(&self) -> impl Iterator<Item = Slot> + '_ {
+        self.ranges.iter().enumerate().filter_map(|(index, range)| {
+            let frames = GfnRange::new(Gpa::new(range.start).ok()?.gfn(), range.bytes / PAGE_SIZE).ok()?;
+            Some(Slot { range: frames, flags: SlotFlags::empty(), cookie: index as u64 })
+        })
+    }
+
+    /// Pointer to a place that a slot named, good up to the end of its page.
+    #[inline]
+    fn at(&self, at: &RamAddr) -> Result<*mut u8, NoPage> {
+        let range = self.ranges.get(at.page.cookie as usize).ok_or(NoPage)?;
+        let offset = at.slot_offset();
+        if offset >= range.bytes {
+            return Err(NoPage);
+        }
+        range.make_ready(offset, self.granule);
+        Ok(mm::phys_to_virt(PhysAddr::new(range.host(offset))))
+    }
+
+    /// The same as an atomic; the caller keeps to natural alignment.
+    #[inline]
+    fn atomic_u64(&self, at: &RamAddr) -> Result<&AtomicU64, NoPage> {
+        let place = self.at(at)?.cast::<u64>();
+        if !place.is_aligned() {
+            return Err(NoPage);
+        }
+        // SAFETY: aligned, in guest RAM that lives as long as `self`; guest memory is only accessed atomically or by
+        // copying through raw pointers, like memory shared with another process.
+        Ok(unsafe { AtomicU64::from_ptr(place) })
+    }
+
+    #[inline]
+    fn atomic_u32(&self, at: &RamAddr) -> Result<&AtomicU32, NoPage> {
+        let place = self.at(at)?.cast::<u32>();
+        if !place.is_aligned() {
+            return Err(NoPage);
+        }
+        // SAFETY: as in `atomic_u64`.
+        Ok(unsafe { AtomicU32::from_ptr(place) })
+    }
+}
+
+impl Backing for HostMemory {
+    #[inline]
+    fn resolve(&self, page: &SlotPage, want: PageSize, _: AccessKind) -> Resolved {
+        let Some(range) = self.ranges.get(page.cookie as usize) else { return Resolved::Absent };
+        let offset = page.page * PAGE_SIZE;
+        if offset >= range.bytes {
+            return Resolved::Absent;
+        }
+        range.make_ready(offset, self.granule);
+        let size = match want {
+            PageSize::Size1G if range.giga_is_ready(offset, self.granule) => PageSize::Size1G,
+            PageSize::Size1G | PageSize::Size2M if self.granule == FrameSize::Size2M => PageSize::Size2M,
+            _ => PageSize::Size4K,
+        };
+        let host = range.host(offset) & !(size.bytes() - 1);
+        Resolved::Ram { pfn: Hpa::new_truncate(host).pfn(), size }
+    }
+
+    #[inline]
+    fn read(&self, at: &RamAddr, buf: &mut [u8]) -> Result<(), NoPage> {
+        let host = self.at(at)?;
+        // SAFETY: the place and the length lie in one page of guest RAM.
+        unsafe { core::ptr::copy_nonoverlapping(host, buf.as_mut_ptr(), buf.len()) };
+        Ok(())
+    }
+
+    #[inline]
+    fn write(&self, at: &RamAddr, data: &[u8]) -> Result<(), NoPage> {
+        let host = self.at(at)?;
+        // SAFETY: as in `read`.
+        unsafe { core::ptr::copy_nonoverlapping(data.as_ptr(), host, data.len()) };
+        Ok(())
+    }
+
+    #[inline]
+    fn load_u32(&self, at: &RamAddr) -> Result<u32, NoPage> {
+        Ok(self.atomic_u32(at)?.load(Ordering::Acquire))
+    }
+
+    #[inline]
+    fn load_u64(&self, at: &RamAddr) -> Result<u64, NoPage> {
+        Ok(self.atomic_u64(at)?.load(Ordering::Acquire))
+    }
+
+    fn compare_exchange_u32(&self, at: &RamAddr, current: u32, new: u32) -> Result<u32, NoPage> {
+        let cell = self.atomic_u32(at)?;
+        Ok(cell.compare_exchange(current, new, Ordering::SeqCst, Ordering::SeqCst).unwrap_or_else(|found| found))
+    }
+
+    fn compare_exchange_u64(&self, at: &RamAddr, current: u64, new: u64) -> Result<u64, NoPage> {
+        let cell = self.atomic_u64(at)?;
+        Ok(cell.compare_exchange(current, new, Ordering::SeqCst, Ordering::SeqCst).unwrap_or_else(|found| found))
+    }
+}

@@ -1,0 +1,215 @@
+//! One virtual CPU: its state, and the loop that runs it.
+#![cfg(target_os = "none")]
+
+use super::clock::HostTimer;
+use super::emulate::Emulator;
+use super::events::{Events, InterruptSource};
+use super::guest::Guest;
+use super::msr::MsrState;
+use super::paging::Paging;
+use super::report::{End, Stop, StopReason};
+use crate::cpu::tsc;
+use crate::devices::apic_bus::VcpuSet;
+use crate::devices::lapic::{Lint, LocalApic};
+use crate::hw::extended::ExtendedState;
+use crate::hw::{CpuState, HwVcpu, OutOfMemory, Vendor};
+
+/// What a vCPU is doing when it is not stopped by its VM's end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activity {
+    /// Executing instructions.
+    Running,
+    /// In HLT.
+    Halted,
+    /// After INIT, or a processor that was never started.
+    WaitForSipi,
+}
+
+/// Why [`Vcpu::run`] returned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pause {
+    /// Its time is up, or it gives the rest away.
+    Preempted,
+    /// It waits for an interrupt.
+    Idle,
+    /// Its VM ended.
+    Ended,
+}
+
+/// Everything of a vCPU but its emulator, so that the emulator can be given the rest.
+pub struct Core<V: Vendor> {
+    /// Index in the VM; also the APIC ID.
+    pub index: usize,
+    /// The part that the hardware runs.
+    pub hw: V::Vcpu,
+    /// Local APIC.
+    pub lapic: LocalApic,
+    /// MSRs that the hardware does not switch.
+    pub msrs: MsrState,
+    /// State that is switched only with the vCPU.
+    pub extended: ExtendedState,
+    /// Second-stage faults and walks of the guest's own tables.
+    pub paging: Paging,
+    /// Events that wait for delivery.
+    pub(super) events: Events,
+    /// What it is doing.
+    pub activity: Activity,
+    /// Exits since reset.
+    pub exits: u64,
+    /// Something may be due before the next entry: an event, a timer, a request.
+    pub(super) attention: bool,
+    /// Other vCPUs of the VM that this one woke and that have not run since.
+    pub(super) woken: VcpuSet,
+}
+
+/// A vCPU.
+pub struct Vcpu<V: Vendor> {
+    /// Everything but the emulator.
+    pub core: Core<V>,
+    pub(super) emulator: Emulator,
+}
+
+/// Interrupts of one vCPU: its local APIC, and for vCPU 0 the 8259 pair.
+struct Interrupts<'a, V: Vendor> {
+    lapic: &'a mut LocalApic,
+    guest: &'a Guest<V>,
+}
+
+impl<V: Vendor> InterruptSource for Interrupts<'_, V> {
+    #[inline]
+    fn pending(&mut self) -> bool {
+        self.lapic.extint_pending() || self.lapic.pending_interrupt().is_some()
+    }
+
+    #[inline]
+    fn held_by_tpr(&mut self) -> bool {
+        self.lapic.highest_request().is_some() && self.lapic.pending_interrupt().is_none()
+    }
+
+    fn acknowledge(&mut self) -> Option<u8> {
+        // An ExtINT has no priority class; the processor takes it first.
+        if self.lapic.extint_pending() {
+            let mut board = self.guest.board.lock();
+            let vector = board.chipset.pic_ack();
+            self.lapic.accept_extint();
+            self.lapic.set_lint(Lint::Lint0, board.chipset.pic_intr());
+            return Some(vector);
+        }
+        let vector = self.lapic.pending_interrupt()?;
+        self.lapic.accept(vector);
+        Some(vector)
+    }
+}
+
+impl<V: Vendor> Vcpu<V> {
+    /// Whether the vCPU has a reason to run, or to look whether it has one.
+    pub fn is_runnable(&self, guest: &Guest<V>) -> bool {
+        self.core.activity == Activity::Running
+            || self.core.attention
+            || guest.bus.port(self.core.index).is_some_and(|port| !port.is_empty())
+    }
+
+    /// Whether nothing but an NMI, INIT or SIPI can ever make this vCPU run again.
+    pub fn is_dead(&self) -> bool {
+        match self.core.activity {
+            Activity::Running => false,
+            Activity::Halted => self.core.hw.rflags() & RFLAGS_IF == 0,
+            Activity::WaitForSipi => true,
+        }
+    }
+
+    /// When, in the host's TSC, this vCPU's timer is due.
+    pub fn deadline(&self, guest: &Guest<V>) -> Option<u64> {
+        self.core.lapic.next_event().map(|deadline| guest.clock.host_tsc(deadline, self.core.msrs.tsc_adjust()))
+    }
+
+    /// Makes the vCPU look at its timers and interrupts before it goes on.
+    pub fn kick(&mut self) {
+        self.core.attention = true;
+    }
+
+    /// Vcpus that this one woke since the last call.
+    pub fn take_woken(&mut self) -> VcpuSet {
+        core::mem::take(&mut self.core.woken)
+    }
+
+    /// Runs the vCPU on this CPU until it has to wait, its VM ends, or the host's TSC reaches `until`.
+    /// Host interrupts are off.
+    pub fn run(&mut self, guest: &Guest<V>, timer: &mut HostTimer, until: u64) -> Pause {
+        self.core.attention = true;
+        loop {
+            if self.core.attention || guest.has_mail(self.core.index) {
+                if let Some(pause) = self.attend(guest, timer, until) {
+                    return pause;
+                }
+            }
+            let exit = self.core.enter(guest);
+            self.handle(guest, exit);
+        }
+    }
+
+    /// Does what is due before the guest goes on: requests from other CPUs, timers, events.
+    fn attend(&mut self, guest: &Guest<V>, timer: &mut HostTimer, until: u64) -> Option<Pause> {
+        let core = &mut self.core;
+        core.attention = false;
+        core.lapic.set_cr8(core.hw.cr8());
+        let now = tsc::read();
+        let clock = guest.clock.at(now);
+        core.lapic.advance(clock.ns, core.guest_tsc(guest, now));
+        let chipset_deadline = {
+            let mut board = guest.board.lock();
+            if board.chipset.next_event(clock.ns).is_some_and(|at| at <= clock.ns) {
+                board.chipset.advance(clock.ns);
+                board.update_lines(&mut guest.sink(&mut core.woken));
+            }
+            if core.index == 0 {
+                core.lapic.set_lint(Lint::Lint0, board.chipset.pic_intr());
+            }
+            board.chipset.next_event(clock.ns)
+        };
+        if let Some(port) = guest.bus.port(core.index) {
+            let requests = core.lapic.sync(port);
+            if !requests.is_empty() {
+                core.obey(requests);
+            }
+        }
+        if guest.has_ended() {
+            return Some(Pause::Ended);
+        }
+        let mut interrupts = Interrupts { lapic: &mut core.lapic, guest };
+        match core.activity {
+            Activity::Running => {}
+            Activity::WaitForSipi => return Some(Pause::Idle),
+            Activity::Halted => {
+                let open = core.hw.rflags() & RFLAGS_IF != 0;
+                if !(core.events.any() || open && interrupts.pending()) {
+                    return Some(Pause::Idle);
+                }
+                core.activity = Activity::Running;
+            }
+        }
+        if now >= until || !core.woken.is_empty() {
+            core.attention = true;
+            return Some(Pause::Preempted);
+        }
+        core.events.prepare_entry(&mut core.hw, &mut interrupts);
+        core.hw.set_cr8(core.lapic.cr8());
+        let mut deadline = until;
+        if let Some(at) = chipset_deadline {
+            deadline = deadline.min(guest.clock.tsc_of_ns(at));
+        }
+        if let Some(at) = core.lapic.next_event() {
+            deadline = deadline.min(guest.clock.host_tsc(at, core.msrs.tsc_adjust()));
+        }
+        timer.arm(deadline);
+        None
+    }
+
+    /// Ends the VM because of what this vCPU did.
+    pub(super) fn stop(&mut self, guest: &Guest<V>, reason: StopReason) {
+        let (bytes, bytes_len) = self.core.fetch_for_report(guest);
+        let stop = Stop { reason, vcpu: self.core.index, rip: self.core.hw.rip(), bytes, bytes_len };
+        guest.end(End::Stopped(stop));
+        self.core.attention = true;
+    }
+}

@@ -1,0 +1,260 @@
+//! A vCPU as the instruction emulator sees it: registers, memory through the guest's page tables, devices, ports.
+#![cfg(target_os = "none")]
+
+use super::emulate::{
+    Access, AccessKind, Attributes, Cpu, Exception, Fault, Gpr, KnownOperand, Mode, Seg, Segment,
+};
+use super::guest::Guest;
+use super::layout::{ECAM_SIZE, ECAM_START, IOAPIC_START};
+use super::paging::{Place, Walked};
+use super::vcpu::Core;
+use crate::cpu::tsc;
+use crate::hw::{HwVcpu, SegmentName, Vendor};
+
+/// CR4.LA57.
+const CR4_LA57: u64 = 1 << 12;
+
+/// The vCPU and its VM for the length of one emulated instruction.
+pub(super) struct View<'a, V: Vendor> {
+    pub(super) core: &'a mut Core<V>,
+    pub(super) guest: &'a Guest<V>,
+    /// What the exit said about the operand that faulted.
+    pub(super) known: Option<KnownOperand>,
+}
+
+/// Where the parts of an access lie: one, or two when it crosses a page.
+struct Parts {
+    first: Place,
+    /// Bytes of the first part, and where the rest lies.
+    second: Option<(u8, Place)>,
+}
+
+impl<V: Vendor> View<'_, V> {
+    #[inline]
+    fn place(&mut self, linear: u64, size: u8, access: Access) -> Result<Place, Fault> {
+        if let Some(gpa) = self.known.and_then(|known| known.translate(linear, size, access)) {
+            return Ok(self.core.paging.place(&self.guest.memory, gpa));
+        }
+        let kind = match access.kind {
+            AccessKind::Read => mmu::Access::at_cpl(mmu::AccessKind::Read, self.core.hw.cpl()),
+            AccessKind::Write | AccessKind::ReadModify => {
+                mmu::Access::at_cpl(mmu::AccessKind::Write, self.core.hw.cpl())
+            }
+            AccessKind::System => mmu::Access::implicit(mmu::AccessKind::Read),
+        };
+        self.core.translate(self.guest, linear, kind)
+    }
+
+    #[inline]
+    fn parts(&mut self, linear: u64, size: u8, access: Access) -> Result<Parts, Fault> {
+        let room = 0x1000 - (linear & 0xfff);
+        if u64::from(size) <= room {
+            return Ok(Parts { first: self.place(linear, size, access)?, second: None });
+        }
+        let first = self.place(linear, room as u8, access)?;
+        let second = self.place(linear + room, size - room as u8, access)?;
+        Ok(Parts { first, second: Some((room as u8, second)) })
+    }
+
+    fn read_part(&mut self, place: Place, size: u8) -> Result<u64, Fault> {
+        match place {
+            Place::Ram(at) => {
+                let mut bytes = [0; 8];
+                self.guest.memory.read(at, &mut bytes[..usize::from(size)]).map_err(|_| Fault::Retry)?;
+                Ok(u64::from_le_bytes(bytes))
+            }
+            Place::Device(gpa) if matches!(size, 1 | 2 | 4 | 8) => Ok(self.core.mmio_read(self.guest, gpa, size)),
+            Place::Device(gpa) => Ok((0..u64::from(size))
+                .fold(0, |value, at| value | self.core.mmio_read(self.guest, gpa + at, 1) << (8 * at))),
+        }
+    }
+
+    fn write_part(&mut self, place: Place, size: u8, value: u64) -> Result<(), Fault> {
+        match place {
+            Place::Ram(at) => {
+                let bytes = value.to_le_bytes();
+                self.guest.memory.write(at, &bytes[..usize::from(size)]).map_err(|_| Fault::Retry)?;
+            }
+            Place::Device(gpa) if matches!(size, 1 | 2 | 4 | 8) => {
+                self.core.mmio_write(self.guest, gpa, size, value);
+            }
+            Place::Device(gpa) => {
+                for at in 0..u64::from(size) {
+                    self.core.mmio_write(self.guest, gpa + at, 1, value >> (8 * at) & 0xff);
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+impl<V: Vendor> Cpu for View<'_, V> {
+    #[inline]
+    fn gpr(&self, gpr: Gpr) -> u64 {
+        self.core.hw.gprs()[gpr as usize]
+    }
+    #[inline]
+    fn set_gpr(&mut self, gpr: Gpr, value: u64) {
+        self.core.hw.gprs_mut()[gpr as usize] = value;
+    }
+    #[inline]
+    fn rip(&self) -> u64 {
+        self.core.hw.rip()
+    }
+    #[inline]
+    fn set_rip(&mut self, rip: u64) {
+        self.core.hw.set_rip(rip);
+    }
+    #[inline]
+    fn rflags(&self) -> u64 {
+        self.core.hw.rflags()
+    }
+    #[inline]
+    fn set_rflags(&mut self, rflags: u64) {
+        self.core.hw.set_rflags(rflags);
+    }
+    #[inline]
+    fn cpl(&self) -> u8 {
+        self.core.hw.cpl()
+    }
+    #[inline]
+    fn mode(&self) -> Mode {
+        self.core.mode()
+    }
+    #[inline]
+    fn cr0(&self) -> u64 {
+        self.core.hw.cr0()
+    }
+    #[inline]
+    fn segment(&self, seg: Seg) -> Segment {
+        let segment = match seg {
+            Seg::Es => self.core.hw.segment(SegmentName::Es),
+            Seg::Cs => self.core.hw.segment(SegmentName::Cs),
+            Seg::Ss => self.core.hw.segment(SegmentName::Ss),
+            Seg::Ds => self.core.hw.segment(SegmentName::Ds),
+            Seg::Fs => self.core.hw.segment(SegmentName::Fs),
+            Seg::Gs => self.core.hw.segment(SegmentName::Gs),
+            Seg::Tr => self.core.hw.state().tr,
+        };
+        Segment {
+            selector: segment.selector,
+            attributes: Attributes(segment.attributes),
+            limit: segment.limit,
+            base: segment.base,
+        }
+    }
+    #[inline]
+    fn linear_bits(&self) -> u32 {
+        if self.core.hw.cr4() & CR4_LA57 != 0 {
+            57
+        } else {
+            48
+        }
+    }
+    #[inline]
+    fn clear_interrupt_shadow(&mut self) {
+        self.core.hw.clear_shadow();
+    }
+    #[inline]
+    fn interrupt_pending(&self) -> bool {
+        self.core.attention || self.guest.has_mail(self.core.index)
+    }
+
+    #[inline]
+    fn read(&mut self, linear: u64, size: u8, access: Access) -> Result<u64, Fault> {
+        let Parts { first, second } = self.parts(linear, size, access)?;
+        match second {
+            None => self.read_part(first, size),
+            Some((split, second)) => {
+                let low = self.read_part(first, split)?;
+                Ok(low | self.read_part(second, size - split)? << (8 * split))
+            }
+        }
+    }
+
+    #[inline]
+    fn write(&mut self, linear: u64, size: u8, value: u64, access: Access) -> Result<(), Fault> {
+        let Parts { first, second } = self.parts(linear, size, access)?;
+        match second {
+            None => self.write_part(first, size, value),
+            Some((split, second)) => {
+                self.write_part(first, split, value)?;
+                self.write_part(second, size - split, value >> (8 * split))
+            }
+        }
+    }
+
+    fn probe_write(&mut self, linear: u64, size: u8, access: Access) -> Result<(), Fault> {
+        self.parts(linear, size, access).map(|_| ())
+    }
+
+    fn compare_exchange(
+        &mut self,
+        linear: u64,
+        size: u8,
+        old: u128,
+        new: u128,
+        access: Access,
+    ) -> Result<bool, Fault> {
+        let Parts { first, second } = self.parts(linear, size, access)?;
+        if let (Place::Ram(at), None) = (first, second.as_ref()) {
+            return self.guest.memory.compare_exchange(at, size, old, new).map_err(|_| Fault::Retry);
+        }
+        // A device, or a locked access across pages: written in parts of at most eight bytes.
+        self.write(linear, size.min(8), new as u64, access)?;
+        if size == 16 {
+            self.write(linear + 8, 8, (new >> 64) as u64, access)?;
+        }
+        Ok(true)
+    }
+
+    fn port_in(&mut self, port: u16, size: u8) -> Result<u32, Fault> {
+        Ok(self.core.port_in(self.guest, port, size))
+    }
+
+    fn port_out(&mut self, port: u16, size: u8, value: u32) -> Result<(), Fault> {
+        self.core.port_out(self.guest, port, size, value);
+        Ok(())
+    }
+}
+
+impl<V: Vendor> Core<V> {
+    /// Reads a device's memory; where there is none, all ones.
+    #[inline]
+    pub(super) fn mmio_read(&mut self, guest: &Guest<V>, gpa: u64, size: u8) -> u64 {
+        let page = gpa & !0xfff;
+        if self.lapic.mmio_base() == Some(page) {
+            self.lapic.set_cr8(self.hw.cr8());
+            let now = tsc::read();
+            let tsc = self.guest_tsc(guest, now);
+            return self.lapic.mmio_read((gpa & 0xfff) as u32, size, guest.clock.ns(now), tsc);
+        }
+        match page {
+            IOAPIC_START => guest.board.lock().ioapic.mmio_read((gpa & 0xfff) as u32, size),
+            _ if gpa.wrapping_sub(ECAM_START) < ECAM_SIZE => guest.board.lock().chipset.mmio_read(gpa, size),
+            _ => u64::MAX >> (64 - 8 * u32::from(size)),
+        }
+    }
+
+    /// Writes a device's memory; where there is none, nothing happens.
+    #[inline]
+    pub(super) fn mmio_write(&mut self, guest: &Guest<V>, gpa: u64, size: u8, value: u64) {
+        let page = gpa & !0xfff;
+        if self.lapic.mmio_base() == Some(page) {
+            self.lapic.set_cr8(self.hw.cr8());
+            let now = tsc::read();
+            let tsc = self.guest_tsc(guest, now);
+            let action = self.lapic.mmio_write((gpa & 0xfff) as u32, size, value, guest.clock.ns(now), tsc);
+            self.hw.set_cr8(self.lapic.cr8());
+            self.attention = true;
+            self.apic_action(guest, action);
+        } else if page == IOAPIC_START {
+            let mut board = guest.board.lock();
+            guest.with_sink(&mut self.woken, |sink| {
+                board.ioapic.mmio_write((gpa & 0xfff) as u32, size, value, sink);
+            });
+        } else if gpa.wrapping_sub(ECAM_START) < ECAM_SIZE {
+            guest.board.lock().chipset.mmio_write(gpa, size, value);
+        }
+    }
+}
