@@ -14,3 +14,5 @@ pub mod handover;
 pub mod multiboot2;
 pub mod pvh;
 pub mod regions;
+#[cfg(test)]
+mod testing;
