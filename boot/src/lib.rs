@@ -8,6 +8,7 @@
 
 extern crate alloc;
 
+pub mod bundle;
 #[cfg(target_os = "none")]
 pub mod entry;
 pub mod handover;
