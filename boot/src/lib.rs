@@ -9,6 +9,7 @@
 extern crate alloc;
 
 pub mod bundle;
+pub mod config;
 #[cfg(target_os = "none")]
 pub mod entry;
 pub mod handover;
