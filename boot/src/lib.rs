@@ -8,9 +8,13 @@
 
 extern crate alloc;
 
+pub mod bundle;
+pub mod config;
 #[cfg(target_os = "none")]
 pub mod entry;
 pub mod handover;
 pub mod multiboot2;
 pub mod pvh;
 pub mod regions;
+#[cfg(test)]
+mod testing;

@@ -63,7 +63,7 @@ fn is_well_formed(tag_type: TagType, size: usize, payload: &[u8]) -> bool {
         TagType::Mmap => {
             let entry = size_of::<MemoryArea>();
             size >= TAG_HEADER + MAP_HEADER
-                && (size - TAG_HEADER - MAP_HEADER) % entry == 0
+                && (size - TAG_HEADER - MAP_HEADER).is_multiple_of(entry)
                 && payload.starts_with(&(entry as u32).to_le_bytes())
         }
         TagType::AcpiV1 => size >= TAG_HEADER + 20,
@@ -112,6 +112,162 @@ fn pixel_format(red: &FramebufferField, green: &FramebufferField, blue: &Framebu
         (16, 8, 0) if whole_bytes => PixelFormat::Bgr,
         (red_position, green_position, blue_position) => {
             PixelFormat::Unknown { red_position, green_position, blue_position }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::Memory;
+    use proptest::prelude::*;
+    use std::vec::Vec;
+
+    const BASE: u64 = 0x8_c000;
+    const MAP: u32 = 6;
+    const MODULE: u32 = 3;
+    const RSDP_OLD: u32 = 14;
+    const RSDP_NEW: u32 = 15;
+    const FRAMEBUFFER: u32 = 8;
+
+    /// An information block of the given tags and an end tag.
+    fn block(tags: &[(u32, Vec<u8>)]) -> Memory {
+        let mut bytes = vec![0; 8];
+        for (tag_type, payload) in tags.iter().chain([&(0, vec![])]) {
+            bytes.extend(tag_type.to_le_bytes());
+            bytes.extend((payload.len() as u32 + 8).to_le_bytes());
+            bytes.extend(payload);
+            bytes.resize(bytes.len().next_multiple_of(8), 0);
+        }
+        let len = bytes.len() as u32;
+        bytes[..4].copy_from_slice(&len.to_le_bytes());
+        let mut memory = Memory::new(BASE, bytes.len());
+        memory.put(BASE, &bytes);
+        memory
+    }
+
+    fn words(fields: &[u32]) -> Vec<u8> {
+        fields.iter().flat_map(|field| field.to_le_bytes()).collect()
+    }
+
+    fn map() -> (u32, Vec<u8>) {
+        (MAP, words(&[24, 0, 0, 0, 0x9_fc00, 0, 1, 0, 0x10_0000, 0, 0x1000_0000, 0, 1, 0]))
+    }
+
+    fn module(start: u32, end: u32) -> (u32, Vec<u8>) {
+        let mut payload = words(&[start, end]);
+        payload.extend(b"bundle\0");
+        (MODULE, payload)
+    }
+
+    fn framebuffer_tag(bpp: u8, kind: u8, rest: &[u8]) -> (u32, Vec<u8>) {
+        let mut payload = words(&[0xc000_0000, 0, 3328, 800, 600]);
+        payload.extend([bpp, kind, 0, 0]);
+        payload.extend(rest);
+        (FRAMEBUFFER, payload)
+    }
+
+    fn read_tags(tags: &[(u32, Vec<u8>)]) -> Result<Handover, Error> {
+        let mut handover = Handover::new();
+        read(&block(tags), BASE, &mut handover).map(|()| handover)
+    }
+
+    const MALFORMED: Error = Error::Malformed(BLOCK, BASE);
+
+    #[test]
+    fn everything_that_grub_passes_is_found() {
+        let (old, new) = ((RSDP_OLD, vec![0; 20]), (RSDP_NEW, vec![0; 36]));
+        let tags = [map(), old, new, module(0x1a_5000, 0x1a_5006), module(0x1b_0000, 0x1b_1000)];
+        let handover = read_tags(&tags).unwrap();
+        assert!(handover.map.has_usable());
+        assert_eq!(handover.ramdisk, Some((0x1a_5000, 6)));
+        // Block header 8, map tag 64, old RSDP tag 28 padded to 32, then the header of the new one.
+        assert_eq!(handover.rsdp, Some(BASE + 8 + 64 + 32 + 8));
+    }
+
+    #[test]
+    fn an_old_rsdp_will_do() {
+        let handover = read_tags(&[map(), (RSDP_OLD, vec![0; 20])]).unwrap();
+        assert_eq!(handover.rsdp, Some(BASE + 8 + 64 + 8));
+    }
+
+    #[test]
+    fn framebuffers_of_direct_colour_are_taken() {
+        let bgr = framebuffer_tag(32, 1, &[16, 8, 8, 8, 0, 8]);
+        let (start, info) = read_tags(&[map(), bgr]).unwrap().framebuffer.unwrap();
+        assert_eq!((start, info.width, info.height, info.stride), (0xc000_0000, 800, 600, 832));
+        assert_eq!((info.byte_len, info.bytes_per_pixel), (3328 * 600, 4));
+        assert_eq!(info.pixel_format, PixelFormat::Bgr);
+
+        let high_colour = framebuffer_tag(16, 1, &[11, 5, 5, 6, 0, 5]);
+        let (_, info) = read_tags(&[map(), high_colour]).unwrap().framebuffer.unwrap();
+        let unknown = PixelFormat::Unknown { red_position: 11, green_position: 5, blue_position: 0 };
+        assert_eq!(info.pixel_format, unknown);
+    }
+
+    #[test]
+    fn other_framebuffers_are_left() {
+        for tag in [
+            framebuffer_tag(16, 2, &[]),
+            framebuffer_tag(8, 0, &[1, 0, 1, 2, 3]),
+            framebuffer_tag(0, 1, &[0; 6]),
+            framebuffer_tag(64, 1, &[0; 6]),
+        ] {
+            assert!(read_tags(&[map(), tag]).unwrap().framebuffer.is_none());
+        }
+    }
+
+    #[test]
+    fn broken_tags_are_refused() {
+        for tag in [
+            (MODULE, vec![0; 7]),
+            (MAP, words(&[24])),
+            (MAP, words(&[24, 0, 0])),
+            (MAP, words(&[16, 0, 0, 0, 0, 0])),
+            (RSDP_OLD, vec![0; 19]),
+            (RSDP_NEW, vec![0; 35]),
+            (FRAMEBUFFER, vec![0; 23]),
+            framebuffer_tag(32, 1, &[0; 5]),
+            framebuffer_tag(8, 0, &[2, 0, 1, 2, 3]),
+        ] {
+            assert_eq!(read_tags(std::slice::from_ref(&tag)).err(), Some(MALFORMED), "{tag:?}");
+        }
+    }
+
+    #[test]
+    fn broken_blocks_are_refused() {
+        assert_eq!(read_tags(&[]).err(), Some(Error::NoMemoryMap));
+        assert_eq!(read_tags(&[map(), module(2, 1)]).err(), Some(Error::Malformed("module", 2)));
+
+        let read_sized = |size: u32| {
+            let mut memory = block(&[map()]);
+            memory.put(BASE, &size.to_le_bytes());
+            read(&memory, BASE, &mut Handover::new()).err()
+        };
+        assert_eq!(read_sized(4), Some(MALFORMED));
+        assert_eq!(read_sized(72), Some(MALFORMED));
+        assert_eq!(read_sized(0x1000), Some(Error::OutOfReach(BLOCK, BASE)));
+        assert_eq!(
+            read(&block(&[]), BASE + 4, &mut Handover::new()),
+            Err(Error::Malformed(BLOCK, BASE + 4)),
+            "a misaligned block"
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn any_tags_are_read_or_refused(
+            tags in prop::collection::vec((0u32..22, prop::collection::vec(any::<u8>(), 0..80)), 0..8),
+        ) {
+            let _ = read_tags(&tags);
+        }
+
+        #[test]
+        fn any_bytes_are_read_or_refused(bytes in prop::collection::vec(any::<u8>(), 4..200)) {
+            let mut memory = Memory::new(BASE, bytes.len());
+            memory.put(BASE, &bytes);
+            memory.put(BASE, &(bytes.len() as u32 & !7).to_le_bytes());
+            let _ = read(&memory, BASE, &mut Handover::new());
         }
     }
 }

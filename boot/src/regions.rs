@@ -82,7 +82,7 @@ impl MemoryMap {
         &self.entries[..self.len]
     }
 
-    /// Bytes of usable memory, were nothing else in the way. For telling an empty map from a good one.
+    /// Whether any entry is usable memory, whatever else overlaps it.
     pub fn has_usable(&self) -> bool {
         self.entries().iter().any(|entry| entry.kind == MemoryRegionKind::Usable)
     }
@@ -130,5 +130,164 @@ fn strictness(kind: &MemoryRegionKind) -> (u8, u32) {
         MemoryRegionKind::UnknownBios(tag) => (2, tag),
         MemoryRegionKind::UnknownUefi(tag) => (3, tag),
         _ => (4, 0),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::boxed::Box;
+    use std::vec::Vec;
+
+    fn regions(map: &MemoryMap) -> Vec<(u64, u64, MemoryRegionKind)> {
+        let mut out = Box::new([NO_REGION; OUTPUT_REGIONS]);
+        let count = map.write_regions(&mut out);
+        out[..count].iter().map(|region| (region.start, region.end, region.kind)).collect()
+    }
+
+    use MemoryRegionKind::{Bootloader, UnknownBios, Usable};
+
+    #[test]
+    fn an_empty_map_has_no_regions() {
+        let map = MemoryMap::new();
+        assert_eq!(regions(&map), []);
+        assert!(!map.has_usable());
+    }
+
+    #[test]
+    fn a_reservation_splits_usable_memory() {
+        let mut map = MemoryMap::new();
+        map.add_e820(0x10_0000, 0x70_0000, 1).unwrap();
+        map.reserve(0x20_0000, 0x1_0000).unwrap();
+        assert_eq!(
+            regions(&map),
+            [
+                (0x10_0000, 0x20_0000, Usable),
+                (0x20_0000, 0x21_0000, Bootloader),
+                (0x21_0000, 0x80_0000, Usable)
+            ]
+        );
+    }
+
+    #[test]
+    fn unsorted_and_overlapping_entries_keep_the_strictest_kind() {
+        let mut map = MemoryMap::new();
+        map.add_e820(0x8000, 0x8000, 2).unwrap();
+        map.add_e820(0x4000, 0x8000, 1).unwrap();
+        map.add_e820(0x4000, 0x1000, 1).unwrap();
+        map.reserve(0x7000, 0x2000).unwrap();
+        assert_eq!(
+            regions(&map),
+            [(0x4000, 0x7000, Usable), (0x7000, 0x8000, Bootloader), (0x8000, 0x1_0000, UnknownBios(2))]
+        );
+    }
+
+    #[test]
+    fn pages_that_are_usable_in_part_are_not_usable() {
+        let mut map = MemoryMap::new();
+        map.add_e820(0x10, 0x9_fc00 - 0x10, 1).unwrap();
+        map.add_e820(0x9_fc00, 0x400, 2).unwrap();
+        map.reserve(0x5005, 1).unwrap();
+        assert_eq!(
+            regions(&map),
+            [
+                (0x1000, 0x5000, Usable),
+                (0x5000, 0x6000, Bootloader),
+                (0x6000, 0x9_f000, Usable),
+                (0x9_f000, 0xa_0000, UnknownBios(2))
+            ]
+        );
+    }
+
+    #[test]
+    fn neighbours_of_one_kind_merge() {
+        let mut map = MemoryMap::new();
+        map.add_e820(0x2000, 0x1000, 1).unwrap();
+        map.add_e820(0x1000, 0x1000, 1).unwrap();
+        map.add_e820(0x3000, 0x1000, 3).unwrap();
+        assert_eq!(regions(&map), [(0x1000, 0x3000, Usable), (0x3000, 0x4000, UnknownBios(3))]);
+    }
+
+    #[test]
+    fn empty_wrapping_and_impossible_entries_are_cut() {
+        let mut map = MemoryMap::new();
+        map.add_e820(0x1000, 0, 1).unwrap();
+        map.add_e820(u64::MAX, u64::MAX, 1).unwrap();
+        map.add_e820(LIMIT, 0x1000, 2).unwrap();
+        assert_eq!(regions(&map), []);
+        map.add_e820(LIMIT - 0x2000, u64::MAX, 1).unwrap();
+        assert_eq!(regions(&map), [(LIMIT - 0x2000, LIMIT, Usable)]);
+    }
+
+    #[test]
+    fn memory_above_4_gib_is_kept() {
+        let mut map = MemoryMap::new();
+        map.add_e820(1 << 32, 1 << 40, 1).unwrap();
+        assert_eq!(regions(&map), [(1 << 32, (1 << 32) + (1 << 40), Usable)]);
+    }
+
+    #[test]
+    fn a_full_map_says_so_and_still_comes_out_whole() {
+        let mut map = MemoryMap::new();
+        // Staggered overlaps of different kinds, the worst case for the number of regions.
+        for n in 0..INPUT_REGIONS as u64 {
+            map.add_e820(n * 0x2000, 0x3000, 2 + n as u32 % 2).unwrap();
+        }
+        assert_eq!(map.reserve(0, 1), Err(TooManyRegions));
+        map.reserve(7, 0).unwrap();
+        assert!(regions(&map).len() >= INPUT_REGIONS);
+    }
+
+    /// What the map must say of the page at `page`, straight from the definition.
+    fn model(entries: &[(u64, u64, u32)], page: u64) -> Option<MemoryRegionKind> {
+        let (start, end) = (page, page + PAGE);
+        let kinds = entries.iter().filter_map(|&(at, len, what)| {
+            let overlaps = len != 0 && at < end && start < at + len;
+            let covers = at <= start && end <= at + len;
+            match what {
+                0 => overlaps.then_some(Bootloader),
+                1 => covers.then_some(Usable),
+                other => overlaps.then_some(UnknownBios(other)),
+            }
+        });
+        kinds.max_by_key(strictness)
+    }
+
+    proptest! {
+        #[test]
+        fn every_page_is_what_the_definition_says(
+            entries in prop::collection::vec((0u64..0x4_0000, 0u64..0x2_0000, 0u32..5), 0..90),
+        ) {
+            let mut map = MemoryMap::new();
+            for &(at, len, what) in &entries {
+                match what {
+                    0 => map.reserve(at, len).unwrap(),
+                    what => map.add_e820(at, len, what).unwrap(),
+                }
+            }
+            let regions = regions(&map);
+            for page in (0..0x6_0000).step_by(PAGE as usize) {
+                let found = regions.iter().find(|(start, end, _)| (*start..*end).contains(&page));
+                prop_assert_eq!(found.map(|region| region.2), model(&entries, page), "page {:#x}", page);
+            }
+        }
+
+        #[test]
+        fn any_map_comes_out_sorted_disjoint_and_aligned(
+            entries in prop::collection::vec((any::<u64>(), any::<u64>(), 0u32..6), 0..120),
+        ) {
+            let mut map = MemoryMap::new();
+            for &(at, len, what) in &entries {
+                map.add_e820(at, len, what).unwrap();
+            }
+            let regions = regions(&map);
+            for &(start, end, _) in &regions {
+                prop_assert!(start < end && end <= LIMIT && start % PAGE == 0 && end % PAGE == 0);
+            }
+            for pair in regions.windows(2) {
+                prop_assert!(pair[0].1 < pair[1].0 || (pair[0].1 == pair[1].0 && pair[0].2 != pair[1].2));
+            }
+        }
     }
 }
