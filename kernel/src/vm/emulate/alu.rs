@@ -119,6 +119,11 @@ impl<C: Cpu> Execution<'_, C> {
             (result, old & !CF | u64::from(value & bit != 0))
         };
         if dst != Operand::Mem {
+            if op == BitOp::Test {
+                let status = apply(self.read_operand(dst, size)?).1;
+                self.set_status(status);
+                return Ok(());
+            }
             return self.update(apply);
         }
         // A register's bit offset is signed and reaches beyond the operand, in steps of the operand's size.

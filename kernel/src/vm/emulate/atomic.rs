@@ -53,8 +53,9 @@ impl<C: Cpu> Execution<'_, C> {
             old
         } else {
             let old = self.read_operand(dst, size)?;
-            let new = if old == expected { new } else { old };
-            self.write_operand(dst, size, new)?;
+            if old == expected {
+                self.write_operand(dst, size, new)?;
+            }
             old
         };
         if old != expected {

@@ -6,6 +6,8 @@ mod differential;
 mod fake;
 mod hostile;
 mod moves;
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod native;
 mod rules;
 mod segments;
 mod strings;
