@@ -1,0 +1,114 @@
+//! The instruction emulator: one instruction of a guest, for memory that is a device's or write-protected.
+//!
+//! # Interface
+//!
+//! One [`Emulator`] per vCPU (it holds the decode cache, and allocates only when made):
+//!
+//! - [`Emulator::emulate`]`(&mut cpu, bytes) -> `[`Outcome`]: executes the instruction at the vCPU's RIP, of which
+//!   `bytes` are up to fifteen bytes, as many as could be fetched.
+//! - [`Emulator::insn_len`]`(mode, bytes) -> Result<u8, `[`DecodeError`]`>`: only the length, to skip an intercepted
+//!   instruction where the processor does not report the next RIP.
+//! - [`Cpu`]: the trait through which the emulator sees a vCPU: registers, segments, paged memory, ports.
+//!   [`Mode::of`] computes the mode; [`KnownOperand`] is the optional shortcut past the guest walk.
+//! - [`Exception`], [`Fault`]: how a [`Cpu`] refuses an access.
+//!
+//! # Rules
+//!
+//! - Nothing of an instruction takes effect before its last possible fault, except device accesses that the
+//!   processor would make before it, too. Repeated instructions commit each iteration.
+//! - Everything is done with the guest's own rights at its CPL, checked here (segmentation, canonical form, alignment,
+//!   I/O permission) and in the [`Cpu`] (paging): the bytes may have been changed by another vCPU since the exit and
+//!   are not trusted to be what caused it.
+//! - A repeated instruction runs a bounded number of iterations, then RIP stays and [`Outcome::Continue`] is returned.
+//! - On completion RF and the interrupt shadow end, and a set TF is reported as an owed #DB.
+//!
+//! # Limits
+//!
+//! Instruction and data breakpoints (DR7) are not matched. Far transfers, segment loads, x87, MMX and AVX are
+//! not emulated; SSE loads and stores only where the [`Cpu`] gives access to the vector registers.
+mod address;
+mod alu;
+mod atomic;
+pub mod cache;
+pub mod cpu;
+pub mod decode;
+mod execute;
+pub mod flags;
+mod io;
+mod length;
+mod stack;
+mod string;
+#[cfg(test)]
+mod tests;
+
+pub use cache::DecodeCache;
+pub use cpu::{Access, AccessKind, Attributes, Cpu, Exception, Fault, KnownOperand, Mode, Segment};
+pub use decode::{DecodeError, DecodedInsn, Gpr, Seg};
+
+use alloc::collections::TryReserveError;
+
+/// What became of an instruction.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// It completed and RIP is behind it. `trap`: RFLAGS.TF was set, a #DB with DR6.BS is owed.
+    Done {
+        /// A single-step trap is owed.
+        trap: bool,
+    },
+    /// A repeated instruction has iterations left: RIP is still at it, the registers stand between two
+    /// iterations, RF is set as it is when an interrupt comes here. Enter the guest again, which goes on with it
+    /// (by another exit). `trap` as for `Done`: TF traps after each iteration.
+    Continue {
+        /// A single-step trap is owed.
+        trap: bool,
+    },
+    /// The guest takes this exception at this RIP; RF is set for the pushed image, as for every fault.
+    Exception(Exception),
+    /// Nothing happened; enter the guest again.
+    Retry,
+    /// The instruction continues behind `bytes`. If fewer than fifteen were given because the next page could not
+    /// be fetched, the guest takes the fault of that fetch.
+    Truncated,
+    /// The [`Cpu`] wants the VM stopped.
+    Stop,
+    /// Not emulated. The VM is stopped with a report; for code at CPL 3 a #UD serves the guest better.
+    Unsupported {
+        /// What it was, for the report.
+        reason: &'static str,
+    },
+}
+
+/// Emulator of one vCPU.
+pub struct Emulator {
+    cache: DecodeCache,
+}
+
+impl Emulator {
+    /// An emulator with an empty decode cache.
+    pub fn new() -> Result<Self, TryReserveError> {
+        Ok(Self { cache: DecodeCache::new()? })
+    }
+
+    /// The decode cache, for its statistics.
+    #[must_use]
+    pub fn cache(&self) -> &DecodeCache {
+        &self.cache
+    }
+
+    /// Length of the instruction that `bytes` begin with, whether it could be emulated or not.
+    pub fn insn_len(&mut self, mode: Mode, bytes: &[u8]) -> Result<u8, DecodeError> {
+        match length::plain(bytes) {
+            Some(len) => Ok(len),
+            None => self.cache.lookup(mode.bitness(), bytes).map(DecodedInsn::len),
+        }
+    }
+
+    /// Emulates the instruction at `cpu`'s RIP. `bytes` are its first bytes, up to fifteen.
+    pub fn emulate<C: Cpu>(&mut self, cpu: &mut C, bytes: &[u8]) -> Outcome {
+        let mode = cpu.mode();
+        match self.cache.lookup(mode.bitness(), bytes) {
+            Ok(insn) => execute::execute(cpu, insn, mode),
+            Err(error) => execute::rejected(cpu, mode, error),
+        }
+    }
+}

@@ -1,0 +1,13 @@
+//! Tests of the emulator: by group on a fake CPU, against the host's processor, and with hostile input.
+mod arithmetic;
+mod decoding;
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod differential;
+mod fake;
+mod hostile;
+mod moves;
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod native;
+mod rules;
+mod segments;
+mod strings;
