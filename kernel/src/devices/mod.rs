@@ -5,4 +5,5 @@
 //! as a level (`irq(&self) -> bool`). The chipset samples lines after each access and each event.
 
 pub mod apic_bus;
+pub mod ioapic;
 pub mod lapic;
