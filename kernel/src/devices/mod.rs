@@ -3,3 +3,7 @@
 //! A device gets the VM's clock as an argument (`now_ns`, nanoseconds since the VM's reset), says when it next
 //! wants to be looked at (`next_event(now_ns) -> Option<u64>`, absolute nanoseconds) and shows its interrupt line
 //! as a level (`irq(&self) -> bool`). The chipset samples lines after each access and each event.
+
+pub mod apic_bus;
+pub mod ioapic;
+pub mod lapic;
