@@ -158,3 +158,15 @@ unsafe fn xsetbv(value: u64) {
              options(nomem, nostack, preserves_flags));
     }
 }
+
+/// PKRU of the vCPU that is on this CPU. Only for CPUs with protection keys, where Umbra keeps CR4.PKE set: it has
+/// no user pages that PKRU could restrict.
+#[inline]
+pub fn pkru() -> u32 {
+    let value: u32;
+    // SAFETY: CR4.PKE is set, so RDPKRU exists; it reads a register.
+    unsafe {
+        asm!("rdpkru", in("ecx") 0, out("eax") value, out("edx") _, options(nomem, nostack, preserves_flags));
+    }
+    value
+}

@@ -12,6 +12,7 @@ pub(crate) mod fake;
 pub mod svm;
 
 use core::fmt;
+use mmu::EntryFormat;
 
 /// Index of a general-purpose register in [`HwVcpu::gprs`], in the order of instruction encodings.
 pub mod gpr {
@@ -279,8 +280,14 @@ pub trait Vendor: Copy + Send + Sync + 'static {
     /// The vCPU of this vendor.
     type Vcpu: HwVcpu;
 
+    /// Format of second-stage tables.
+    type Format: EntryFormat;
+
     /// Name for the log, "SVM" or "VMX".
     const NAME: &'static str;
+
+    /// The format as this machine has it.
+    fn format(&self) -> Self::Format;
 
     /// Makes a vCPU in reset state that translates through the second-stage table `root`.
     fn new_vcpu(&self, root: u64) -> Result<Self::Vcpu, OutOfMemory>;
@@ -310,6 +317,10 @@ pub trait HwVcpu: Send {
     fn cr0(&self) -> u64;
     /// CR2.
     fn cr2(&self) -> u64;
+    /// PAE's PDPTE registers, where the hardware has such: VMX. SVM reads PDPTEs from memory at each walk.
+    fn pdptes(&self) -> Option<[u64; 4]> {
+        None
+    }
     /// Sets CR2.
     fn set_cr2(&mut self, cr2: u64);
     /// CR3.

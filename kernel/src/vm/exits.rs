@@ -349,9 +349,7 @@ impl<V: Vendor> Core<V> {
     /// Runs the guest until it exits, with this CPU's translations up to date.
     #[inline]
     pub(super) fn enter(&mut self, guest: &Guest<V>) -> Exit {
-        self.paging.enter(&guest.memory, &mut self.hw);
-        let exit = self.hw.run();
-        self.paging.leave(&guest.memory);
+        let exit = self.paging.run(&guest.memory, &mut self.hw);
         self.exits += 1;
         if let Some(event) = self.hw.take_interrupted_event() {
             self.events.interrupted(event);

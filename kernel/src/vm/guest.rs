@@ -2,11 +2,12 @@
 #![cfg(target_os = "none")]
 
 use super::clock::VmClock;
-use super::memory::GuestMemory;
+use super::paging::GuestMemory;
 use super::report::End;
 use crate::devices::apic_bus::{ApicBus, ApicSink, BusSink, VcpuSet};
 use crate::devices::chipset::Chipset;
 use crate::devices::ioapic::IoApic;
+use crate::hw::Vendor;
 use alloc::string::String;
 use core::sync::atomic::{AtomicBool, Ordering};
 use spin::Mutex;
@@ -68,11 +69,11 @@ impl Board {
 }
 
 /// What the vCPUs of a VM share.
-pub struct Guest {
+pub struct Guest<V: Vendor> {
     /// Name in umbra.toml.
     pub name: String,
     /// RAM and second-stage tables.
-    pub memory: GuestMemory,
+    pub memory: GuestMemory<V>,
     /// Devices.
     pub board: Mutex<Board>,
     /// Interrupt messages between vCPUs.
@@ -83,9 +84,9 @@ pub struct Guest {
     end: Mutex<Option<End>>,
 }
 
-impl Guest {
+impl<V: Vendor> Guest<V> {
     /// A VM of these parts that has not ended.
-    pub fn new(name: String, memory: GuestMemory, board: Board, bus: ApicBus, clock: VmClock) -> Self {
+    pub fn new(name: String, memory: GuestMemory<V>, board: Board, bus: ApicBus, clock: VmClock) -> Self {
         let (board, end) = (Mutex::new(board), Mutex::new(None));
         Self { name, memory, board, bus, clock, ended: AtomicBool::new(false), end }
     }

@@ -2,11 +2,11 @@
 #![cfg(target_os = "none")]
 
 use super::emulate::{
-    Access, AccessKind, Attributes, Cpu, Exception, Fault, Gpr, KnownOperand, Mode, Seg, Segment,
+    Access, AccessKind, Attributes, Cpu, Fault, Gpr, KnownOperand, Mode, Seg, Segment,
 };
 use super::guest::Guest;
 use super::layout::{ECAM_SIZE, ECAM_START, IOAPIC_START};
-use super::paging::{Place, Walked};
+use super::paging::Place;
 use super::vcpu::Core;
 use crate::cpu::tsc;
 use crate::hw::{HwVcpu, SegmentName, Vendor};
@@ -42,7 +42,9 @@ impl<V: Vendor> View<'_, V> {
             }
             AccessKind::System => mmu::Access::implicit(mmu::AccessKind::Read),
         };
-        self.core.translate(self.guest, linear, kind)
+        let core = &mut *self.core;
+        let gpa = core.paging.translate(&self.guest.memory, &core.hw, linear, kind)?;
+        Ok(core.paging.place(&self.guest.memory, gpa))
     }
 
     #[inline]
@@ -198,7 +200,8 @@ impl<V: Vendor> Cpu for View<'_, V> {
     ) -> Result<bool, Fault> {
         let Parts { first, second } = self.parts(linear, size, access)?;
         if let (Place::Ram(at), None) = (first, second.as_ref()) {
-            return self.guest.memory.compare_exchange(at, size, old, new).map_err(|_| Fault::Retry);
+            // What cannot be done atomically here the guest does itself: RAM is not emulated for long.
+            return self.guest.memory.compare_exchange(at, size, old as u64, new as u64).ok_or(Fault::Retry);
         }
         // A device, or a locked access across pages: written in parts of at most eight bytes.
         self.write(linear, size.min(8), new as u64, access)?;
@@ -230,7 +233,7 @@ impl<V: Vendor> Core<V> {
             return self.lapic.mmio_read((gpa & 0xfff) as u32, size, guest.clock.ns(now), tsc);
         }
         match page {
-            IOAPIC_START => guest.board.lock().ioapic.mmio_read((gpa & 0xfff) as u32, size),
+            IOAPIC_START => guest.board.lock().ioapic.read((gpa & 0xfff) as u32, size),
             _ if gpa.wrapping_sub(ECAM_START) < ECAM_SIZE => guest.board.lock().chipset.mmio_read(gpa, size),
             _ => u64::MAX >> (64 - 8 * u32::from(size)),
         }
@@ -251,7 +254,7 @@ impl<V: Vendor> Core<V> {
         } else if page == IOAPIC_START {
             let mut board = guest.board.lock();
             guest.with_sink(&mut self.woken, |sink| {
-                board.ioapic.mmio_write((gpa & 0xfff) as u32, size, value, sink);
+                board.ioapic.write((gpa & 0xfff) as u32, size, value, sink);
             });
         } else if gpa.wrapping_sub(ECAM_START) < ECAM_SIZE {
             guest.board.lock().chipset.mmio_write(gpa, size, value);

@@ -10,6 +10,7 @@ use crate::mm::{self, FrameSize, Zone};
 use crate::vm::msr::passthrough;
 use core::arch::asm;
 use core::cell::UnsafeCell;
+use mmu::{Npt, NptHost, PageSize};
 use spin::Once;
 use x86_64::registers::model_specific::{Efer, EferFlags, Msr};
 use x86_64::PhysAddr;
@@ -38,6 +39,7 @@ pub struct Svm {
     /// Permission map for MSRs.
     pub(super) msrpm: PhysAddr,
     asid_count: u32,
+    host: NptHost,
 }
 
 /// What one CPU keeps for running guests.
@@ -87,6 +89,13 @@ impl Svm {
             iopm,
             msrpm,
             asid_count: svm.asids.max(2),
+            host: NptHost {
+                // Umbra's own tables have four levels, and the depth of nested tables is that of the host's.
+                five_level: false,
+                max_phys_addr: features.physical_address_bits,
+                no_execute: features.nx,
+                largest: if features.pages_1g { PageSize::Size1G } else { PageSize::Size2M },
+            },
         })
     }
 }
@@ -130,7 +139,12 @@ pub fn enable_on_this_cpu(svm: &Svm) {
 
 impl Vendor for Svm {
     type Vcpu = SvmVcpu;
+    type Format = Npt;
     const NAME: &'static str = "SVM";
+
+    fn format(&self) -> Npt {
+        Npt::new(&self.host)
+    }
 
     fn new_vcpu(&self, root: u64) -> Result<SvmVcpu, OutOfMemory> {
         SvmVcpu::new(*self, root)
