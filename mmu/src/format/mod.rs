@@ -1,0 +1,91 @@
+//! Entry formats of Umbra's own tables: what the bits of an entry mean.
+//!
+//! A format is a value: its masks follow from the CPU it was made for, and two formats, or two CPUs' worth of one, live
+//! side by side. Nothing here knows a vCPU.
+mod npt;
+
+use core::fmt;
+
+pub use npt::{Npt, NptHost};
+
+use crate::access::AccessKind;
+use crate::addr::Pfn;
+use crate::level::{Level, PageSize};
+
+/// Why a leaf can or cannot be written: the legal combinations of the bits host-writable, MMU-writable and W.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Writability {
+    /// Writable.
+    Writable,
+    /// Write-protected so that the next write is noticed; that write makes it writable again without a lock.
+    Watched,
+    /// Write-protected because the guest frame is shadowed: a write must be emulated.
+    Tracked,
+    /// The slot is read-only.
+    ReadOnly,
+}
+
+/// What a leaf says beside where it leads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Leaf {
+    /// First frame of the page.
+    pub pfn: Pfn,
+    /// Size of the page.
+    pub size: PageSize,
+    /// Whether, and why not, it can be written.
+    pub writability: Writability,
+    /// Whether instructions can be fetched.
+    pub execute: bool,
+}
+
+/// What an entry is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Entry {
+    /// Nothing.
+    Empty,
+    /// An entry of a table that was taken out of its tree: nothing may be put here any more.
+    Frozen,
+    /// A link to the table below.
+    Table(Pfn),
+    /// A page of the level's size; [`EntryFormat::leaf`] says more.
+    Leaf,
+}
+
+/// An entry format. Every value it makes passes its own [`shadow_zero_check`](Self::shadow_zero_check).
+pub trait EntryFormat: Copy + fmt::Debug + Send + Sync {
+    /// Level of the root.
+    fn top(&self) -> Level;
+    /// Bits of the addresses that the format can translate.
+    fn input_bits(&self) -> u32;
+    /// Whether a leaf of this size exists.
+    fn has_size(&self, size: PageSize) -> bool;
+
+    /// What `entry` is in a table at `level`.
+    fn entry(&self, entry: u64, level: Level) -> Entry;
+    /// What the leaf `entry` in a table at `level` says; `None` if it is no leaf, or not one that
+    /// [`make_leaf`](Self::make_leaf) makes.
+    fn leaf(&self, entry: u64, level: Level) -> Option<Leaf>;
+    /// Whether the leaf `entry` permits the access.
+    fn permits(&self, entry: u64, access: AccessKind) -> bool;
+
+    /// The entry for a leaf, accessed and (if writable) dirty bits set.
+    fn make_leaf(&self, leaf: &Leaf) -> u64;
+    /// The entry for a link to the table in frame `table`: all permissions, restrictions are the leaves' matter.
+    fn make_table(&self, table: Pfn) -> u64;
+    /// The entry for 4 KiB frame `index` times the smaller page size inside the huge leaf `entry` of a table at
+    /// `level`; same permissions and state. `None` at the lowest level.
+    fn make_small(&self, entry: u64, level: Level, index: usize) -> Option<u64>;
+    /// The leaf `entry` with another writability.
+    fn with_writability(&self, entry: u64, writability: Writability) -> u64;
+    /// The writability of the leaf `entry`; `None` for a combination of bits that is not legal.
+    fn writability(&self, entry: u64) -> Option<Writability>;
+
+    /// A frozen entry that carries `payload`, of which 40 bits are kept. Never present, and (payloads below 2^39) never
+    /// naming a frame that memory has, so speculation past a non-present entry (L1TF) finds nothing.
+    fn make_frozen(&self, payload: u64) -> u64;
+    /// The payload of a frozen entry.
+    fn frozen_payload(&self, entry: u64) -> u64;
+
+    /// Checks that `entry`, in a table at `level`, has no bit set that the hardware reserves there.
+    fn shadow_zero_check(&self, entry: u64, level: Level) -> bool;
+}

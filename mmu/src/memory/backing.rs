@@ -1,0 +1,72 @@
+//! What a VM's memory consists of, as the kernel (or a test) provides it.
+use crate::access::AccessKind;
+use crate::addr::{Gpa, Pfn, PAGE_SIZE};
+use crate::level::PageSize;
+use crate::memory::SlotPage;
+
+/// Host memory behind a guest page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Resolved {
+    /// Host frames, contiguous and stable until the range is invalidated.
+    Ram {
+        /// First frame of the naturally aligned block of `size` around the guest page.
+        pfn: Pfn,
+        /// Size of the block: at most what was asked for.
+        size: PageSize,
+    },
+    /// Not now: let the guest run on and fault again.
+    Retry,
+    /// There is no memory behind this page: treat the access like one outside every slot.
+    Absent,
+}
+
+/// A place in guest RAM, inside one page of one slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RamAddr {
+    /// The page.
+    pub page: SlotPage,
+    /// Offset inside the page.
+    ///
+    /// Invariant: with the length of the access, at most 4096.
+    pub offset: u64,
+}
+
+impl RamAddr {
+    /// Bytes from the start of the slot.
+    #[inline]
+    pub const fn slot_offset(&self) -> u64 {
+        self.page.page * PAGE_SIZE + self.offset
+    }
+
+    /// The guest-physical address.
+    #[inline]
+    pub const fn gpa(&self) -> Gpa {
+        Gpa::new_truncate(self.page.gfn.gpa().bits() | self.offset)
+    }
+}
+
+/// The backing cannot reach a page that a slot says is RAM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NoPage;
+
+/// The memory behind the slots. All methods are called under a guard and must not take one.
+///
+/// Guest memory changes at any time under the host's hands, so access is by copy and by atomic operation, never by
+/// reference. Accesses never cross a page; the atomic ones are naturally aligned.
+pub trait Backing {
+    /// Host memory for `page`, allocated and zeroed now if need be; at most `want` of it, which is as much as the slot
+    /// and the existing tables allow. What it names stays the page's memory until an invalidation of the page begins.
+    fn resolve(&self, page: &SlotPage, want: PageSize, access: AccessKind) -> Resolved;
+    /// Copies out of guest memory.
+    fn read(&self, at: &RamAddr, buf: &mut [u8]) -> Result<(), NoPage>;
+    /// Copies into guest memory.
+    fn write(&self, at: &RamAddr, data: &[u8]) -> Result<(), NoPage>;
+    /// Reads four aligned bytes at once.
+    fn load_u32(&self, at: &RamAddr) -> Result<u32, NoPage>;
+    /// Reads eight aligned bytes at once.
+    fn load_u64(&self, at: &RamAddr) -> Result<u64, NoPage>;
+    /// Replaces four aligned bytes if they are `current`; says what was there.
+    fn compare_exchange_u32(&self, at: &RamAddr, current: u32, new: u32) -> Result<u32, NoPage>;
+    /// Replaces eight aligned bytes if they are `current`; says what was there.
+    fn compare_exchange_u64(&self, at: &RamAddr, current: u64, new: u64) -> Result<u64, NoPage>;
+}

@@ -1,0 +1,131 @@
+//! Lock modes as types: what may run beside what is in each function's signature.
+use core::marker::PhantomData;
+
+use super::{Invalidation, InvalidationSeq, Slot, SlotError, SlotFlags, SlotPage, VmMemory};
+use crate::addr::{Gfn, GfnRange};
+use crate::cpu::CpuId;
+use crate::kind::Sweep;
+
+/// Proof that either guard of a VM is held. Direct operations ask for this much: they are safe beside one another.
+pub trait Held<'m, B>: sealed::Sealed {
+    /// The memory the guard is of.
+    fn memory(&self) -> &'m VmMemory<B>;
+    /// The CPU that holds the guard.
+    fn cpu(&self) -> CpuId;
+}
+
+mod sealed {
+    pub trait Sealed {}
+}
+
+/// The shared guard: any number of CPUs walk, fault and sweep. While it lives, no slot changes, no invalidation begins,
+/// and no table page that its CPU could have seen is given back.
+#[derive(Debug)]
+pub struct Shared<'m, B> {
+    memory: &'m VmMemory<B>,
+    cpu: CpuId,
+    /// A guard stays on its CPU.
+    _not_send: PhantomData<*const ()>,
+}
+
+impl<'m, B> Shared<'m, B> {
+    #[inline]
+    pub(super) fn take(memory: &'m VmMemory<B>, cpu: CpuId) -> Self {
+        memory.shootdown.begin_walk(cpu);
+        Self { memory, cpu, _not_send: PhantomData }
+    }
+
+    /// The slot page that holds `gfn`.
+    #[inline]
+    pub fn find_slot(&self, gfn: Gfn) -> Option<SlotPage> {
+        self.memory.slots.find(gfn)
+    }
+
+    /// All slots, lowest first.
+    pub fn slots(&self) -> impl Iterator<Item = Slot> + '_ {
+        self.memory.slots.iter()
+    }
+}
+
+impl<B> Drop for Shared<'_, B> {
+    #[inline]
+    fn drop(&mut self) {
+        self.memory.shootdown.end_walk(self.cpu);
+    }
+}
+
+impl<B> sealed::Sealed for Shared<'_, B> {}
+impl<'m, B> Held<'m, B> for Shared<'m, B> {
+    #[inline]
+    fn memory(&self) -> &'m VmMemory<B> {
+        self.memory
+    }
+    #[inline]
+    fn cpu(&self) -> CpuId {
+        self.cpu
+    }
+}
+
+/// The exclusive guard: nobody else walks, faults or sweeps. Guests keep running.
+#[derive(Debug)]
+pub struct Exclusive<'m, B> {
+    memory: &'m VmMemory<B>,
+    cpu: CpuId,
+    _not_send: PhantomData<*const ()>,
+}
+
+impl<'m, B> Exclusive<'m, B> {
+    pub(super) fn take(memory: &'m VmMemory<B>, cpu: CpuId) -> Self {
+        memory.shootdown.lock();
+        Self { memory, cpu, _not_send: PhantomData }
+    }
+
+    /// Adds a slot. Nothing is mapped there yet, so nothing has to be zapped.
+    pub fn insert_slot(&mut self, slot: &Slot) -> Result<(), SlotError> {
+        self.memory.slots.insert(slot)?;
+        self.memory.invalidations.advance();
+        Ok(())
+    }
+
+    /// Removes the slot that starts at `start`, and says what to zap in every kind before this guard is given up.
+    pub fn remove_slot(&mut self, start: Gfn) -> Result<Sweep, SlotError> {
+        let slot = self.memory.slots.remove(start)?;
+        self.memory.invalidations.advance();
+        Ok(Sweep::over(slot.range))
+    }
+
+    /// Changes the flags of the slot that starts at `start`, and says what to zap in every kind before this guard is
+    /// given up.
+    pub fn set_slot_flags(&mut self, start: Gfn, flags: SlotFlags) -> Result<Sweep, SlotError> {
+        let slot = self.memory.slots.set_flags(start, flags)?;
+        self.memory.invalidations.advance();
+        Ok(Sweep::over(slot.range))
+    }
+
+    /// Announces that the backing of `range` is about to change. Until the returned value is dropped, no fault maps a
+    /// page of the range; zap it in every kind, and flush, before changing the backing.
+    pub fn begin_invalidation(&mut self, range: GfnRange) -> Invalidation<'m> {
+        self.memory.invalidations.begin(range)
+    }
+
+    /// The sequence number of the backing as it is now.
+    pub fn invalidation_seq(&self) -> InvalidationSeq {
+        self.memory.invalidations.sequence()
+    }
+}
+
+impl<B> Drop for Exclusive<'_, B> {
+    fn drop(&mut self) {
+        self.memory.shootdown.unlock();
+    }
+}
+
+impl<B> sealed::Sealed for Exclusive<'_, B> {}
+impl<'m, B> Held<'m, B> for Exclusive<'m, B> {
+    fn memory(&self) -> &'m VmMemory<B> {
+        self.memory
+    }
+    fn cpu(&self) -> CpuId {
+        self.cpu
+    }
+}

@@ -1,0 +1,52 @@
+//! Bits of a guest's entries that must be zero (AMD APM vol. 2, 5.3; Intel SDM vol. 3, tables 4-4 to 4-20).
+use crate::addr::{MAX_PHYSICAL_BITS, PAGE_SHIFT};
+use crate::role::{CpuRole, PagingMode, RoleFlags};
+
+/// Bit 7, which makes an entry of level 2 or 3 a leaf.
+const LARGE: u64 = 1 << 7;
+/// Bit 63.
+const NO_EXECUTE: u64 = 1 << 63;
+
+/// Reserved bits by level (from 0) and by bit 7.
+pub(super) type Reserved = [[u64; 2]; 5];
+
+/// Bits `high` down to `low`.
+const fn bits(high: u32, low: u32) -> u64 {
+    if high < low {
+        return 0;
+    }
+    (u64::MAX >> (63 - high)) & (u64::MAX << low)
+}
+
+/// The reserved bits in a role.
+pub(super) const fn reserved(role: &CpuRole) -> Reserved {
+    let address = bits(MAX_PHYSICAL_BITS - 1, role.max_phys_addr());
+    let no_execute = if role.flags().contains(RoleFlags::NX) { 0 } else { NO_EXECUTE };
+    match role.mode() {
+        PagingMode::Unpaged => [[0; 2]; 5],
+        PagingMode::TwoLevel => {
+            let mut large = bits(21, 13);
+            if role.flags().contains(RoleFlags::PSE36) {
+                // Bits 20:13 are address bits 39:32, as far as the CPU has those: SDM table 4-4.
+                let width = if role.max_phys_addr() < 40 { role.max_phys_addr() } else { 40 };
+                large = bits(21, width - 32 + 13);
+            }
+            let large = if role.flags().contains(RoleFlags::PSE) { large } else { 0 };
+            [[0; 2], [0, large], [0; 2], [0; 2], [0; 2]]
+        }
+        PagingMode::Pae => {
+            // Bits 62:52 are no free bits here, and a PDPTE has few at all.
+            let high = address | bits(62, MAX_PHYSICAL_BITS) | no_execute;
+            let pdpte = address | bits(63, MAX_PHYSICAL_BITS) | bits(8, 5) | bits(2, 1);
+            [[high; 2], [high, high | bits(20, 13)], [pdpte; 2], [0; 2], [0; 2]]
+        }
+        PagingMode::FourLevel | PagingMode::FiveLevel => {
+            let high = address | no_execute;
+            let gib = if role.flags().contains(RoleFlags::GIB_PAGES) { bits(29, 13) } else { LARGE };
+            let top = high | LARGE | if role.flags().contains(RoleFlags::AMD) { 1 << 8 } else { 0 };
+            [[high; 2], [high, high | bits(20, 13)], [high, high | gib], [top; 2], [top; 2]]
+        }
+    }
+}
+
+const _: () = assert!(bits(20, 13) >> PAGE_SHIFT == 0x1fe && bits(4, 5) == 0);
