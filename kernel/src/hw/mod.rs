@@ -26,6 +26,8 @@ pub mod gpr {
     pub const RBX: usize = 3;
     /// RSP.
     pub const RSP: usize = 4;
+    /// RSI.
+    pub const RSI: usize = 6;
 }
 
 /// A segment register. `attributes` packs descriptor bits 47:40 into bits 7:0 and 55:52 into bits 11:8; P
@@ -288,6 +290,9 @@ pub trait Vendor: Copy + Send + Sync + 'static {
 
     /// The format as this machine has it.
     fn format(&self) -> Self::Format;
+
+    /// Bits of CR4 that this machine's CPUs let a guest set.
+    fn cr4_bits(&self) -> u64;
 
     /// Makes a vCPU in reset state that translates through the second-stage table `root`.
     fn new_vcpu(&self, root: u64) -> Result<Self::Vcpu, OutOfMemory>;

@@ -1,22 +1,25 @@
 //! What each exit does. Vendor-neutral; the hot ones are CPUID, MSRs, ports, page faults, HLT.
 #![cfg(target_os = "none")]
 
-use super::emulate::{Fault, KnownOperand, Mode, Outcome};
+use super::cpuid::{CpuState as CpuidState, CpuidLeaf};
+use super::emulate::{Attributes, Fault, KnownOperand, Mode, Outcome};
 use super::events::{DR6_BS, SINGLE_STEP};
-use super::exceptions::{DB, GP, PF, UD};
+use super::exceptions::{DB, GP, UD};
 use super::guest::Guest;
-use super::msr::MsrEffect;
+use super::msr::{index, Gp, MsrContext, MsrEffect, MsrState, EFER_LMA};
 use super::paging::Resolution;
 use super::report::{End, StopReason};
 use super::vcpu::{Activity, Core, Vcpu};
 use super::view::View;
 use crate::cpu::tsc;
-use crate::devices::apic_bus::Requests;
+use crate::devices::apic_bus::{ApicSink, Requests};
 use crate::devices::chipset::ChipsetEvent;
-use crate::devices::lapic::ApicAction;
+use crate::devices::lapic::{ApicAction, X2APIC_MSR_FIRST, X2APIC_MSR_LAST};
 use crate::hw::gpr::{RAX, RBX, RCX, RDX};
 use crate::hw::{CpuState, Exit, HwVcpu, PortAccess, SecondStageFault, SegmentName, Vendor};
 
+const CR0_PG: u64 = 1 << 31;
+const CS_LONG: u16 = crate::hw::Segment::LONG;
 const RFLAGS_TF: u64 = 1 << 8;
 const RFLAGS_RF: u64 = 1 << 16;
 
@@ -84,11 +87,6 @@ impl<V: Vendor> Vcpu<V> {
         if self.core.events.raise(vector, error_code).is_err() {
             self.stop(guest, StopReason::TripleFault);
         }
-    }
-
-    fn raise_page_fault(&mut self, guest: &Guest<V>, error_code: u32, cr2: u64) {
-        self.core.hw.set_cr2(cr2);
-        self.raise(guest, PF, Some(error_code));
     }
 
     /// Goes on behind the intercepted instruction. False if it could not be fetched again; then the guest takes
@@ -160,7 +158,7 @@ impl<V: Vendor> Vcpu<V> {
         if !self.skip(guest) {
             return;
         }
-        let [eax, ebx, ecx, edx] = self.core.cpuid(guest, leaf, subleaf);
+        let CpuidLeaf { eax, ebx, ecx, edx } = guest.cpuid.lookup(leaf, subleaf, &self.core.cpuid_state());
         let gprs = self.core.hw.gprs_mut();
         gprs[RAX] = u64::from(eax);
         gprs[RBX] = u64::from(ebx);
@@ -303,7 +301,7 @@ impl<V: Vendor> Vcpu<V> {
     /// MOV to CR4, intercepted where the CPU has features that the guest was not told of.
     fn write_cr4(&mut self, guest: &Guest<V>) {
         let Some((value, next)) = self.mov_to_cr_operand(guest) else { return };
-        if !self.core.cr4_is_valid(value) {
+        if !self.core.cr4_is_valid(guest, value) {
             return self.raise(guest, GP, Some(0));
         }
         self.core.hw.set_cr4(value);
@@ -336,7 +334,7 @@ impl<V: Vendor> Vcpu<V> {
     fn xsetbv(&mut self, guest: &Guest<V>) {
         let gprs = self.core.hw.gprs();
         let (register, value) = (gprs[RCX] as u32, gprs[RDX] << 32 | gprs[RAX] & 0xffff_ffff);
-        if register != 0 || !guest.cpuid.xcr0_is_valid(value) {
+        if register != 0 || !guest.cpuid.caps().xcr0_is_valid(value) {
             return self.raise(guest, GP, Some(0));
         }
         if self.skip(guest) {
@@ -361,7 +359,7 @@ impl<V: Vendor> Core<V> {
     /// The guest's TSC at the host's TSC `host`.
     #[inline]
     pub(super) fn guest_tsc(&self, guest: &Guest<V>, host: u64) -> u64 {
-        guest.clock.guest_tsc(host, self.msrs.tsc_adjust())
+        guest.clock.guest_tsc(host, self.msrs.tsc_adjust)
     }
 
     /// Execution mode.
@@ -369,6 +367,118 @@ impl<V: Vendor> Core<V> {
     pub(super) fn mode(&self) -> Mode {
         let cs = self.hw.segment(SegmentName::Cs);
         Mode::of(self.hw.cr0(), self.hw.efer(), self.hw.rflags(), Attributes(cs.attributes))
+    }
+
+    /// What a CPUID result depends on.
+    #[inline]
+    fn cpuid_state(&self) -> CpuidState {
+        CpuidState {
+            apic_id: self.index as u8,
+            apic_enabled: self.lapic.is_enabled(),
+            cr4: self.hw.cr4(),
+            xcr0: self.extended.xcr0(),
+        }
+    }
+
+    /// Runs `access` on the MSRs with everything it needs to know.
+    #[inline]
+    fn with_msrs<R>(
+        &mut self,
+        guest: &Guest<V>,
+        access: impl FnOnce(&mut MsrState, &mut MsrContext<'_>) -> R,
+    ) -> R {
+        self.lapic.set_cr8(self.hw.cr8());
+        let now = tsc::read();
+        let mut context = MsrContext {
+            caps: guest.cpuid.caps(),
+            now_ns: guest.clock.ns(now),
+            tsc: guest.clock.guest_tsc(now, self.msrs.tsc_adjust),
+            efer: self.hw.efer(),
+            paging: self.hw.cr0() & CR0_PG != 0,
+            exits: self.exits,
+            lapic: &mut self.lapic,
+        };
+        access(&mut self.msrs, &mut context)
+    }
+
+    #[inline]
+    fn read_msr(&mut self, guest: &Guest<V>, msr: u32) -> Result<u64, Gp> {
+        match self.hw.switched_msr(msr) {
+            Some(value) => Ok(value),
+            None => self.with_msrs(guest, |msrs, context| msrs.read(msr, context)),
+        }
+    }
+
+    #[inline]
+    fn write_msr(&mut self, guest: &Guest<V>, msr: u32, value: u64) -> Result<(), Gp> {
+        if self.hw.set_switched_msr(msr, value) {
+            return Ok(());
+        }
+        match self.with_msrs(guest, |msrs, context| msrs.write(msr, value, context))? {
+            MsrEffect::None => {
+                // A deadline may have been set.
+                self.attention |= msr == index::TSC_DEADLINE;
+            }
+            MsrEffect::Efer(efer) => self.hw.set_efer(efer),
+            MsrEffect::Pat(pat) => self.hw.set_pat(pat),
+            MsrEffect::TscOffset(_) => {
+                self.hw.set_tsc_offset(guest.clock.tsc_offset(self.msrs.tsc_adjust));
+                self.attention = true;
+            }
+            MsrEffect::TscAux(value) => self.extended.set_tsc_aux(u64::from(value)),
+            MsrEffect::ApicBase => self.attention = true,
+            MsrEffect::Apic(action) => self.apic_action(guest, action),
+        }
+        if matches!(msr, X2APIC_MSR_FIRST..=X2APIC_MSR_LAST) {
+            self.hw.set_cr8(self.lapic.cr8());
+            self.attention = true;
+        }
+        Ok(())
+    }
+
+    /// Linear address of the next instruction byte plus `ahead`.
+    #[inline]
+    fn linear_rip(&self, ahead: u64) -> u64 {
+        let rip = self.hw.rip().wrapping_add(ahead);
+        if self.mode() == Mode::Long64 {
+            rip
+        } else {
+            self.hw.segment(SegmentName::Cs).base.wrapping_add(rip) & 0xffff_ffff
+        }
+    }
+
+    /// Instruction bytes at RIP, as the processor would fetch them.
+    #[inline]
+    pub(super) fn fetch(&mut self, guest: &Guest<V>) -> Result<InsnBytes, Fault> {
+        let mut bytes = [0; 15];
+        let linear = self.linear_rip(0);
+        let len = self.paging.fetch(&guest.memory, &self.hw, linear, &mut bytes)?;
+        Ok((bytes, len))
+    }
+
+    /// Whether the byte `ahead` of RIP can be fetched.
+    fn probe_fetch(&mut self, guest: &Guest<V>, ahead: u64) -> Result<(), Fault> {
+        let mut byte = [0; 15];
+        let linear = self.linear_rip(ahead);
+        self.paging.fetch(&guest.memory, &self.hw, linear, &mut byte).map(|_| ())
+    }
+
+    /// Instruction bytes for a report; none if they cannot be read.
+    pub(super) fn fetch_for_report(&mut self, guest: &Guest<V>) -> ([u8; 15], u8) {
+        match self.fetch(guest) {
+            Ok((bytes, len)) => (bytes, len as u8),
+            Err(_) => ([0; 15], 0),
+        }
+    }
+
+    /// Whether MOV to CR4 takes `value` (APM vol. 2, 3.1.3): existing bits only, PAE while in long mode, LA57 not
+    /// changed in it.
+    fn cr4_is_valid(&self, guest: &Guest<V>, value: u64) -> bool {
+        const PAE: u64 = 1 << 5;
+        const LA57: u64 = 1 << 12;
+        let long = self.hw.efer() & EFER_LMA != 0;
+        value & !guest.cpuid.caps().cr4 == 0
+            && !(long && (value & PAE == 0 || (value ^ self.hw.cr4()) & LA57 != 0))
     }
 
     /// Obeys what other CPUs ask of this one.
@@ -390,7 +500,7 @@ impl<V: Vendor> Core<V> {
     fn init(&mut self, guest: &Guest<V>) {
         self.hw.load_state(&CpuState::reset());
         *self.hw.gprs_mut() = [0; 16];
-        self.hw.gprs_mut()[RDX] = u64::from(guest.cpuid.signature());
+        self.hw.gprs_mut()[RDX] = u64::from(guest.cpuid.lookup(1, 0, &self.cpuid_state()).eax);
         self.lapic.init_reset();
         self.events.reset();
         self.hw.set_cr8(0);
@@ -406,7 +516,7 @@ impl<V: Vendor> Core<V> {
         let before = board.outlook(now);
         let value = board.chipset.port_read(port, size, now);
         guest.with_sink(&mut self.woken, |sink| board.update_lines(sink));
-        self.attention |= board.outlook(now) != before;
+        self.notice(board.outlook(now) != before);
         value
     }
 
@@ -417,11 +527,25 @@ impl<V: Vendor> Core<V> {
         let mut board = guest.board.lock();
         let before = board.outlook(now);
         let event = board.chipset.port_write(port, size, value, now, guest.memory.ram());
+        if board.chipset.com1_has_output() {
+            board.chipset.com1_take_output(&mut |byte| guest.output.put(byte));
+        }
         guest.with_sink(&mut self.woken, |sink| board.update_lines(sink));
-        self.attention |= board.outlook(now) != before;
+        self.notice(board.outlook(now) != before);
         drop(board);
         if let Some(event) = event {
             self.chipset_event(guest, event);
+        }
+    }
+
+    /// The chipset's outlook changed: look again before the next entry. The 8259s' interrupt is vCPU 0's.
+    #[inline]
+    fn notice(&mut self, changed: bool) {
+        if changed {
+            self.attention = true;
+            if self.index != 0 {
+                self.woken.0 |= 1;
+            }
         }
     }
 
@@ -445,9 +569,7 @@ impl<V: Vendor> Core<V> {
                 guest.with_sink(&mut self.woken, |sink| board.ioapic.eoi(vector, sink));
             }
             ApicAction::Send(message) => {
-                guest.with_sink(&mut self.woken, |sink| {
-                    crate::devices::apic_bus::ApicSink::send(sink, message);
-                });
+                guest.with_sink(&mut self.woken, |sink| sink.send(message));
             }
         }
     }

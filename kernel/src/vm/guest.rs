@@ -2,8 +2,11 @@
 #![cfg(target_os = "none")]
 
 use super::clock::VmClock;
+use super::cpuid::CpuidTable;
+use super::output::Output;
 use super::paging::GuestMemory;
 use super::report::End;
+use crate::cpu::tsc;
 use crate::devices::apic_bus::{ApicBus, ApicSink, BusSink, VcpuSet};
 use crate::devices::chipset::Chipset;
 use crate::devices::ioapic::IoApic;
@@ -20,6 +23,8 @@ pub struct Board {
     pub ioapic: IoApic,
     /// Interrupt lines as the I/O APIC last saw them.
     lines: u32,
+    /// Interrupt request of the 8259 pair as vCPU 0 last saw it.
+    pic_intr_shown: bool,
 }
 
 /// What a vCPU must look at again when it differs before and after an access: the interrupt that the 8259 pair
@@ -33,7 +38,20 @@ pub struct Outlook {
 impl Board {
     /// A board in reset state.
     pub fn new(chipset: Chipset) -> Self {
-        Self { chipset, ioapic: IoApic::new(), lines: 0 }
+        Self { chipset, ioapic: IoApic::new(), lines: 0, pic_intr_shown: false }
+    }
+
+    /// The interrupt request of the 8259 pair, for vCPU 0, whose LINT0 it is wired to.
+    #[inline]
+    pub fn show_pic_intr(&mut self) -> bool {
+        self.pic_intr_shown = self.chipset.pic_intr();
+        self.pic_intr_shown
+    }
+
+    /// Whether the 8259 pair requests an interrupt that vCPU 0 has not seen yet.
+    #[inline]
+    pub fn pic_intr_is_news(&self) -> bool {
+        self.chipset.pic_intr() && !self.pic_intr_shown
     }
 
     /// See [`Outlook`].
@@ -42,28 +60,30 @@ impl Board {
         Outlook { pic_intr: self.chipset.pic_intr(), next_event: self.chipset.next_event(now_ns) }
     }
 
-    /// Shows the I/O APIC the lines that changed since it last looked.
+    /// Shows the I/O APIC the lines that changed, and the edges there were, since it last looked.
     #[inline]
     pub fn update_lines(&mut self, sink: &mut impl ApicSink) {
         let lines = self.chipset.lines();
-        let changed = lines ^ self.lines;
+        let edges = self.chipset.take_edges();
+        let changed = (lines ^ self.lines) | edges;
         if changed != 0 {
-            self.propagate(lines, changed, sink);
+            self.propagate(lines, edges, changed, sink);
         }
     }
 
     #[cold]
-    fn propagate(&mut self, lines: u32, mut changed: u32, sink: &mut impl ApicSink) {
+    fn propagate(&mut self, lines: u32, edges: u32, mut changed: u32, sink: &mut impl ApicSink) {
         self.lines = lines;
         while changed != 0 {
-            let irq = changed.trailing_zeros() as u8;
+            let irq = changed.trailing_zeros() as usize;
             changed &= changed - 1;
             // ISA IRQ 0 is wired to pin 2, as the MADT says; ISA IRQ 2 is the cascade and has no pin.
-            match irq {
-                0 => self.ioapic.set_line(2, lines & 1 != 0, sink),
-                2 => {}
-                _ => self.ioapic.set_line(irq, lines >> irq & 1 != 0, sink),
+            let pin = if irq == 0 { 2 } else { irq };
+            if edges >> irq & 1 != 0 {
+                self.ioapic.set_line(pin, false, sink);
+                self.ioapic.set_line(pin, true, sink);
             }
+            self.ioapic.set_line(pin, lines >> irq & 1 != 0, sink);
         }
     }
 }
@@ -80,15 +100,39 @@ pub struct Guest<V: Vendor> {
     pub bus: ApicBus,
     /// Time.
     pub clock: VmClock,
+    /// What CPUID says.
+    pub cpuid: CpuidTable,
+    /// COM1's way to the console.
+    pub output: Output,
     ended: AtomicBool,
     end: Mutex<Option<End>>,
 }
 
+/// What a VM is made of.
+pub struct Parts<V: Vendor> {
+    /// Name in umbra.toml.
+    pub name: String,
+    /// RAM and second-stage tables.
+    pub memory: GuestMemory<V>,
+    /// Devices.
+    pub board: Board,
+    /// Interrupt messages between vCPUs.
+    pub bus: ApicBus,
+    /// Time.
+    pub clock: VmClock,
+    /// What CPUID says.
+    pub cpuid: CpuidTable,
+    /// Whether COM1 is wired to the console.
+    pub console: bool,
+}
+
 impl<V: Vendor> Guest<V> {
     /// A VM of these parts that has not ended.
-    pub fn new(name: String, memory: GuestMemory<V>, board: Board, bus: ApicBus, clock: VmClock) -> Self {
+    pub fn new(parts: Parts<V>) -> Self {
+        let Parts { name, memory, board, bus, clock, cpuid, console } = parts;
+        let output = Output::new(&name, console);
         let (board, end) = (Mutex::new(board), Mutex::new(None));
-        Self { name, memory, board, bus, clock, ended: AtomicBool::new(false), end }
+        Self { name, memory, board, bus, clock, cpuid, output, ended: AtomicBool::new(false), end }
     }
 
     /// Ends the VM. The first end counts.
@@ -106,6 +150,21 @@ impl<V: Vendor> Guest<V> {
     /// How the VM ended, if it has.
     pub fn how_it_ended(&self) -> Option<End> {
         *self.end.lock()
+    }
+
+    /// When, in the host's TSC, the chipset wants to be looked at.
+    pub fn chipset_deadline(&self) -> Option<u64> {
+        self.board.lock().chipset.next_event(0).map(|ns| self.clock.host_tsc_of_ns(ns))
+    }
+
+    /// Types a byte on COM1; false if there is no room for it now.
+    pub fn type_byte(&self, byte: u8) -> bool {
+        let now = self.clock.ns(tsc::read());
+        let mut board = self.board.lock();
+        let taken = board.chipset.com1_push_input(byte, now);
+        // Whoever is woken finds its mailbox when the scheduler looks.
+        board.update_lines(&mut BusSink::new(&self.bus));
+        taken
     }
 
     /// Whether messages wait for vCPU `index`.

@@ -248,6 +248,12 @@ impl GuestRam for HostMemory {
 }
 
 impl HostMemory {
+    /// End of RAM below 4 GiB, and above it (0 if there is none).
+    pub fn tops(&self) -> (u64, u64) {
+        let end = |index: usize| self.ranges.get(index).map_or(0, |range| range.start + range.bytes);
+        (end(0), end(1))
+    }
+
     /// Slots that show this memory to the guest; the cookie is the index of the range.
     pub fn slots(&self) -> impl Iterator<Item = Slot> + '_ {
         self.ranges.iter().enumerate().filter_map(|(index, range)| {

@@ -1,18 +1,23 @@
 //! One virtual CPU: its state, and the loop that runs it.
 #![cfg(target_os = "none")]
 
-use super::clock::HostTimer;
+use super::cpuid::Vendor as CpuVendor;
 use super::emulate::Emulator;
 use super::events::{Events, InterruptSource};
 use super::guest::Guest;
+use super::load::{self, EntryState};
 use super::msr::MsrState;
 use super::paging::Paging;
 use super::report::{End, Stop, StopReason};
 use crate::cpu::tsc;
 use crate::devices::apic_bus::VcpuSet;
 use crate::devices::lapic::{Lint, LocalApic};
-use crate::hw::extended::ExtendedState;
-use crate::hw::{CpuState, HwVcpu, OutOfMemory, Vendor};
+use crate::hw::extended::{ExtendedState, XsaveFacts};
+use crate::hw::{gpr, CpuState, HwVcpu, OutOfMemory, Segment, TableRegister, Vendor};
+use crate::sched::HostTimer;
+use mmu::GuestCpu;
+
+const RFLAGS_IF: u64 = 1 << 9;
 
 /// What a vCPU is doing when it is not stopped by its VM's end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,6 +63,8 @@ pub struct Core<V: Vendor> {
     pub exits: u64,
     /// Something may be due before the next entry: an event, a timer, a request.
     pub(super) attention: bool,
+    /// It spins: let others run.
+    pub(super) gives_way: bool,
     /// Other vCPUs of the VM that this one woke and that have not run since.
     pub(super) woken: VcpuSet,
 }
@@ -102,6 +109,67 @@ impl<V: Vendor> InterruptSource for Interrupts<'_, V> {
 }
 
 impl<V: Vendor> Vcpu<V> {
+    /// A vCPU in reset state; the first of a VM runs when it is started, the others wait for a start-up message.
+    pub fn new(vendor: &V, guest: &Guest<V>, index: usize, facts: XsaveFacts) -> Result<Self, OutOfMemory> {
+        let caps = guest.cpuid.caps();
+        let cpu = GuestCpu {
+            max_phys_addr: caps.phys_bits,
+            gib_pages: guest.cpuid.has_1g_pages(),
+            pse36: true,
+            amd: caps.vendor == CpuVendor::Amd,
+        };
+        let (top_mem, top_mem2) = guest.memory.ram().tops();
+        let msrs = MsrState::new(top_mem, top_mem2);
+        let mut hw = vendor.new_vcpu(guest.memory.root())?;
+        hw.set_tsc_offset(guest.clock.tsc_offset(0));
+        hw.intercept_cr4_writes(vendor.cr4_bits() & !caps.cr4 != 0);
+        let core = Core {
+            index,
+            hw,
+            lapic: LocalApic::new(index as u8, index == 0, caps.phys_bits),
+            msrs,
+            extended: ExtendedState::new(facts)?,
+            paging: Paging::new(&guest.memory, cpu)?,
+            events: Events::default(),
+            activity: Activity::WaitForSipi,
+            exits: 0,
+            attention: false,
+            gives_way: false,
+            woken: VcpuSet::EMPTY,
+        };
+        let emulator = Emulator::new().map_err(|_| OutOfMemory)?;
+        Ok(Self { core, emulator })
+    }
+
+    /// Starts the vCPU as a boot loader would: with the registers that the kernel's boot protocol asks for.
+    pub fn start(&mut self, entry: &EntryState) {
+        let segment = |segment: load::Segment| {
+            let load::Segment { selector, attributes, limit, base } = segment;
+            Segment { selector, attributes, limit, base }
+        };
+        let data = segment(entry.data);
+        let state = CpuState {
+            segments: [data, segment(entry.cs), data, data, data, data],
+            ldtr: Segment::default(),
+            tr: segment(entry.tr),
+            gdtr: TableRegister { base: entry.gdtr.base, limit: entry.gdtr.limit },
+            idtr: TableRegister { base: 0, limit: 0 },
+            cr0: entry.cr0,
+            cr3: entry.cr3,
+            cr4: entry.cr4,
+            efer: entry.efer,
+            rflags: entry.rflags,
+            rip: entry.rip,
+            ..CpuState::reset()
+        };
+        self.core.hw.load_state(&state);
+        let gprs = self.core.hw.gprs_mut();
+        *gprs = [0; 16];
+        (gprs[gpr::RAX], gprs[gpr::RBX]) = (entry.rax, entry.rbx);
+        (gprs[gpr::RSP], gprs[gpr::RSI]) = (entry.rsp, entry.rsi);
+        self.core.activity = Activity::Running;
+    }
+
     /// Whether the vCPU has a reason to run, or to look whether it has one.
     pub fn is_runnable(&self, guest: &Guest<V>) -> bool {
         self.core.activity == Activity::Running
@@ -110,17 +178,18 @@ impl<V: Vendor> Vcpu<V> {
     }
 
     /// Whether nothing but an NMI, INIT or SIPI can ever make this vCPU run again.
-    pub fn is_dead(&self) -> bool {
-        match self.core.activity {
+    pub fn is_dead(&self, guest: &Guest<V>) -> bool {
+        let halted_for_good = match self.core.activity {
             Activity::Running => false,
             Activity::Halted => self.core.hw.rflags() & RFLAGS_IF == 0,
             Activity::WaitForSipi => true,
-        }
+        };
+        halted_for_good && !self.core.events.any() && !guest.has_mail(self.core.index)
     }
 
     /// When, in the host's TSC, this vCPU's timer is due.
     pub fn deadline(&self, guest: &Guest<V>) -> Option<u64> {
-        self.core.lapic.next_event().map(|deadline| guest.clock.host_tsc(deadline, self.core.msrs.tsc_adjust()))
+        self.core.lapic.next_event().map(|deadline| guest.clock.host_tsc_of(deadline, self.core.msrs.tsc_adjust))
     }
 
     /// Makes the vCPU look at its timers and interrupts before it goes on.
@@ -154,23 +223,25 @@ impl<V: Vendor> Vcpu<V> {
         core.attention = false;
         core.lapic.set_cr8(core.hw.cr8());
         let now = tsc::read();
-        let clock = guest.clock.at(now);
-        core.lapic.advance(clock.ns, core.guest_tsc(guest, now));
+        let ns = guest.clock.ns(now);
+        core.lapic.advance(ns, guest.clock.guest_tsc(now, core.msrs.tsc_adjust));
         let chipset_deadline = {
             let mut board = guest.board.lock();
-            if board.chipset.next_event(clock.ns).is_some_and(|at| at <= clock.ns) {
-                board.chipset.advance(clock.ns);
-                board.update_lines(&mut guest.sink(&mut core.woken));
-            }
+            board.chipset.advance(ns);
+            guest.with_sink(&mut core.woken, |sink| board.update_lines(sink));
             if core.index == 0 {
-                core.lapic.set_lint(Lint::Lint0, board.chipset.pic_intr());
+                core.lapic.set_lint(Lint::Lint0, board.show_pic_intr());
+            } else if board.pic_intr_is_news() {
+                core.woken.0 |= 1;
             }
-            board.chipset.next_event(clock.ns)
+            board.chipset.next_event(ns)
         };
+        // What woke this vCPU itself is in its mailbox.
+        core.woken.0 &= !(1 << core.index);
         if let Some(port) = guest.bus.port(core.index) {
             let requests = core.lapic.sync(port);
             if !requests.is_empty() {
-                core.obey(requests);
+                core.obey(guest, requests);
             }
         }
         if guest.has_ended() {
@@ -188,7 +259,8 @@ impl<V: Vendor> Vcpu<V> {
                 core.activity = Activity::Running;
             }
         }
-        if now >= until || !core.woken.is_empty() {
+        let gives_way = core::mem::take(&mut core.gives_way);
+        if now >= until || gives_way || !core.woken.is_empty() {
             core.attention = true;
             return Some(Pause::Preempted);
         }
@@ -196,10 +268,10 @@ impl<V: Vendor> Vcpu<V> {
         core.hw.set_cr8(core.lapic.cr8());
         let mut deadline = until;
         if let Some(at) = chipset_deadline {
-            deadline = deadline.min(guest.clock.tsc_of_ns(at));
+            deadline = deadline.min(guest.clock.host_tsc_of_ns(at));
         }
         if let Some(at) = core.lapic.next_event() {
-            deadline = deadline.min(guest.clock.host_tsc(at, core.msrs.tsc_adjust()));
+            deadline = deadline.min(guest.clock.host_tsc_of(at, core.msrs.tsc_adjust));
         }
         timer.arm(deadline);
         None

@@ -225,6 +225,7 @@ impl<V: Vendor> Core<V> {
     /// Reads a device's memory; where there is none, all ones.
     #[inline]
     pub(super) fn mmio_read(&mut self, guest: &Guest<V>, gpa: u64, size: u8) -> u64 {
+        let ones = u64::MAX >> (64 - 8 * u32::from(size));
         let page = gpa & !0xfff;
         if self.lapic.mmio_base() == Some(page) {
             self.lapic.set_cr8(self.hw.cr8());
@@ -234,8 +235,11 @@ impl<V: Vendor> Core<V> {
         }
         match page {
             IOAPIC_START => guest.board.lock().ioapic.read((gpa & 0xfff) as u32, size),
-            _ if gpa.wrapping_sub(ECAM_START) < ECAM_SIZE => guest.board.lock().chipset.mmio_read(gpa, size),
-            _ => u64::MAX >> (64 - 8 * u32::from(size)),
+            _ if gpa.wrapping_sub(ECAM_START) < ECAM_SIZE => {
+                let ns = guest.clock.ns(tsc::read());
+                guest.board.lock().chipset.mmio_read(gpa, size, ns).unwrap_or(ones)
+            }
+            _ => ones,
         }
     }
 
@@ -257,7 +261,8 @@ impl<V: Vendor> Core<V> {
                 board.ioapic.write((gpa & 0xfff) as u32, size, value, sink);
             });
         } else if gpa.wrapping_sub(ECAM_START) < ECAM_SIZE {
-            guest.board.lock().chipset.mmio_write(gpa, size, value);
+            let ns = guest.clock.ns(tsc::read());
+            guest.board.lock().chipset.mmio_write(gpa, size, value, ns);
         }
     }
 }
