@@ -590,10 +590,12 @@ mod tests {
                                     free.remove(range);
                                     held.push(range);
                                 }
-                                None => prop_assert!(!free.iter().any(|r| {
-                                    let first = r.start.next_multiple_of(size.bytes());
-                                    first + size.bytes() <= r.end.min(limit)
-                                })),
+                                None => {
+                                    let fits = |r: Range| {
+                                        r.start.next_multiple_of(size.bytes()) + size.bytes() <= r.end.min(limit)
+                                    };
+                                    prop_assert!(!free.iter().any(fits));
+                                }
                             }
                         }
                         Op::Contiguous(frames) => {
