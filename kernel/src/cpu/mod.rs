@@ -1,0 +1,30 @@
+//! The processors: features, descriptor tables, exceptions, local APIC, time, and bringing up all of them.
+
+pub mod clock;
+pub mod features;
+
+#[cfg(target_os = "none")]
+pub mod backtrace;
+#[cfg(target_os = "none")]
+pub mod control;
+#[cfg(target_os = "none")]
+pub mod descriptors;
+#[cfg(target_os = "none")]
+pub mod lapic;
+#[cfg(target_os = "none")]
+pub mod legacy_pic;
+#[cfg(target_os = "none")]
+pub mod mailbox;
+#[cfg(target_os = "none")]
+pub mod msr;
+#[cfg(target_os = "none")]
+pub mod percpu;
+#[cfg(target_os = "none")]
+pub mod smp;
+#[cfg(target_os = "none")]
+pub mod trap;
+#[cfg(target_os = "none")]
+pub mod tsc;
+
+#[cfg(target_os = "none")]
+pub use percpu::{all, init_boot_cpu, number, this, PerCpu};
