@@ -8,4 +8,5 @@
 //! A restored state is a stranger's data: whatever it holds, a device stays memory-safe, panic-free and bounded.
 
 pub mod clock;
+pub mod pic;
 pub mod ring;
