@@ -9,4 +9,5 @@
 
 pub mod clock;
 pub mod pic;
+pub mod pit;
 pub mod ring;
