@@ -11,3 +11,4 @@ pub mod clock;
 pub mod pic;
 pub mod pit;
 pub mod ring;
+pub mod uart;
