@@ -11,4 +11,5 @@ pub mod clock;
 pub mod pic;
 pub mod pit;
 pub mod ring;
+pub mod rtc;
 pub mod uart;
