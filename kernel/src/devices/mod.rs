@@ -7,6 +7,7 @@
 //! Each file has one order: registers, state, device, interrupt line and next event, save and restore, tests.
 //! A restored state is a stranger's data: whatever it holds, a device stays memory-safe, panic-free and bounded.
 
+pub mod acpi_pm;
 pub mod clock;
 pub mod pic;
 pub mod pit;
