@@ -13,4 +13,5 @@ pub mod pic;
 pub mod pit;
 pub mod ring;
 pub mod rtc;
+pub mod sysctl;
 pub mod uart;
