@@ -9,6 +9,7 @@
 
 pub mod acpi_pm;
 pub mod clock;
+pub mod pci;
 pub mod pic;
 pub mod pit;
 pub mod ring;
