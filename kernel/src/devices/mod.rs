@@ -9,10 +9,13 @@
 
 pub mod acpi_pm;
 pub mod clock;
+pub mod fw_cfg;
 pub mod pci;
 pub mod pic;
 pub mod pit;
 pub mod ring;
 pub mod rtc;
 pub mod sysctl;
+#[cfg(test)]
+pub(crate) mod testing;
 pub mod uart;
