@@ -8,6 +8,7 @@
 //! A restored state is a stranger's data: whatever it holds, a device stays memory-safe, panic-free and bounded.
 
 pub mod acpi_pm;
+pub mod chipset;
 pub mod clock;
 pub mod fw_cfg;
 pub mod pci;
