@@ -115,17 +115,11 @@ extern "C" fn own_machine() -> ! {
         cpus_online,
         ramdisk,
     };
-    vm_main(&machine)
+    crate::vm::start(&machine)
 }
 
 /// Runs once on each CPU, in its own area and on its own stack, before it takes work.
 fn per_cpu_init(_cpu: &'static PerCpu) {}
-
-/// What the machine is for.
-fn vm_main(_machine: &Machine) -> ! {
-    log::info!("machine is ready");
-    power::end(power::OK)
-}
 
 /// What Umbra cannot do without.
 fn require(features: &Features) {

@@ -2,7 +2,6 @@
 //!
 //! Guests run on the boot CPU. The extended state (FPU and the like) of the vCPU that ran last stays in the
 //! registers until another vCPU runs.
-#![cfg(target_os = "none")]
 
 mod terminal;
 mod timer;

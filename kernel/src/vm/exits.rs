@@ -1,5 +1,4 @@
 //! What each exit does. Vendor-neutral; the hot ones are CPUID, MSRs, ports, page faults, HLT.
-#![cfg(target_os = "none")]
 
 use super::cpuid::{CpuState as CpuidState, CpuidLeaf};
 use super::emulate::{Attributes, Fault, KnownOperand, Mode, Outcome};

@@ -1,5 +1,4 @@
 //! A virtual machine: what its vCPUs share.
-#![cfg(target_os = "none")]
 
 use super::clock::VmClock;
 use super::cpuid::CpuidTable;

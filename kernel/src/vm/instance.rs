@@ -1,5 +1,4 @@
 //! Making a VM from its description: memory, kernel, tables, devices, vCPUs.
-#![cfg(target_os = "none")]
 
 use super::acpi_tables;
 use super::clock::VmClock;

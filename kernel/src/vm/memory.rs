@@ -4,7 +4,6 @@
 //! backed by 2 MiB frames, or by 1 GiB frames where the VM asks for them. A *granule* is what is zeroed at once
 //! and the largest page that a fault may map before its neighbours have been used: 4 KiB or 2 MiB. A granule is
 //! given to the guest only after it was zeroed, so nothing of another VM or of the host can be read through it.
-#![cfg(target_os = "none")]
 #![allow(unsafe_code)] // Copying to and from guest memory, which is never a Rust reference.
 
 use super::layout::{PCI_HOLE_END, PCI_HOLE_START};

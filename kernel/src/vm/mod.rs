@@ -1,6 +1,35 @@
 //! Virtual machines: memory, loading, vCPUs, exits, CPUID and MSR policy, instruction emulation.
+
+pub mod clock;
+pub mod cpuid;
+pub mod emulate;
 pub mod events;
 pub mod exceptions;
-pub mod emulate;
 pub mod layout;
+pub mod load;
+pub mod mov_cr;
+pub mod msr;
 pub mod ram;
+pub mod report;
+
+#[cfg(target_os = "none")]
+mod exits;
+#[cfg(target_os = "none")]
+pub mod guest;
+#[cfg(target_os = "none")]
+pub mod instance;
+#[cfg(target_os = "none")]
+pub mod memory;
+#[cfg(target_os = "none")]
+mod output;
+#[cfg(target_os = "none")]
+pub mod paging;
+#[cfg(target_os = "none")]
+mod start;
+#[cfg(target_os = "none")]
+pub mod vcpu;
+#[cfg(target_os = "none")]
+mod view;
+
+#[cfg(target_os = "none")]
+pub use start::start;

@@ -2,7 +2,6 @@
 //!
 //! The VM with the focus writes to the console as it comes. What the others write is kept until a line is complete
 //! and then shown as one line that names its VM.
-#![cfg(target_os = "none")]
 
 use crate::console;
 use alloc::string::String;

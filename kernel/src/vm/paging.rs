@@ -1,5 +1,4 @@
 //! Where the kernel meets the `mmu` crate: a VM's memory with its direct kind, a vCPU's run state and walks.
-#![cfg(target_os = "none")]
 #![allow(unsafe_code)] // Frames become table pages here, and the physical map becomes table memory.
 
 use super::emulate::{Exception, Fault};

@@ -1,5 +1,4 @@
 //! One virtual CPU: its state, and the loop that runs it.
-#![cfg(target_os = "none")]
 
 use super::cpuid::Vendor as CpuVendor;
 use super::emulate::Emulator;

@@ -1,5 +1,4 @@
 //! A vCPU as the instruction emulator sees it: registers, memory through the guest's page tables, devices, ports.
-#![cfg(target_os = "none")]
 
 use super::emulate::{
     Access, AccessKind, Attributes, Cpu, Fault, Gpr, KnownOperand, Mode, Seg, Segment,
