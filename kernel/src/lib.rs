@@ -8,6 +8,7 @@ pub mod acpi;
 pub mod console;
 pub mod cpu;
 pub mod devices;
+pub mod host_clock;
 pub mod hw;
 pub mod mm;
 pub mod vm;

@@ -58,6 +58,11 @@ pub fn write_bytes(bytes: &[u8]) {
     CONSOLE.lock().raw(bytes);
 }
 
+/// Sends the parts as one line of its own.
+pub fn write_line(parts: &[&[u8]]) {
+    CONSOLE.lock().line(parts);
+}
+
 /// A byte that was typed, if there is one.
 pub fn read_byte() -> Option<u8> {
     CONSOLE.lock().sink().uart.as_mut()?.try_receive_byte().ok()

@@ -36,6 +36,18 @@ impl<S: Sink> Lines<S> {
         }
     }
 
+    /// Raw parts as one line of their own, on a fresh line.
+    pub fn line(&mut self, parts: &[&[u8]]) {
+        if !self.at_line_start {
+            self.sink.put(b"\r\n");
+        }
+        for part in parts {
+            self.sink.put(part);
+        }
+        self.sink.put(b"\r\n");
+        self.at_line_start = true;
+    }
+
     /// One message of Umbra's own, on a fresh line; each of its lines gets the prefix.
     pub fn message(&mut self, label: &str, message: fmt::Arguments<'_>) {
         if !self.at_line_start {

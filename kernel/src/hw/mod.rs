@@ -5,6 +5,7 @@
 //!
 //! Architecture Invariant: an [`Exit`] carries all that its handler needs; no handler reads a vendor structure.
 
+pub mod cr4;
 #[cfg(target_os = "none")]
 pub mod extended;
 #[cfg(test)]

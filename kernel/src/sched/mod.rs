@@ -220,7 +220,7 @@ impl<'a, V: Vendor> Scheduler<'a, V> {
         for place in 0..self.places.len() {
             let Some(instance) = &self.places[place].instance else { continue };
             let Some(end) = instance.guest.how_it_ended() else { continue };
-            instance.guest.flush_output();
+            instance.guest.output.flush();
             log::info!("vm \"{}\": {end}", instance.guest.name);
             if self.loaded.is_some_and(|(loaded, _)| loaded == place) {
                 self.loaded = None;

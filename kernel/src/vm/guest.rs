@@ -166,6 +166,11 @@ impl<V: Vendor> Guest<V> {
         taken
     }
 
+    /// Gives the console's focus to this VM or takes it away.
+    pub fn set_focus(&self, focused: bool) {
+        self.output.set_focus(focused);
+    }
+
     /// Whether messages wait for vCPU `index`.
     #[inline]
     pub fn has_mail(&self, index: usize) -> bool {

@@ -2,7 +2,7 @@
 
 use super::acpi_tables;
 use super::clock::VmClock;
-use super::cpuid::{CpuidLeaf, CpuidTable, HostCpuid, Vendor as CpuVendor, VmShape};
+use super::cpuid::{CpuidLeaf, CpuidTable, HostCpuid, VmShape};
 use super::guest::{Board, Guest, Parts};
 use super::layout::PCI_HOLE_START;
 use super::load::{self, EntryState};
@@ -13,7 +13,7 @@ use crate::cpu::tsc;
 use crate::devices::apic_bus::ApicBus;
 use crate::devices::chipset::{Chipset, ChipsetConfig};
 use crate::hw::extended::XsaveFacts;
-use crate::hw::{CpuState, OutOfMemory, Segment, TableRegister, Vendor};
+use crate::hw::{OutOfMemory, Vendor};
 use crate::machine::Machine;
 use crate::mm::FrameSize;
 use alloc::string::{String, ToString};
@@ -21,7 +21,7 @@ use alloc::vec::Vec;
 use boot::bundle::Bundle;
 use boot::config::{self, MmuMode, PageSize as ConfiguredPageSize};
 use core::fmt;
-use mmu::{GuestCpu, PageSize};
+use mmu::PageSize;
 
 /// What a VM is made from, as often as it is reset.
 pub struct Specification<'a, V: Vendor> {
@@ -65,7 +65,8 @@ impl fmt::Display for CreateError {
             Self::OutOfMemory => f.write_str(
                 "this machine has no memory left for the VM's tables; give its VMs less or the machine more",
             ),
-            Self::Load(sentence) | Self::Unsupported(sentence) => f.write_str(sentence),
+            Self::Load(sentence) => f.write_str(sentence),
+            Self::Unsupported(sentence) => f.write_str(sentence),
         }
     }
 }
@@ -152,19 +153,18 @@ impl<V: Vendor> Specification<'_, V> {
     }
 
     fn load(&self, ram: &HostMemory, rsdp: u64) -> Result<EntryState, CreateError> {
-        let file = |name: &'_ config::FileName| load::File {
-            name: self.config_name(name),
-            bytes: self.bundle.file(&name.name).unwrap_or_default(),
-        };
-        let config = self.config;
+        let (config, bundle) = (self.config, self.bundle);
+        fn file<'a>(bundle: &Bundle<'a>, file: &'a config::FileName) -> load::File<'a> {
+            load::File { name: &file.name, bytes: bundle.file(&file.name).unwrap_or_default() }
+        }
         let modules: Vec<_> = config
             .modules
             .iter()
-            .map(|module| load::Module { file: file(&module.file), cmdline: &module.cmdline })
+            .map(|module| load::Module { file: file(bundle, &module.file), cmdline: &module.cmdline })
             .collect();
         let request = load::Request {
-            kernel: file(&config.kernel),
-            initrd: config.initrd.as_ref().map(file),
+            kernel: file(bundle, &config.kernel),
+            initrd: config.initrd.as_ref().map(|initrd| file(bundle, initrd)),
             modules: &modules,
             cmdline: &config.cmdline,
             ram_bytes: config.memory_bytes,
@@ -172,7 +172,7 @@ impl<V: Vendor> Specification<'_, V> {
         };
         let loaded = load::load(&request, ram).map_err(|error| CreateError::Load(error.to_string()))?;
         log::info!(
-            "vm \"{}\": {} at {:#x}, entry {:#x}",
+            "vm \"{}\": {:?} at {:#x}, entry {:#x}",
             config.name,
             loaded.format,
             loaded.kernel.start,

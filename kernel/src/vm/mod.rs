@@ -1,5 +1,6 @@
 //! Virtual machines: memory, loading, vCPUs, exits, CPUID and MSR policy, instruction emulation.
 
+pub mod acpi_tables;
 pub mod clock;
 pub mod cpuid;
 pub mod emulate;

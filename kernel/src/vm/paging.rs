@@ -3,9 +3,8 @@
 
 use super::emulate::{Exception, Fault};
 use super::memory::HostMemory;
-use crate::hw::{Event, Exit, HwVcpu, OutOfMemory, SecondStageFault, Vendor};
+use crate::hw::{Exit, HwVcpu, OutOfMemory, SecondStageFault, Vendor};
 use crate::mm::{self, FrameSize, Zone};
-use alloc::boxed::Box;
 use mmu::{
     Access, AccessKind, Cr0, Cr4, CpuId, CpuRole, DirectMmu, Efer, FaultOutcome, Gpa, GuestCpu, Gva, Mmu, NotRam,
     PageSize, PagingContext, PagingRegs, Pfn, PhysTables, Shared, TableCache, TablePage, TagFlush, VmMemory,

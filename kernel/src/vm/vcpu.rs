@@ -1,6 +1,6 @@
 //! One virtual CPU: its state, and the loop that runs it.
 
-use super::cpuid::Vendor as CpuVendor;
+use super::cpuid::{CpuState as CpuidState, CpuidTable, Vendor as CpuVendor};
 use super::emulate::Emulator;
 use super::events::{Events, InterruptSource};
 use super::guest::Guest;
@@ -75,6 +75,12 @@ pub struct Vcpu<V: Vendor> {
     pub(super) emulator: Emulator,
 }
 
+/// CPUID 8000_0001h EDX bit 26. No vCPU state changes it.
+fn has_1g_pages(cpuid: &CpuidTable) -> bool {
+    let state = CpuidState { apic_id: 0, apic_enabled: true, cr4: 0, xcr0: 1 };
+    cpuid.lookup(0x8000_0001, 0, &state).edx & 1 << 26 != 0
+}
+
 /// Interrupts of one vCPU: its local APIC, and for vCPU 0 the 8259 pair.
 struct Interrupts<'a, V: Vendor> {
     lapic: &'a mut LocalApic,
@@ -113,7 +119,7 @@ impl<V: Vendor> Vcpu<V> {
         let caps = guest.cpuid.caps();
         let cpu = GuestCpu {
             max_phys_addr: caps.phys_bits,
-            gib_pages: guest.cpuid.has_1g_pages(),
+            gib_pages: has_1g_pages(&guest.cpuid),
             pse36: true,
             amd: caps.vendor == CpuVendor::Amd,
         };
@@ -142,8 +148,8 @@ impl<V: Vendor> Vcpu<V> {
 
     /// Starts the vCPU as a boot loader would: with the registers that the kernel's boot protocol asks for.
     pub fn start(&mut self, entry: &EntryState) {
-        let segment = |segment: load::Segment| {
-            let load::Segment { selector, attributes, limit, base } = segment;
+        let segment = |segment: load::entry::Segment| {
+            let load::entry::Segment { selector, attributes, limit, base } = segment;
             Segment { selector, attributes, limit, base }
         };
         let data = segment(entry.data);

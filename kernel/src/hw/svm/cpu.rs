@@ -7,9 +7,10 @@ use super::vcpu::SvmVcpu;
 use crate::cpu::features::Features;
 use crate::hw::{OutOfMemory, Refusal, Vendor};
 use crate::mm::{self, FrameSize, Zone};
-use crate::vm::msr::passthrough;
+use crate::vm::msr::PASSTHROUGH;
 use core::arch::asm;
 use core::cell::UnsafeCell;
+use core::fmt;
 use mmu::{Npt, NptHost, PageSize};
 use spin::Once;
 use x86_64::registers::model_specific::{Efer, EferFlags, Msr};
@@ -23,7 +24,7 @@ const VM_CR_SVMDIS: u64 = 1 << 4;
 const MSR_VM_HSAVE_PA: u32 = 0xc001_0117;
 
 /// Most processors that one machine may have.
-pub(super) const MAX_CPUS: usize = crate::cpu::MAX_CPUS;
+pub(super) const MAX_CPUS: usize = mmu::MAX_CPUS;
 
 /// SVM as this machine has it.
 #[derive(Clone, Copy, Debug)]
@@ -40,6 +41,21 @@ pub struct Svm {
     pub(super) msrpm: PhysAddr,
     asid_count: u32,
     host: NptHost,
+    cr4_bits: u64,
+}
+
+impl fmt::Display for Svm {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let yes = |has: bool| if has { "yes" } else { "no" };
+        write!(
+            f,
+            "{} ASIDs, next RIP {}, flush by ASID {}, PAUSE filter {}",
+            self.asid_count,
+            yes(self.nrips),
+            yes(self.flush_by_asid),
+            yes(self.pause_filter)
+        )
+    }
 }
 
 /// What one CPU keeps for running guests.
@@ -89,6 +105,7 @@ impl Svm {
             iopm,
             msrpm,
             asid_count: svm.asids.max(2),
+            cr4_bits: crate::hw::cr4::of_this_cpu(),
             host: NptHost {
                 // Umbra's own tables have four levels, and the depth of nested tables is that of the host's.
                 five_level: false,
@@ -103,7 +120,7 @@ impl Svm {
 /// Builds the maps that all guests share: every port exits, every MSR but the switched ones exits.
 fn permission_maps() -> (PhysAddr, PhysAddr) {
     let allocate = |bytes: usize| {
-        let frames = mm::alloc_contiguous(bytes as u64, Zone::Any).expect("memory for permission maps at boot");
+        let frames = mm::alloc_contiguous(bytes as u64).expect("memory for permission maps at boot");
         // SAFETY: the frames are ours alone, contiguous, and `bytes` long.
         let map = unsafe { core::slice::from_raw_parts_mut(mm::phys_to_virt(frames), bytes) };
         map.fill(0xff);
@@ -112,7 +129,7 @@ fn permission_maps() -> (PhysAddr, PhysAddr) {
     let (iopm, _) = allocate(IOPM_BYTES);
     let (msrpm, map) = allocate(MSRPM_BYTES);
     let map: &mut [u8; MSRPM_BYTES] = map.try_into().expect("a slice of that length");
-    for &msr in passthrough() {
+    for msr in PASSTHROUGH {
         allow_msr(map, msr, true, true);
     }
     (iopm, msrpm)
@@ -144,6 +161,10 @@ impl Vendor for Svm {
 
     fn format(&self) -> Npt {
         Npt::new(&self.host)
+    }
+
+    fn cr4_bits(&self) -> u64 {
+        self.cr4_bits
     }
 
     fn new_vcpu(&self, root: u64) -> Result<SvmVcpu, OutOfMemory> {
