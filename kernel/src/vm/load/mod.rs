@@ -17,11 +17,12 @@ mod error;
 mod low;
 pub mod multiboot1;
 
+use core::fmt;
 use core::ops::Range;
 
 use super::layout;
 use super::ram::GuestRam;
-pub use entry::EntryState;
+pub use entry::{EntryState, Mode, Segment, TableRegister};
 pub use error::{Error, Problem};
 
 /// A file with the name that errors give it.
@@ -96,6 +97,16 @@ impl Format {
             Some(header) if header.has_addresses() || elf::is_elf32(bytes) => Some(Self::Multiboot1),
             _ => elf::is_elf(bytes).then_some(Self::Pvh),
         }
+    }
+}
+
+impl fmt::Display for Format {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::BzImage => "Linux bzImage",
+            Self::Pvh => "ELF with PVH entry",
+            Self::Multiboot1 => "Multiboot 1 image",
+        })
     }
 }
 

@@ -56,7 +56,7 @@ pub(super) const CONTENTS: usize = 0x400;
 /// A note of another owner, then the PVH note with a description of `width` bytes.
 fn notes(width: usize) -> Vec<u8> {
     let mut notes = [4u32, 3, 18].map(u32::to_le_bytes).concat();
-    notes.extend(b"Abc\0123\0");
+    notes.extend(b"Abc\0one\0");
     notes.extend([4, width as u32, 18].map(u32::to_le_bytes).concat());
     notes.extend(b"Xen\0");
     notes.extend(&ENTRY.to_le_bytes()[..width.min(8)]);
