@@ -212,7 +212,7 @@ proptest! {
             bytes[at] = byte;
         }
         if let Ok(bundle) = Bundle::new(&bytes) {
-            let _ = bundle.entries().map(|entry| bundle.file(entry.name)).count();
+            bundle.entries().for_each(|entry| assert_eq!(bundle.file(entry.name).is_some(), entry.kind == Kind::File));
         }
     }
 
