@@ -18,6 +18,12 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Install what is missing: compiler, emulators, image tools, the Linux guest
+    Setup {
+        /// Only report what is missing (status 1 if anything is)
+        #[arg(long)]
+        check: bool,
+    },
     /// Build Umbra and the test guests
     Build,
     /// Boot Umbra with a guest whose console is this terminal
@@ -28,6 +34,7 @@ impl Cli {
     /// Does what was asked for; the exit status.
     pub fn execute(self) -> Result<ExitCode> {
         match self.command {
+            Command::Setup { check } => setup::setup(check),
             Command::Build => {
                 let images = build::build(setup::ensure(&[Component::Target])?.compiler()?)?;
                 println!("{}", images.umbra.display());

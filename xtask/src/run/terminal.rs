@@ -45,8 +45,8 @@ pub(super) enum End {
 }
 
 enum Input {
-    /// Typed at a terminal, which is raw as long as this lives.
-    Keys(Chords, #[expect(dead_code, reason = "held for its drop")] RawMode),
+    /// Typed at a terminal.
+    Keys(Chords),
     Script(Script),
     Nothing,
 }
@@ -55,9 +55,12 @@ enum Input {
 pub(super) fn join(mut emulator: Emulator, limits: &Limits) -> Result<End> {
     let mut signals = Signals::catch().context("cannot catch signals")?;
     let mut stdin = File::from(std::io::stdin().as_fd().try_clone_to_owned()?);
+    // The terminal is raw as long as this lives.
+    let mut _raw = None;
     let mut input = if stdin.is_terminal() {
         say!("the terminal is now the guest's console: {}", chord::HELP);
-        Input::Keys(Chords::default(), RawMode::enter(stdin.as_raw_fd()).context("cannot use the terminal")?)
+        _raw = Some(RawMode::enter(stdin.as_raw_fd()).context("cannot use the terminal")?);
+        Input::Keys(Chords::default())
     } else {
         Input::Script(Script::new(Instant::now()))
     };
@@ -67,7 +70,7 @@ pub(super) fn join(mut emulator: Emulator, limits: &Limits) -> Result<End> {
     let mut output = Vec::new();
     loop {
         let wants_input = match &input {
-            Input::Keys(..) => true,
+            Input::Keys(_) => true,
             Input::Script(script) => script.wants_more(),
             Input::Nothing => false,
         };
@@ -106,8 +109,8 @@ pub(super) fn join(mut emulator: Emulator, limits: &Limits) -> Result<End> {
             // An input that cannot be read has ended.
             let len = stdin.read(&mut buffer).unwrap_or(0);
             match &mut input {
-                Input::Keys(..) if len == 0 => input = Input::Nothing,
-                Input::Keys(chords, _) => {
+                Input::Keys(_) if len == 0 => input = Input::Nothing,
+                Input::Keys(chords) => {
                     let mut keys = Vec::new();
                     if chords.filter(&buffer[..len], &mut keys) {
                         return Ok(End::Left);
