@@ -66,7 +66,13 @@ fn guest_names(bins: &Path) -> Result<Vec<String>> {
     let entries = bins.read_dir().with_context(|| format!("cannot list {}", bins.display()))?;
     let mut names: Vec<String> = entries
         .flatten()
-        .filter_map(|entry| Some(entry.file_name().to_str()?.strip_suffix(".rs")?.to_owned()))
+        .filter_map(|entry| {
+            let name = entry.file_name().into_string().ok()?;
+            match name.strip_suffix(".rs") {
+                Some(name) => Some(name.to_owned()),
+                None => entry.path().join("main.rs").is_file().then_some(name),
+            }
+        })
         .collect();
     names.sort();
     Ok(names)
@@ -80,10 +86,13 @@ mod tests {
     fn guests_are_the_binaries_of_their_crate() {
         let dir = std::env::temp_dir().join(format!("umbra-bins-{}", std::process::id()));
         fs::create_dir_all(&dir).unwrap();
-        for file in ["mmio.rs", "cpuid.rs", "notes.txt"] {
+        for folder in ["paging", "shared"] {
+            fs::create_dir_all(dir.join(folder)).unwrap();
+        }
+        for file in ["mmio.rs", "cpuid.rs", "notes.txt", "paging/main.rs"] {
             fs::write(dir.join(file), "").unwrap();
         }
-        assert_eq!(guest_names(&dir).unwrap(), ["cpuid", "mmio"]);
+        assert_eq!(guest_names(&dir).unwrap(), ["cpuid", "mmio", "paging"]);
         fs::remove_dir_all(&dir).unwrap();
         assert!(guest_names(&dir).is_err());
     }

@@ -6,7 +6,7 @@ use anyhow::Result;
 use clap::{Parser, Subcommand};
 
 use crate::setup::{self, Component};
-use crate::{build, run};
+use crate::{build, image, run};
 
 /// Umbra's developer commands.
 #[derive(Debug, Parser)]
@@ -26,6 +26,8 @@ enum Command {
     },
     /// Build Umbra and the test guests
     Build,
+    /// Make a bootable image for BIOS and UEFI
+    Image(image::Options),
     /// Boot Umbra with a guest whose console is this terminal
     Run(run::Options),
 }
@@ -38,6 +40,10 @@ impl Cli {
             Command::Build => {
                 let images = build::build(setup::ensure(&[Component::Target])?.compiler()?)?;
                 println!("{}", images.umbra.display());
+                Ok(ExitCode::SUCCESS)
+            }
+            Command::Image(options) => {
+                println!("{}", image::make(&options)?.display());
                 Ok(ExitCode::SUCCESS)
             }
             Command::Run(options) => run::run(&options),

@@ -150,11 +150,18 @@ impl fmt::Display for CommandLine {
             write!(f, "cd {} && ", quoted(dir.as_os_str()))?;
         }
         for (name, value) in &self.env {
-            write!(f, "{}={} ", name.to_string_lossy(), quoted(value))?;
+            write!(f, "{}={} ", name.to_string_lossy(), with_path(value).unwrap_or_else(|| quoted(value)))?;
         }
         write!(f, "{}", quoted(&self.program))?;
         self.args.iter().try_for_each(|arg| write!(f, " {}", quoted(arg)))
     }
+}
+
+/// `value` with the long search path at its end as the variable it is.
+fn with_path(value: &OsStr) -> Option<String> {
+    let path = std::env::var("PATH").ok().filter(|path| !path.is_empty())?;
+    let before = value.to_str()?.strip_suffix(&path)?.strip_suffix(':')?;
+    Some(format!("{}:\"$PATH\"", quoted(before.as_ref())))
 }
 
 fn quoted(word: &OsStr) -> String {

@@ -1,11 +1,53 @@
 //! Bootable images: a hybrid ISO that starts on BIOS and UEFI, from CD, disk or USB, with GRUB.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{bail, Context, Result};
 
+use crate::bundle::Bundle;
 use crate::exec::{find_program, CommandLine};
+use crate::guest::description::{self, Request};
+use crate::setup::{self, Component};
+use crate::{build, paths, say};
+
+/// The command line of `image`.
+#[derive(Clone, Debug, clap::Args)]
+pub struct Options {
+    /// The umbra.toml of the image's virtual machines [default: the guest that `run` boots]
+    #[arg(long, value_name = "FILE.toml")]
+    pub bundle: Option<PathBuf>,
+    /// Where the image goes [default: target/umbra.iso]
+    #[arg(short, long, value_name = "FILE")]
+    pub output: Option<PathBuf>,
+}
+
+/// Builds Umbra and writes a bootable image; its path.
+pub fn make(options: &Options) -> Result<PathBuf> {
+    // Read before anything is built, so that a mistake in it is told at once.
+    let given = options.bundle.as_deref().map(Bundle::load).transpose()?;
+    let iso = options.output.clone().unwrap_or_else(|| paths::target_dir().join("umbra.iso"));
+    if iso.is_dir() {
+        bail!("{} is a folder; name a file for the image", paths::display(&iso));
+    }
+    let mut needed = vec![Component::Target, Component::Grub];
+    if given.is_none() {
+        needed.push(Component::Linux);
+    }
+    let ready = setup::ensure(&needed)?;
+    let images = build::build(ready.compiler()?)?;
+    let dir = paths::target_dir().join("image");
+    let bundle = match given {
+        Some(bundle) => bundle,
+        None => description::write(&Request::default(), ready.linux.as_ref(), &dir.join("guest"))?,
+    };
+    fs::create_dir_all(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
+    let archive = dir.join("bundle.cpio");
+    fs::write(&archive, bundle.archive()?).with_context(|| format!("cannot write {}", archive.display()))?;
+    write_iso(&images.umbra, &archive, &dir.join("iso"), &iso)?;
+    say!("the image starts from CD, disk or USB, on BIOS and UEFI");
+    Ok(iso)
+}
 
 /// GRUB talks on the serial line where there is one, and starts Umbra at once.
 const GRUB_CFG: &str = "\

@@ -120,7 +120,7 @@ mod tests {
         let line = Compiler::WithTarget.cargo("build").to_string();
         assert!(line.ends_with("cargo build --target x86_64-unknown-none"), "{line}");
         let line = Compiler::Debian.cargo("build").to_string();
-        assert!(line.contains("RUSTC_BOOTSTRAP=1 PATH=/usr/bin:"), "{line}");
+        assert!(line.contains("RUSTC_BOOTSTRAP=1 PATH=/usr/bin:\"$PATH\" "), "{line}");
         assert!(
             line.ends_with("/usr/bin/cargo build -Zbuild-std=core,alloc --target x86_64-unknown-none"),
             "{line}"

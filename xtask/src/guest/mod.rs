@@ -1,5 +1,6 @@
 //! The Linux guest: an unmodified kernel of the distribution and BusyBox, from the cache.
 
+pub mod description;
 pub mod initramfs;
 
 use std::path::PathBuf;

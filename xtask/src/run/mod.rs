@@ -1,7 +1,6 @@
 //! `run`: boots Umbra with a guest whose console is this terminal.
 
 mod chord;
-mod guest;
 mod script;
 mod terminal;
 
@@ -15,6 +14,7 @@ use regex::bytes::Regex;
 use self::terminal::{End, Limits};
 use crate::bundle::Bundle;
 use crate::emulator::{line_regex, Accel, Boot, Emulator, Kind, Machine, Messages};
+use crate::guest::description;
 use crate::setup::{self, Component};
 use crate::size::Size;
 use crate::{build, paths, say};
@@ -153,7 +153,14 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     let dir = paths::target_dir().join("run");
     let bundle = match &options.vm {
         Some(vm) => Bundle::load(vm)?,
-        None => guest::write(options, ready.linux.as_ref(), &dir.join("guest"))?,
+        None => {
+            let request = description::Request {
+                kernel: options.kernel.clone(),
+                initrd: options.initrd.clone(),
+                cmdline: options.cmdline.clone(),
+            };
+            description::write(&request, ready.linux.as_ref(), &dir.join("guest"))?
+        }
     };
     options.check_size(&bundle)?;
     let (acceleration, why) = options.accel.choose();

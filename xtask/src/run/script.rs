@@ -2,13 +2,15 @@
 //!
 //! A serial line has no flow control that a booting guest honours. Linux empties the UART's FIFO when the console is
 //! opened, and its terminal layer drops what exceeds 4 KiB, so bytes sent early or all at once get lost. A script is
-//! therefore sent line by line, each when the guest shows a prompt: an unfinished line of output that ends like one and
-//! has not changed for a moment. A command that reads its input without a prompt gets the next line after a longer silence.
+//! therefore sent line by line, each when the guest shows a prompt: our Linux guest's, or an unfinished line of output
+//! that ends like one, and then nothing for a moment. A command that reads its input without a prompt gets the next line
+//! after a longer silence.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use crate::emulator::Text;
+use crate::guest::PROMPT;
 
 /// A prompt has not changed for this long.
 const SETTLED: Duration = Duration::from_millis(150);
@@ -30,7 +32,9 @@ pub(super) struct Script {
     supplied_at: Instant,
     output_at: Instant,
     seen: usize,
-    /// How many lines the console must have finished before a prompt is a new one.
+    /// What the console shows before this position was there when the last line was sent.
+    answered: usize,
+    /// How many lines the console must have finished before an unfinished one can be a new prompt.
     lines_due: usize,
     prompt: bool,
     prompted: bool,
@@ -45,6 +49,7 @@ impl Script {
             supplied_at: now,
             output_at: now,
             seen: 0,
+            answered: 0,
             lines_due: 0,
             prompt: false,
             prompted: false,
@@ -68,7 +73,7 @@ impl Script {
         if console.len() != self.seen {
             self.seen = console.len();
             self.output_at = now;
-            self.prompt = console.lines() >= self.lines_due && is_prompt(console.unfinished_line());
+            self.prompt = self.asks(console);
         }
         let quiet = now.duration_since(self.output_at);
         let ready = if self.prompt && quiet >= SETTLED {
@@ -82,10 +87,17 @@ impl Script {
         }
         let line = self.take_line(now)?;
         self.prompt = false;
+        self.answered = console.len();
         // The guest echoes the line, so the prompt still stands in it until the line ends.
         self.lines_due = console.lines() + usize::from(line.last() == Some(&b'\n'));
         self.output_at = now;
         Some(line)
+    }
+
+    fn asks(&self, console: &Text) -> bool {
+        // The known prompt may be followed by a message of the kernel, which hides it from the second test.
+        let known = console.since(self.answered).windows(PROMPT.len()).any(|part| part == PROMPT.as_bytes());
+        known || console.lines() >= self.lines_due && is_prompt(console.unfinished_line())
     }
 
     fn take_line(&mut self, now: Instant) -> Option<Vec<u8>> {
@@ -153,6 +165,17 @@ mod tests {
         assert_eq!(guest.prints("((6*7))\r\n42\r\n~ # "), None);
         assert_eq!(guest.after(200).as_deref(), Some("poweroff\n"));
         assert_eq!(guest.after(100_000), None);
+    }
+
+    #[test]
+    fn a_kernel_message_does_not_hide_the_prompt() {
+        let mut guest = Guest::new("a\nb\n");
+        guest.prints("umbra-guest# \x1b[6n[    2.178824] tsc: Refined TSC clocksource calibration\r\n");
+        assert_eq!(guest.after(200).as_deref(), Some("a\n"));
+        guest.prints("a\r\noutput\r\n");
+        assert_eq!(guest.after(1_000), None, "the old prompt does not count");
+        guest.prints("umbra-guest# ");
+        assert_eq!(guest.after(200).as_deref(), Some("b\n"));
     }
 
     #[test]

@@ -57,6 +57,11 @@ pub fn ensure(needed: &[Component]) -> Result<Ready> {
     })
 }
 
+/// The Linux guest in the cache, or why there is none.
+pub fn linux_guest() -> Result<Linux, String> {
+    linux::cached()
+}
+
 /// `setup`: all components, or with `check` only a report.
 pub fn setup(check: bool) -> Result<ExitCode> {
     if check {

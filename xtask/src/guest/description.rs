@@ -1,22 +1,32 @@
-//! The guest of a `run` without an umbra.toml: writes one, beside copies of the files it names.
+//! The guest of those who bring no umbra.toml: writes one, beside copies of the files it names.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
-use super::Options;
+use super::{initramfs, Linux};
 use crate::build::Images;
 use crate::bundle::{toml_string, Bundle};
-use crate::guest::{initramfs, Linux};
 use crate::{paths, say};
 
-/// Writes the guest into the folder `dir`, so that the same run can be repeated and varied with `run --vm`.
-pub(super) fn write(options: &Options, linux: Option<&Linux>, dir: &Path) -> Result<Bundle> {
+/// What is asked of a guest; without a kernel it is Linux from the cache, or the demo guest.
+#[derive(Clone, Debug, Default)]
+pub struct Request {
+    /// The kernel.
+    pub kernel: Option<PathBuf>,
+    /// The initial ramdisk.
+    pub initrd: Option<PathBuf>,
+    /// The kernel's command line.
+    pub cmdline: Option<String>,
+}
+
+/// Writes the guest into the folder `dir`, from where it can be run again and varied with `run --vm`.
+pub fn write(request: &Request, linux: Option<&Linux>, dir: &Path) -> Result<Bundle> {
     fs::create_dir_all(dir).with_context(|| format!("cannot create {}", dir.display()))?;
     let mut guest =
-        Guest { name: "linux", kernel: "kernel", initrd: options.initrd.is_some(), cmdline: "console=ttyS0" };
-    match (&options.kernel, linux) {
+        Guest { name: "linux", kernel: "kernel", initrd: request.initrd.is_some(), cmdline: "console=ttyS0" };
+    match (&request.kernel, linux) {
         (Some(kernel), _) => {
             guest.name = "guest";
             copy(kernel, &dir.join("kernel"))?;
@@ -36,10 +46,10 @@ pub(super) fn write(options: &Options, linux: Option<&Linux>, dir: &Path) -> Res
             copy(&Images::places().guest("demo"), &dir.join("kernel"))?;
         }
     }
-    if let Some(initrd) = &options.initrd {
+    if let Some(initrd) = &request.initrd {
         copy(initrd, &dir.join("initrd"))?;
     }
-    if let Some(cmdline) = &options.cmdline {
+    if let Some(cmdline) = &request.cmdline {
         guest.cmdline = cmdline;
     }
     let config = dir.join("umbra.toml");
@@ -65,7 +75,7 @@ impl Guest<'_> {
     fn toml(&self) -> String {
         let initrd = if self.initrd { "initrd = \"initrd\"\n" } else { "" };
         format!(
-            "# Written by `cargo xtask run`, anew each time.\n\
+            "# Written by `cargo xtask`, anew each time.\n\
              [[vm]]\nname = {}\nmemory = \"512M\"\nkernel = {}\n{initrd}cmdline = {}\n",
             toml_string(self.name),
             toml_string(self.kernel),
