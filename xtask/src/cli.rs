@@ -5,8 +5,9 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
+use crate::bench::Bench;
 use crate::setup::{self, Component};
-use crate::{build, image, run};
+use crate::{bench, build, check, image, run, test};
 
 /// Umbra's developer commands.
 #[derive(Debug, Parser)]
@@ -30,6 +31,13 @@ enum Command {
     Image(image::Options),
     /// Boot Umbra with a guest whose console is this terminal
     Run(run::Options),
+    /// Run every test, on the host and in emulators; the last line is `N passed, N failed`
+    Test(test::Options),
+    /// Count what a guest's operations cost
+    #[command(subcommand)]
+    Bench(Bench),
+    /// Check formatting, lints and documentation
+    Check,
 }
 
 impl Cli {
@@ -47,6 +55,38 @@ impl Cli {
                 Ok(ExitCode::SUCCESS)
             }
             Command::Run(options) => run::run(&options),
+            Command::Test(options) => test::test(&options),
+            Command::Bench(which) => bench::bench(&which),
+            Command::Check => check::check(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn each_command_is_understood() {
+        for args in [
+            &["setup", "--check"][..],
+            &["build"],
+            &["image", "--bundle", "umbra.toml", "-o", "umbra.iso"],
+            &["run", "--vm", "umbra.toml", "--until", "login:", "--timeout", "60"],
+            &["test", "--long", "--filter", "boot"],
+            &["bench", "exits", "--json"],
+            &["check"],
+        ] {
+            assert!(Cli::try_parse_from(["cargo xtask"].iter().chain(args)).is_ok(), "{args:?}");
+        }
+        for args in [&[][..], &["bench"], &["fly"], &["test", "--what"]] {
+            assert!(Cli::try_parse_from(["cargo xtask"].iter().chain(args)).is_err(), "{args:?}");
         }
     }
 }

@@ -2,8 +2,10 @@
 //! build with the commands a person types.
 #![deny(unsafe_code)]
 
+pub mod bench;
 pub mod build;
 pub mod bundle;
+pub mod check;
 pub mod cli;
 pub mod cpio;
 pub mod emulator;
@@ -15,6 +17,7 @@ pub mod run;
 pub mod setup;
 pub mod size;
 mod sys;
+pub mod test;
 pub mod toolchain;
 
 /// Prints one line on standard error, marked as coming from xtask: standard output belongs to the guest's console

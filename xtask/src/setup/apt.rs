@@ -98,6 +98,11 @@ impl Apt {
     }
 }
 
+/// Whether apt's lists hold the package.
+pub(super) fn knows(package: &str) -> bool {
+    CommandLine::new("apt-cache").args(["show", "--quiet", package]).read().is_ok_and(|text| !text.is_empty())
+}
+
 /// The names after `Depends:` in the output of `apt-cache depends`.
 fn dependencies_in(text: &str) -> Vec<String> {
     text.lines()

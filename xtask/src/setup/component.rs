@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::host::{Host, PackageManager};
-use crate::toolchain;
+use crate::toolchain::{self, Compiler};
 
 /// Something a command needs on this machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,10 +20,12 @@ pub enum Component {
     Grub,
     /// The Linux guest.
     Linux,
+    /// The linter of Debian's compiler, where that is the one that builds for the bare-metal target.
+    Clippy,
 }
 
 impl Component {
-    /// All of them.
+    /// All that running and testing need.
     pub const ALL: [Self; 6] = [Self::Target, Self::Qemu, Self::Uefi, Self::Bochs, Self::Grub, Self::Linux];
 
     /// Its name, and what it is for.
@@ -35,6 +37,7 @@ impl Component {
             Self::Bochs => ("Bochs", "it is the second emulator that Umbra is tested in"),
             Self::Grub => ("GRUB's image tools", "they make bootable images"),
             Self::Linux => ("Linux guest", "it is the guest that `run` boots"),
+            Self::Clippy => ("clippy for Debian's compiler", "it checks the bare-metal crates"),
         }
     }
 
@@ -67,6 +70,9 @@ impl Component {
                     .or_else(|| folders.into_iter().filter(|_| debian).find_map(no_file))
             }
             Self::Linux => host.linux().err(),
+            Self::Clippy if host.compiler() == Some(Compiler::Debian) => no_file("/usr/bin/cargo-clippy"),
+            // rustup brings its own.
+            Self::Clippy => None,
         }
     }
 
@@ -93,6 +99,8 @@ impl Component {
             (Self::Grub, Brew) => &["i686-elf-grub", "x86_64-elf-grub", "xorriso", "mtools"],
             // Downloaded and unpacked into the cache, not installed; see `linux`.
             (Self::Linux, _) => &[],
+            (Self::Clippy, Apt) => &["rust-web-clippy"],
+            (Self::Clippy, _) => &[],
         }
     }
 }

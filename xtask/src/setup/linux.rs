@@ -13,7 +13,7 @@ use crate::guest::Linux;
 use crate::{paths, say};
 
 /// A package without files that depends on the kernel of the day.
-const KERNEL_METAPACKAGE: &str = "linux-image-cloud-amd64";
+pub(super) const KERNEL_METAPACKAGE: &str = "linux-image-cloud-amd64";
 
 const BUSYBOX_PACKAGE: &str = "busybox-static";
 

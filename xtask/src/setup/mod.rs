@@ -14,7 +14,7 @@ use anyhow::{bail, Context, Result};
 
 use self::apt::Apt;
 pub use self::component::Component;
-use self::host::{Host, ThisHost};
+use self::host::{Host, PackageManager, ThisHost};
 use self::plan::{Plan, Step};
 use crate::exec::CommandLine;
 use crate::guest::Linux;
@@ -60,6 +60,12 @@ pub fn ensure(needed: &[Component]) -> Result<Ready> {
 /// The Linux guest in the cache, or why there is none.
 pub fn linux_guest() -> Result<Linux, String> {
     linux::cached()
+}
+
+/// Whether this machine can have a Linux guest: it has one, or its apt knows the package.
+pub fn linux_is_possible() -> bool {
+    linux::cached().is_ok()
+        || ThisHost.package_manager() == Some(PackageManager::Apt) && apt::knows(linux::KERNEL_METAPACKAGE)
 }
 
 /// `setup`: all components, or with `check` only a report.

@@ -242,6 +242,15 @@ mod tests {
     }
 
     #[test]
+    fn debians_compiler_has_a_linter_of_its_own() {
+        let host = Fake { compiler: Some(Compiler::Debian), ..Fake::default() };
+        let plan = Plan::make(&[Component::Target, Component::Clippy], &host);
+        assert_eq!(plan.steps, [Step::Install(vec!["rust-web-clippy"])]);
+        let rustup = Fake { compiler: Some(Compiler::WithTarget), ..Fake::default() };
+        assert_eq!(Plan::make(&[Component::Clippy], &rustup), Plan::default());
+    }
+
+    #[test]
     fn who_may_not_install_is_told_the_command() {
         let host = Fake { rights: Rights::None, ..Fake::default() };
         let plan = Plan::make(&[Component::Target, Component::Qemu, Component::Linux], &host);
