@@ -1,0 +1,75 @@
+//! Umbra starts by each of its ways in, says so from the first moment, runs the demo guest and switches off.
+
+use anyhow::{ensure, Result};
+use xtask::bundle::Bundle;
+use xtask::emulator::{Boot, Kind, Machine};
+use xtask::size::Size;
+
+use crate::cases::Cases;
+use crate::context::Ctx;
+use crate::scenario::{Need, Scenario};
+
+pub(super) fn all() -> Vec<Scenario> {
+    vec![
+        Scenario::new("boot_pvh", |ctx| demo(ctx, &ctx.machine())),
+        Scenario::new("boot_pvh_four_cpus", |ctx| {
+            let machine = Machine { cpus: 4, ..ctx.machine() };
+            demo(ctx, &machine)
+        }),
+        Scenario::new("boot_pvh_memory_above_4g", |ctx| {
+            let machine = Machine { memory: Size::mib(5 * 1024), ..ctx.machine() };
+            demo(ctx, &machine)
+        }),
+        Scenario::new("boot_iso_bios", |ctx| {
+            let machine = Machine { boot: Boot::Iso, ..ctx.machine() };
+            demo(ctx, &machine)
+        })
+        .needs(&[Need::Grub]),
+        Scenario::new("boot_iso_uefi", |ctx| {
+            let machine = Machine { boot: Boot::Uefi, ..ctx.machine() };
+            demo(ctx, &machine)
+        })
+        .needs(&[Need::Grub, Need::Uefi])
+        .limit(120),
+        Scenario::new("boot_iso_bochs", |ctx| {
+            let machine =
+                Machine { kind: Kind::Bochs, boot: Boot::Iso, memory: Size::mib(512), ..ctx.machine() };
+            demo(ctx, &machine)
+        })
+        .needs(&[Need::Grub, Need::Bochs])
+        .limit(300),
+        Scenario::new("halt_at_end", halt_at_end),
+    ]
+}
+
+/// A bundle with the demo guest.
+fn demo_bundle(ctx: &Ctx, umbra: &str) -> Result<Bundle> {
+    let config = format!("{umbra}\n[[vm]]\nname = \"demo\"\nmemory = \"32M\"\nkernel = \"demo\"\n");
+    Bundle::new(config).file_from("demo", &ctx.images.guest("demo"))
+}
+
+fn demo(ctx: &Ctx, machine: &Machine) -> Result<Cases> {
+    let mut vm = ctx.boot(machine, &demo_bundle(ctx, "")?)?;
+    // GRUB leaves the cursor anywhere, so Umbra's first words need not begin a line.
+    vm.expect("umbra: ")?;
+    vm.expect("^demo> ")?;
+    vm.type_line("help")?;
+    vm.expect("poweroff")?;
+    vm.expect("^demo> ")?;
+    vm.type_line("poweroff")?;
+    vm.expect("^umbra: vm \"demo\": powered off$")?;
+    let outcome = vm.end_with(0)?;
+    ensure!(!outcome.log.contains("umbra: error"), "there is an error in the log of a good run");
+    Ok(Cases::passed())
+}
+
+/// `at_end = "halt"` leaves the machine on after the last line.
+fn halt_at_end(ctx: &Ctx) -> Result<Cases> {
+    let mut vm = ctx.boot(&ctx.machine(), &demo_bundle(ctx, "[umbra]\nat_end = \"halt\"")?)?;
+    vm.expect("^demo> ")?;
+    vm.type_line("poweroff")?;
+    let outcome = vm.end()?;
+    ensure!(outcome.status == Some(0), "the run ended with {:?} instead of status 0", outcome.status);
+    ensure!(!outcome.powered_off, "the machine switched itself off");
+    Ok(Cases::passed())
+}

@@ -1,0 +1,110 @@
+//! Debian's Linux as a guest: a shell that computes, the scenario script, the ways to end.
+
+use std::process::Stdio;
+
+use anyhow::{ensure, Context, Result};
+use xtask::bundle::Bundle;
+use xtask::emulator::{Boot, Machine};
+use xtask::exec::CommandLine;
+use xtask::guest::{initramfs, PROMPT};
+
+use crate::cases::Cases;
+use crate::context::{Ctx, Vm};
+use crate::scenario::{Need, Scenario};
+
+pub(super) fn all() -> Vec<Scenario> {
+    let scenarios = vec![
+        Scenario::new("linux", script).limit(600),
+        Scenario::new("linux_reboot", reboot).limit(600),
+        Scenario::new("linux_piped", piped).limit(600),
+        Scenario::new("linux_iso", |ctx| shell(ctx, Boot::Iso)).needs(&[Need::Grub]).limit(600).long(),
+        Scenario::new("linux_uefi", |ctx| shell(ctx, Boot::Uefi))
+            .needs(&[Need::Grub, Need::Uefi])
+            .limit(600)
+            .long(),
+    ];
+    scenarios.into_iter().map(|scenario| scenario.needs(&[Need::Linux])).collect()
+}
+
+/// Boots Linux up to its prompt.
+fn boot(ctx: &Ctx, machine: &Machine) -> Result<Vm> {
+    let linux = ctx.linux()?;
+    let config = "[[vm]]\nname = \"linux\"\nmemory = \"512M\"\nkernel = \"vmlinuz\"\ninitrd = \"initrd\"\n\
+                  cmdline = \"console=ttyS0\"\n";
+    let bundle = Bundle::new(config)
+        .file_from("vmlinuz", &linux.kernel)?
+        .file("initrd", initramfs::build(&linux.busybox)?);
+    let mut vm = ctx.boot(machine, &bundle)?;
+    vm.expect("^umbra: ")?;
+    vm.expect("Linux version ")?;
+    vm.expect(&format!("^{PROMPT}"))?;
+    Ok(vm)
+}
+
+/// The shell takes input and computes.
+fn compute(vm: &mut Vm) -> Result<()> {
+    vm.type_line("echo $((6*7))")?;
+    vm.expect("^42$")?;
+    vm.expect(&format!("^{PROMPT}"))?;
+    Ok(())
+}
+
+fn power_off(mut vm: Vm) -> Result<String> {
+    vm.type_line("poweroff")?;
+    vm.expect("^umbra: vm \"linux\": powered off$")?;
+    Ok(vm.end_with(0)?.log)
+}
+
+fn script(ctx: &Ctx) -> Result<Cases> {
+    let mut vm = boot(ctx, &ctx.machine())?;
+    compute(&mut vm)?;
+    let before = vm.log().len();
+    vm.type_line("/root/scenario.sh")?;
+    vm.expect("^done .*$")?;
+    let mut cases = Cases::reported_in(&vm.log()[before..]);
+    vm.expect(&format!("^{PROMPT}"))?;
+    if let Err(error) = power_off(vm) {
+        cases.require(false, || format!("{error:#}"));
+    }
+    Ok(cases)
+}
+
+fn reboot(ctx: &Ctx) -> Result<Cases> {
+    let mut vm = boot(ctx, &ctx.machine())?;
+    vm.type_line("reboot")?;
+    vm.expect("^umbra: vm \"linux\": reset")?;
+    vm.expect("Linux version ")?;
+    vm.expect(&format!("^{PROMPT}"))?;
+    compute(&mut vm)?;
+    power_off(vm)?;
+    Ok(Cases::passed())
+}
+
+fn shell(ctx: &Ctx, boot_by: Boot) -> Result<Cases> {
+    let mut vm = boot(ctx, &Machine { boot: boot_by, ..ctx.machine() })?;
+    compute(&mut vm)?;
+    power_off(vm)?;
+    Ok(Cases::passed())
+}
+
+/// `cargo xtask run` itself, its input a pipe that ends long before the guest has booted.
+fn piped(ctx: &Ctx) -> Result<Cases> {
+    let line = CommandLine::new("cargo").args(["xtask", "run", "--timeout", "500"]);
+    let log = std::fs::File::create(ctx.dir.join("console.log"))?;
+    let mut child = line
+        .command()
+        .current_dir(xtask::paths::workspace_root())
+        .stdin(Stdio::piped())
+        .stdout(log.try_clone()?)
+        .stderr(log)
+        .spawn()
+        .with_context(|| format!("cannot start `{line}`"))?;
+    let mut stdin = child.stdin.take().context("the command has no standard input")?;
+    std::io::Write::write_all(&mut stdin, b"echo $((6*7))\npoweroff\n")?;
+    drop(stdin);
+    let status = child.wait()?;
+    let log = String::from_utf8_lossy(&std::fs::read(ctx.dir.join("console.log"))?).replace('\r', "");
+    ensure!(status.success(), "`{line}` ended with {status}");
+    ensure!(log.lines().any(|line| line == "42"), "the shell did not print 42");
+    Ok(Cases::passed())
+}

@@ -1,0 +1,92 @@
+//! The command line of `cargo xtask`.
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+use crate::bench::Bench;
+use crate::setup::{self, Component};
+use crate::{bench, build, check, image, run, test};
+
+/// Umbra's developer commands.
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", version, arg_required_else_help = true)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Install what is missing: compiler, emulators, image tools, the Linux guest
+    Setup {
+        /// Only report what is missing (status 1 if anything is)
+        #[arg(long)]
+        check: bool,
+    },
+    /// Build Umbra and the test guests
+    Build,
+    /// Make a bootable image for BIOS and UEFI
+    Image(image::Options),
+    /// Boot Umbra with a guest whose console is this terminal
+    Run(run::Options),
+    /// Run every test, on the host and in emulators; the last line is `N passed, N failed`
+    Test(test::Options),
+    /// Count what a guest's operations cost
+    #[command(subcommand)]
+    Bench(Bench),
+    /// Check formatting, lints and documentation
+    Check,
+}
+
+impl Cli {
+    /// Does what was asked for; the exit status.
+    pub fn execute(self) -> Result<ExitCode> {
+        match self.command {
+            Command::Setup { check } => setup::setup(check),
+            Command::Build => {
+                let images = build::build(setup::ensure(&[Component::Target])?.compiler()?)?;
+                println!("{}", images.umbra.display());
+                Ok(ExitCode::SUCCESS)
+            }
+            Command::Image(options) => {
+                println!("{}", image::make(&options)?.display());
+                Ok(ExitCode::SUCCESS)
+            }
+            Command::Run(options) => run::run(&options),
+            Command::Test(options) => test::test(&options),
+            Command::Bench(which) => bench::bench(&which),
+            Command::Check => check::check(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn each_command_is_understood() {
+        for args in [
+            &["setup", "--check"][..],
+            &["build"],
+            &["image", "--bundle", "umbra.toml", "-o", "umbra.iso"],
+            &["run", "--vm", "umbra.toml", "--until", "login:", "--timeout", "60"],
+            &["test", "--long", "--filter", "boot"],
+            &["bench", "exits", "--json"],
+            &["check"],
+        ] {
+            assert!(Cli::try_parse_from(["cargo xtask"].iter().chain(args)).is_ok(), "{args:?}");
+        }
+        for args in [&[][..], &["bench"], &["fly"], &["test", "--what"]] {
+            assert!(Cli::try_parse_from(["cargo xtask"].iter().chain(args)).is_err(), "{args:?}");
+        }
+    }
+}

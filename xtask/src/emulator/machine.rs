@@ -1,0 +1,153 @@
+//! The description of an emulated machine.
+
+use std::path::PathBuf;
+
+use anyhow::{bail, Context, Result};
+
+use super::accel::Acceleration;
+use super::{bochs, firmware, qemu};
+use crate::build::Images;
+use crate::bundle::Bundle;
+use crate::exec::CommandLine;
+use crate::image;
+use crate::size::Size;
+
+/// Which emulator.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Kind {
+    /// QEMU, which emulates AMD SVM.
+    #[default]
+    Qemu,
+    /// Bochs, which is slower and starts from an image only.
+    Bochs,
+}
+
+/// How Umbra gets into the machine.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Boot {
+    /// QEMU loads the ELF file and the bundle by the PVH protocol.
+    #[default]
+    Pvh,
+    /// GRUB loads both from an ISO image, on a BIOS.
+    Iso,
+    /// GRUB loads both from an ISO image, on UEFI.
+    Uefi,
+}
+
+/// Whether QEMU counts instructions in place of time, which makes a run repeatable.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Icount {
+    /// The machine's time is the host's.
+    #[default]
+    Off,
+    /// One instruction is one nanosecond, and nothing in the machine depends on the host's time.
+    On,
+}
+
+/// An emulated machine: what a person would set on its command line.
+#[derive(Clone, Debug)]
+pub struct Machine {
+    /// Which emulator.
+    pub kind: Kind,
+    /// How Umbra gets into it.
+    pub boot: Boot,
+    /// Umbra's ELF file.
+    pub umbra: PathBuf,
+    /// Processors.
+    pub cpus: u32,
+    /// Memory.
+    pub memory: Size,
+    /// Emulation or the host's virtualization.
+    pub acceleration: Acceleration,
+    /// QEMU's processor model; `None` takes the one that offers Umbra most.
+    pub cpu: Option<String>,
+    /// Repeatable time.
+    pub icount: Icount,
+    /// The machine waits for a debugger on TCP port 1234.
+    pub gdb: bool,
+    /// The folder for what this machine needs: the bundle, an image, the firmware's variables, logs.
+    pub dir: PathBuf,
+}
+
+impl Machine {
+    /// A machine with QEMU's best processor, one CPU and 2 GiB, that starts the built Umbra by PVH and keeps its files
+    /// in `dir`.
+    pub fn new(dir: impl Into<PathBuf>) -> Self {
+        Self {
+            kind: Kind::Qemu,
+            boot: Boot::Pvh,
+            umbra: Images::places().umbra,
+            cpus: 1,
+            memory: Size::mib(2048),
+            acceleration: Acceleration::Tcg,
+            cpu: None,
+            icount: Icount::Off,
+            gdb: false,
+            dir: dir.into(),
+        }
+    }
+
+    /// The bundle's file in the machine's folder.
+    pub(super) fn bundle_file(&self) -> PathBuf {
+        self.dir.join("bundle.cpio")
+    }
+
+    /// The image's file in the machine's folder.
+    pub(super) fn iso_file(&self) -> PathBuf {
+        self.dir.join("umbra.iso")
+    }
+
+    /// The copy of the UEFI variables in the machine's folder.
+    pub(super) fn uefi_variables_file(&self) -> PathBuf {
+        self.dir.join("uefi-variables.fd")
+    }
+
+    /// Writes what the machine starts from into its folder.
+    pub(super) fn prepare(&self, bundle: &Bundle) -> Result<()> {
+        self.check()?;
+        std::fs::create_dir_all(&self.dir)
+            .with_context(|| format!("cannot create {}", self.dir.display()))?;
+        std::fs::write(self.bundle_file(), bundle.archive()?)
+            .with_context(|| format!("cannot write {}", self.bundle_file().display()))?;
+        if self.boot != Boot::Pvh {
+            let work = self.dir.join("iso");
+            image::write_iso(&self.umbra, &self.bundle_file(), &work, &self.iso_file())?;
+        }
+        match self.kind {
+            Kind::Bochs => bochs::write_configuration(self)?,
+            Kind::Qemu if self.boot == Boot::Uefi => firmware::copy_variables(&self.uefi_variables_file())?,
+            Kind::Qemu => {}
+        }
+        Ok(())
+    }
+
+    /// Refuses what the emulator cannot do.
+    pub fn check(&self) -> Result<()> {
+        if !self.umbra.is_file() {
+            bail!("{} is not there; `cargo xtask build` makes it", self.umbra.display());
+        }
+        if self.icount == Icount::On && self.cpus != 1 {
+            bail!("a machine that counts instructions has one CPU, not {}", self.cpus);
+        }
+        if self.kind == Kind::Bochs {
+            if self.boot != Boot::Iso {
+                bail!("Bochs starts Umbra from a BIOS image only; leave out --uefi or use QEMU");
+            }
+            if self.gdb {
+                bail!("Debian's Bochs has no gdb stub; use QEMU with --gdb");
+            }
+            if self.icount == Icount::On {
+                bail!("only QEMU counts instructions");
+            }
+        }
+        Ok(())
+    }
+
+    /// The emulator's command line, its serial line being `serial` (Bochs) or its standard input and output (QEMU).
+    pub(super) fn command_line(&self, serial: &str) -> Result<CommandLine> {
+        match self.kind {
+            Kind::Qemu => qemu::command_line(self),
+            Kind::Bochs => Ok(bochs::command_line(self, serial)),
+        }
+    }
+}

@@ -1,0 +1,17 @@
+//! Drives an emulated machine: one description, one command line, a console to read and write, and an end.
+
+mod accel;
+mod bochs;
+mod console;
+mod firmware;
+mod machine;
+mod process;
+mod qemu;
+mod session;
+
+pub use accel::{Accel, Acceleration};
+pub use console::{end_status, line_regex, Text};
+pub use firmware::uefi_files;
+pub use machine::{Boot, Icount, Kind, Machine};
+pub use process::{Emulator, Messages};
+pub use session::{Outcome, Session};

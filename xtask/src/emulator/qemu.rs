@@ -1,0 +1,126 @@
+//! QEMU's command line.
+
+use anyhow::{Context, Result};
+
+use super::accel::Acceleration;
+use super::firmware;
+use super::machine::{Boot, Icount, Machine};
+use crate::exec::CommandLine;
+
+/// The program.
+pub(super) const PROGRAM: &str = "qemu-system-x86_64";
+
+/// The processor of an emulated machine: everything that TCG can do, and SVM with nested paging.
+const TCG_CPU: &str = "max,+svm,+npt";
+
+pub(super) fn command_line(machine: &Machine) -> Result<CommandLine> {
+    let line = base(CommandLine::new(PROGRAM), machine);
+    let line = acceleration(line, machine);
+    let line = icount(line, machine);
+    let line = debugger(line, machine);
+    boot(line, machine)
+}
+
+/// The parts that do not depend on a choice: no device and no setting that we did not name, and the serial line on
+/// standard input and output.
+fn base(line: CommandLine, machine: &Machine) -> CommandLine {
+    line.args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-vga", "none"])
+        .args(["-machine", "q35", "-smp", &machine.cpus.to_string()])
+        .args(["-m", &format!("{}M", machine.memory.whole_mib())])
+        .args(["-serial", "stdio"])
+}
+
+fn acceleration(line: CommandLine, machine: &Machine) -> CommandLine {
+    let (accelerator, best_cpu) = match machine.acceleration {
+        Acceleration::Kvm => ("kvm", "host"),
+        Acceleration::Tcg => ("tcg", TCG_CPU),
+    };
+    line.args(["-accel", accelerator, "-cpu", machine.cpu.as_deref().unwrap_or(best_cpu)])
+}
+
+/// With the clock, the start date and the random numbers fixed as well, two runs are the same.
+fn icount(line: CommandLine, machine: &Machine) -> CommandLine {
+    match machine.icount {
+        Icount::Off => line,
+        Icount::On => line
+            .args(["-icount", "shift=0,sleep=off"])
+            .args(["-rtc", "base=2026-01-01,clock=vm"])
+            .args(["-seed", "1"]),
+    }
+}
+
+fn debugger(line: CommandLine, machine: &Machine) -> CommandLine {
+    if machine.gdb {
+        line.args(["-s", "-S"])
+    } else {
+        line
+    }
+}
+
+fn boot(line: CommandLine, machine: &Machine) -> Result<CommandLine> {
+    Ok(match machine.boot {
+        Boot::Pvh => line.arg("-kernel").arg(&machine.umbra).arg("-initrd").arg(machine.bundle_file()),
+        Boot::Iso => line.arg("-cdrom").arg(machine.iso_file()).args(["-boot", "d"]),
+        Boot::Uefi => {
+            let files = firmware::uefi_files().context(firmware::NO_UEFI)?;
+            let flash = |read_only: &str, file: &std::path::Path| {
+                // A comma in a value of an option list is doubled.
+                let file = file.display().to_string().replace(',', ",,");
+                format!("if=pflash,format=raw,readonly={read_only},file={file}")
+            };
+            line.args(["-drive", &flash("on", &files.code)])
+                .args(["-drive", &flash("off", &machine.uefi_variables_file())])
+                .arg("-cdrom")
+                .arg(machine.iso_file())
+        }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::size::Size;
+
+    fn machine() -> Machine {
+        Machine { umbra: "/t/umbra".into(), ..Machine::new("/t/run") }
+    }
+
+    #[test]
+    fn the_plain_machine() {
+        let line = command_line(&machine()).unwrap();
+        assert_eq!(
+            line.to_string(),
+            "qemu-system-x86_64 -nodefaults -no-user-config -no-reboot -display none -vga none -machine q35 -smp 1 \
+             -m 2048M -serial stdio -accel tcg -cpu max,+svm,+npt -kernel /t/umbra -initrd /t/run/bundle.cpio"
+        );
+    }
+
+    #[test]
+    fn choices_become_arguments() {
+        let line =
+            command_line(&Machine { cpus: 4, memory: Size::mib(512), gdb: true, ..machine() }).unwrap();
+        assert_eq!((line.value_of("-smp"), line.value_of("-m")), (Some("4"), Some("512M")));
+        assert!(line.has_arg("-s") && line.has_arg("-S"));
+        let line = command_line(&Machine { cpu: Some("max,-svm".into()), ..machine() }).unwrap();
+        assert_eq!(line.value_of("-cpu"), Some("max,-svm"));
+        let line = command_line(&Machine { acceleration: Acceleration::Kvm, ..machine() }).unwrap();
+        assert_eq!((line.value_of("-accel"), line.value_of("-cpu")), (Some("kvm"), Some("host")));
+        assert!(!line.has_arg("-icount") && !line.has_arg("-S"));
+    }
+
+    #[test]
+    fn counting_fixes_everything_that_varies() {
+        let line = command_line(&Machine { icount: Icount::On, ..machine() }).unwrap();
+        assert_eq!(line.value_of("-icount"), Some("shift=0,sleep=off"));
+        assert_eq!(line.value_of("-rtc"), Some("base=2026-01-01,clock=vm"));
+        assert_eq!(line.value_of("-seed"), Some("1"));
+        assert_eq!(line.value_of("-smp"), Some("1"));
+    }
+
+    #[test]
+    fn an_image_takes_the_place_of_the_kernel() {
+        let line = command_line(&Machine { boot: Boot::Iso, ..machine() }).unwrap();
+        assert_eq!(line.value_of("-cdrom"), Some("/t/run/umbra.iso"));
+        assert!(!line.has_arg("-kernel") && !line.has_arg("-initrd"));
+    }
+}

@@ -1,0 +1,18 @@
+//! The Linux guest: an unmodified kernel of the distribution and BusyBox, from the cache.
+
+pub mod description;
+pub mod initramfs;
+
+use std::path::PathBuf;
+
+/// The prompt of the Linux guest's shell.
+pub const PROMPT: &str = "umbra-guest# ";
+
+/// The files of the Linux guest.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Linux {
+    /// The kernel, a bzImage.
+    pub kernel: PathBuf,
+    /// BusyBox, statically linked.
+    pub busybox: PathBuf,
+}
