@@ -6,7 +6,8 @@
 //! success: a guest that hangs or dies never prints `done`.
 //!
 //! Words on the command line: `only=PREFIX` runs the cases whose name begins so, `trace` names each case before
-//! it starts, `tcg` says that the processor underneath is QEMU's TCG (see [`platform`]).
+//! it starts, `tcg` says that the processor underneath is QEMU's TCG (see [`platform`]), `cr-writes-intercepted`
+//! that bad writes of CR3 and CR4 never reach it.
 //!
 //! Privileged wrappers here are safe functions on purpose. A test guest owns its whole machine and wrecking it is
 //! often the point; wrong use fails a case, not a system.
@@ -25,6 +26,7 @@ pub mod platform;
 pub mod report;
 pub mod serial;
 pub mod trap;
+pub mod user;
 
 mod racy;
 pub use racy::Racy;

@@ -33,6 +33,11 @@ pub fn umbra() -> bool {
     signature() == UMBRA_SIGNATURE
 }
 
+/// Whether QEMU's TCG is the whole platform, so that its CPUID, MSRs and devices answer, not Umbra's.
+pub fn bare_tcg() -> bool {
+    signature() == *b"TCGTCGTCGTCG"
+}
+
 /// Whether QEMU's TCG executes the instructions, with or without Umbra between.
 pub fn tcg() -> bool {
     TCG.load(Relaxed)
@@ -40,8 +45,7 @@ pub fn tcg() -> bool {
 
 /// Finds out about TCG: by its signature, by the command line, or by its best known error.
 pub fn init() {
-    let found =
-        signature() == *b"TCGTCGTCGTCG" || multiboot::boot().word("tcg") || reserved_bit_fault_lacks_p();
+    let found = bare_tcg() || multiboot::boot().word("tcg") || reserved_bit_fault_lacks_p();
     TCG.store(found, Relaxed);
 }
 
@@ -56,4 +60,11 @@ fn reserved_bit_fault_lacks_p() -> bool {
     let fault = catch(|| peek::<u8>(PLAYGROUND));
     space.set(PLAYGROUND, 1, 0);
     fault.is_err_and(|fault| fault.error & E_P == 0)
+}
+
+/// Whether a MOV to CR3 or CR4 with a reserved bit must not be tried: on QEMU 7.2's TCG the processor stops there for
+/// good, without #GP. A hypervisor that intercepts the write and checks it is safe; the command line says so with
+/// `cr-writes-intercepted`.
+pub fn bad_cr_write_hangs() -> bool {
+    tcg() && !multiboot::boot().word("cr-writes-intercepted")
 }

@@ -115,7 +115,12 @@ impl Case {
         let _ = self.note.write_str(reason);
     }
 
-    /// Skips on TCG, with what is wrong there. True when skipped.
+    /// Skips on bare TCG, with what its CPUID, MSRs or devices do wrong. True when skipped.
+    pub fn skip_on_bare_tcg(&mut self, wrong: &str) -> bool {
+        platform::bare_tcg() && self.skip_on_tcg(wrong)
+    }
+
+    /// Skips on TCG, bare or under Umbra, with what its processor does wrong. True when skipped.
     pub fn skip_on_tcg(&mut self, wrong: &str) -> bool {
         if platform::tcg() {
             self.skip("QEMU TCG is known wrong here: ");
@@ -123,6 +128,14 @@ impl Case {
         }
         platform::tcg()
     }
+}
+
+/// A case that is one fault: `run` must end in `vector` with `error`.
+pub fn fault_case<R>(name: &str, vector: u8, error: Option<u64>, run: impl FnOnce() -> R) {
+    case(name, |t| {
+        let got = catch(run);
+        t.faults("the instruction", got, vector, error);
+    });
 }
 
 /// Runs one case and prints its line. `name` is stable: scenarios refer to it.

@@ -324,6 +324,14 @@ pub fn catch<R>(call: impl FnOnce() -> R) -> Result<R, Fault> {
     }
 }
 
+static LAST: Racy<[u64; 22]> = Racy::new([0; 22]);
+
+/// The whole context of the exception that last ended a `catch`.
+pub fn last_frame() -> Frame {
+    // SAFETY: `Frame` is 22 words, copied as such by `unwind`; nobody writes while no exception unwinds.
+    unsafe { core::mem::transmute(LAST.get().read()) }
+}
+
 /// Ends the innermost `catch` with what is in `frame`: for handlers that decide to.
 pub fn unwind(frame: &mut Frame) -> bool {
     let recovery = RECOVERY.load(SeqCst);
@@ -339,8 +347,9 @@ pub fn unwind(frame: &mut Frame) -> bool {
         rflags: frame.rflags,
         rsp: frame.rsp,
     };
-    // SAFETY: the pointer is that of a `catch` further down this stack.
+    // SAFETY: the pointer is that of a `catch` further down this stack; a frame is 22 words.
     unsafe {
+        LAST.get().write((frame as *const Frame).cast::<[u64; 22]>().read());
         (*recovery).fault = fault;
         frame.rsp = (*recovery).rsp;
     }
