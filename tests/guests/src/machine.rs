@@ -112,6 +112,8 @@ fn load_tss() {
     for index in 0..4 {
         set_tss_stack(index, stack_top(index));
     }
+    // SAFETY: as above. No I/O permission map: its base is at the limit. AMD APM vol. 2, 12.2.5.
+    unsafe { (*TSS_DATA.get()).0[25] = 104 << 16 };
     let base = TSS_DATA.addr();
     let limit = core::mem::size_of::<Tss>() as u64 - 9;
     let low = limit | (base & 0xff_ffff) << 16 | 0x89 << 40 | (base >> 24 & 0xff) << 56;

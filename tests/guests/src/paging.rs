@@ -63,6 +63,28 @@ impl Space {
         Space { root }
     }
 
+    /// A copy of this one with its own tables for the first 512 GiB down to the page directories, so that pages below
+    /// 4 GiB can be remapped without touching the standard tables.
+    pub fn isolated(&self) -> Space {
+        let copy = |from: u64| {
+            let to = frames::page();
+            for slot in 0..512 {
+                poke(to + slot * 8, peek::<u64>(from + slot * 8));
+            }
+            to
+        };
+        let root = copy(self.root);
+        let third = copy(peek::<u64>(root) & ADDRESS);
+        poke(root, third | P | W | U);
+        for slot in 0..512 {
+            let entry: u64 = peek(third + slot * 8);
+            if entry & P != 0 && entry & PS == 0 {
+                poke(third + slot * 8, copy(entry & ADDRESS) | P | W | U);
+            }
+        }
+        Space { root }
+    }
+
     /// Loads it.
     pub fn activate(&self) {
         set_cr3(self.root);

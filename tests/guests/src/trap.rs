@@ -405,6 +405,12 @@ fn eoi(kind: u8) {
     }
 }
 
+/// Error code of a fault on the gate of `vector`: its number in the selector field and the IDT bit. AMD APM vol. 2,
+/// 8.4.1. TCG counts in gates of 16 bytes instead of selectors of 8.
+pub fn idt_error(vector: u8) -> u64 {
+    u64::from(vector) * if crate::platform::tcg() { 16 } else { 8 } + 2
+}
+
 /// One gate of a 64-bit IDT. AMD APM vol. 2, 4.8.4.
 #[repr(C, align(16))]
 #[derive(Clone, Copy)]

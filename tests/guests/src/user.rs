@@ -13,6 +13,11 @@ pub const DATA: u64 = CODE + 2 * PAGE;
 /// A page of stack.
 pub const STACK: u64 = CODE + 4 * PAGE;
 
+/// Code of `run_low`: an address in the PCI hole that nothing else uses.
+pub const LOW_CODE: u64 = 0xd000_0000;
+/// Stack of `run_low`.
+pub const LOW_STACK: u64 = LOW_CODE + 4 * PAGE;
+
 /// Ring 3 context to start with; `rip` is at the first byte of the code.
 #[derive(Clone, Copy, Debug)]
 #[allow(missing_docs)]
@@ -59,6 +64,19 @@ pub fn run_mapped(code: &[u8], start: Start) -> (Fault, Frame) {
         poke(CODE + offset as u64, byte);
     }
     enter(CODE, STACK + PAGE - 16, start)
+}
+
+/// The same with code and stack below 4 GiB, where 32-bit code can reach its stack and data.
+pub fn run_low(code: &[u8], start: Start) -> (Fault, Frame) {
+    let space = Space::current().isolated();
+    space.activate();
+    for page in [LOW_CODE, LOW_STACK] {
+        space.map_new(page, P | W | U);
+    }
+    for (offset, &byte) in code.iter().enumerate() {
+        poke(LOW_CODE + offset as u64, byte);
+    }
+    enter(LOW_CODE, LOW_STACK + PAGE - 16, start)
 }
 
 /// Enters ring 3 at `rip` with stack `rsp`.
