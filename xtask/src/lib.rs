@@ -8,6 +8,7 @@ pub mod bundle;
 pub mod check;
 pub mod cli;
 pub mod cpio;
+pub mod elf32;
 pub mod emulator;
 pub mod exec;
 pub mod guest;
