@@ -36,10 +36,10 @@ pub fn iopl(rflags: u64) -> u8 {
     (rflags >> 12 & 3) as u8
 }
 
-/// Ones in the low `size` bytes; `size` is 1 to 8.
+/// Ones in the low `size` bytes; all ones from 8 on.
 #[inline]
 pub(super) fn mask(size: u8) -> u64 {
-    u64::MAX >> (64 - 8 * u32::from(size.clamp(1, 8)))
+    u64::MAX.wrapping_shr(64_u32.wrapping_sub(bits(size)))
 }
 
 /// Number of bits in `size` bytes.
@@ -57,8 +57,8 @@ pub(super) fn sign_bit(size: u8) -> u64 {
 /// Sign-extends the low `size` bytes to 64 bits.
 #[inline]
 pub(super) fn sign_extend(value: u64, size: u8) -> u64 {
-    let shift = 64 - bits(size.clamp(1, 8));
-    (((value << shift) as i64) >> shift) as u64
+    let shift = 64_u32.wrapping_sub(bits(size));
+    (value.wrapping_shl(shift) as i64).wrapping_shr(shift) as u64
 }
 
 /// SF, ZF and PF of a result.
