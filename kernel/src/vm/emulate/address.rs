@@ -41,8 +41,9 @@ impl<C: Cpu> Execution<'_, C> {
         let linear = if self.mode == Mode::Long64 {
             let base = if matches!(seg, Seg::Fs | Seg::Gs) { self.cpu.segment(seg).base } else { 0 };
             let linear = base.wrapping_add(offset);
-            let end = linear.checked_add(last);
-            if !self.canonical(linear) || !end.is_some_and(|end| self.canonical(end)) {
+            // A page is canonical as a whole.
+            let one_page = linear & 0xfff <= 0x1000 - 1 - last;
+            if !self.canonical(linear) || !(one_page || self.canonical_end(linear, last)) {
                 return Err(self.segment_fault(seg));
             }
             linear
@@ -86,8 +87,14 @@ impl<C: Cpu> Execution<'_, C> {
     /// Whether an address is the sign extension of its implemented bits.
     #[inline]
     pub(super) fn canonical(&self, linear: u64) -> bool {
-        let unused = 64 - self.cpu.linear_bits().clamp(1, 64);
-        ((linear << unused) as i64 >> unused) as u64 == linear
+        let unused = 64_u32.wrapping_sub(self.cpu.linear_bits());
+        (linear.wrapping_shl(unused) as i64).wrapping_shr(unused) as u64 == linear
+    }
+
+    /// Whether the last byte of an access lies at a canonical address, without wrapping at 2^64.
+    #[cold]
+    fn canonical_end(&self, linear: u64, last: u64) -> bool {
+        linear.checked_add(last).is_some_and(|end| self.canonical(end))
     }
 
     /// #SS(0) for the stack segment, #GP(0) for others.

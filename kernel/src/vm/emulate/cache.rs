@@ -50,6 +50,8 @@ struct Entry {
     insn: DecodedInsn,
 }
 
+const _: () = assert!(size_of::<Entry>() <= 64, "an entry fits a cache line");
+
 /// Decoded instructions of one vCPU. Its memory is allocated once.
 pub struct DecodeCache {
     entries: Box<[Entry]>,

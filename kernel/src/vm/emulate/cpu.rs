@@ -258,7 +258,7 @@ pub trait Cpu {
         false
     }
 
-    /// Reads memory.
+    /// Reads memory; the bits above `size` bytes of the answer are zero.
     fn read(&mut self, linear: u64, size: u8, access: Access) -> Result<u64, Fault>;
     /// Writes the low `size` bytes of `value`.
     fn write(&mut self, linear: u64, size: u8, value: u64, access: Access) -> Result<(), Fault>;

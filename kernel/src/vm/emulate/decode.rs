@@ -270,6 +270,18 @@ impl DecodedInsn {
         self.len
     }
 
+    /// Whether a fault may find iterations committed.
+    #[cfg(test)]
+    pub(super) fn repeats(&self) -> bool {
+        self.repeat != Repeat::Once && matches!(self.op, Op::String(_))
+    }
+
+    /// Whether the operand is found by a bit offset in a register.
+    #[cfg(test)]
+    pub(super) fn has_bit_offset(&self) -> bool {
+        matches!(self.op, Op::Bit(_)) && self.src != Operand::Imm
+    }
+
     /// Decodes the instruction that `bytes` begin with, as code of 16, 32 or 64 bits. No more than 15 bytes are
     /// looked at.
     pub(super) fn decode(bitness: u32, bytes: &[u8]) -> Result<Self, DecodeError> {
@@ -353,7 +365,7 @@ impl Translation<'_> {
             _ => [dst, src, third].iter().filter(|o| **o == Operand::Mem).count(),
         };
         let size = match op {
-            Op::MovVector(_) => insn.memory_size().size().min(16) as u8,
+            Op::MovVector(_) | Op::String(_) => insn.memory_size().size().min(16) as u8,
             _ => self.size(0),
         };
         DecodedInsn {

@@ -199,7 +199,7 @@ impl<C: Cpu> Execution<'_, C> {
     #[inline]
     pub(super) fn load(&mut self, linear: u64, size: u8, kind: AccessKind) -> Result<u64, Fault> {
         let access = Access { kind, sole: self.sole };
-        Ok(self.cpu.read(linear, size, access)? & mask(size))
+        self.cpu.read(linear, size, access)
     }
 
     #[inline]

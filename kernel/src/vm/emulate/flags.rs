@@ -1,7 +1,9 @@
 //! Status flags and the arithmetic that sets them, exact for every operand size. AMD APM vol. 1, 3.1.4.
 //!
-//! Where the manuals leave a flag undefined the emulator does one fixed thing: logical operations clear AF; shifts,
-//! rotates and multiplications leave what they do not define as it was, except as noted at each function.
+//! Where the manuals leave a flag undefined the emulator does what AMD's Zen processors were seen to do, where that
+//! follows a rule: logical operations clear AF, shifts set it, OF of a longer shift is that of its last step, bit
+//! tests and multiplications leave theirs alone. Divisions and bit scans leave theirs alone too, which no
+//! processor does.
 
 /// Carry.
 pub const CF: u64 = 1 << 0;
@@ -34,10 +36,10 @@ pub fn iopl(rflags: u64) -> u8 {
     (rflags >> 12 & 3) as u8
 }
 
-/// Ones in the low `size` bytes; `size` is 1 to 8.
+/// Ones in the low `size` bytes; all ones from 8 on.
 #[inline]
 pub(super) fn mask(size: u8) -> u64 {
-    u64::MAX >> (64 - 8 * u32::from(size.clamp(1, 8)))
+    u64::MAX.wrapping_shr(64_u32.wrapping_sub(bits(size)))
 }
 
 /// Number of bits in `size` bytes.
@@ -55,8 +57,8 @@ pub(super) fn sign_bit(size: u8) -> u64 {
 /// Sign-extends the low `size` bytes to 64 bits.
 #[inline]
 pub(super) fn sign_extend(value: u64, size: u8) -> u64 {
-    let shift = 64 - bits(size.clamp(1, 8));
-    (((value << shift) as i64) >> shift) as u64
+    let shift = 64_u32.wrapping_sub(bits(size));
+    (value.wrapping_shl(shift) as i64).wrapping_shr(shift) as u64
 }
 
 /// SF, ZF and PF of a result.
@@ -132,8 +134,7 @@ pub enum Shift {
 
 /// Shifts `value` by `count` (masked to 5 bits, 6 for 8-byte operands), starting from `old` flags.
 ///
-/// OF is defined for counts of one; for others it is computed by the same rule, from the last step's operands where
-/// that matters. CF of SHL and SHR beyond the operand's width (undefined) is 0.
+/// OF is defined for counts of one. CF of SHL and SHR beyond the operand's width (undefined) is 0.
 pub(super) fn shift(op: Shift, value: u64, count: u64, size: u8, old: u64) -> Flagged {
     let bits = bits(size);
     let count = (count & if size == 8 { 63 } else { 31 }) as u32;
@@ -181,20 +182,20 @@ pub(super) fn shift(op: Shift, value: u64, count: u64, size: u8, old: u64) -> Fl
             let shifted = wide << count;
             let result = shifted as u64 & mask(size);
             let cf = shifted >> bits & 1 != 0;
-            let flags = szp(result, size) | when(CF, cf) | when(OF, cf ^ sign(result));
+            let flags = AF | szp(result, size) | when(CF, cf) | when(OF, cf ^ sign(result));
             (result, old & !STATUS | flags)
         }
         Shift::Shr => {
             let result = (wide >> count) as u64;
             let cf = wide >> (count - 1) & 1 != 0;
             let before = (wide >> (count - 1)) as u64;
-            (result, old & !STATUS | szp(result, size) | when(CF, cf) | when(OF, sign(before)))
+            (result, old & !STATUS | AF | szp(result, size) | when(CF, cf) | when(OF, sign(before)))
         }
         Shift::Sar => {
             let extended = sign_extend(value, size) as i64;
             let result = (extended >> count) as u64 & mask(size);
             let cf = extended >> (count - 1) & 1 != 0;
-            (result, old & !STATUS | szp(result, size) | when(CF, cf))
+            (result, old & !STATUS | AF | szp(result, size) | when(CF, cf))
         }
     }
 }
@@ -228,8 +229,9 @@ pub(super) fn double_shift(left: bool, value: u64, fill: u64, count: u64, size: 
             ((whole >> count) as u64 & mask(size), whole >> (count - 1) & 1 != 0)
         }
     };
-    let of = (result ^ value) & sign_bit(size) != 0;
-    (result, old & !STATUS | szp(result, size) | when(CF, cf) | when(OF, of))
+    let sign = result & sign_bit(size) != 0;
+    let of = sign ^ if left { cf } else { result & (sign_bit(size) >> 1) != 0 };
+    (result, old & !STATUS | AF | szp(result, size) | when(CF, cf) | when(OF, of))
 }
 
 /// Whether condition `code` (low four bits of Jcc, SETcc, CMOVcc) holds.

@@ -11,28 +11,29 @@ fn pad(bytes: &[u8]) -> [u8; 15] {
 #[test]
 fn lengths_of_intercepted_instructions() {
     let cases: &[(&[u8], u8)] = &[
-        (&[0x0f, 0xa2], 2),       // cpuid
-        (&[0xf4], 1),             // hlt
-        (&[0x0f, 0x30], 2),       // wrmsr
-        (&[0x0f, 0x32], 2),       // rdmsr
-        (&[0x0f, 0x01, 0xd1], 3), // xsetbv
-        (&[0xf3, 0x90], 2),       // pause
-        (&[0x66, 0x0f, 0xa2], 3), // cpuid with a redundant prefix
-        (&[0x0f, 0x20, 0xc0], 3), // mov eax, cr0
-        (&[0x0f, 0x22, 0xd8], 3), // mov cr3, eax
-        (&[0x0f, 0x23, 0xc8], 3), // mov dr1, eax
-        (&[0x0f, 0x01, 0xf0], 3), // lmsw ax
-        (&[0x0f, 0x06], 2),       // clts
-        (&[0x0f, 0x09], 2),       // wbinvd
-        (&[0xe4, 0x70], 2),       // in al, 0x70
-        (&[0xec], 1),             // in al, dx
-        (&[0xcc], 1),             // int3
-        (&[0xcd, 0x80], 2),       // int 0x80
-        (&[0x0f, 0x01, 0xd8], 3), // vmrun
-        (&[0x0f, 0x01, 0xd9], 3), // vmmcall
-        (&[0x0f, 0x01, 0xdc], 3), // stgi
-        (&[0x0f, 0x01, 0xf9], 3), // rdtscp
-        (&[0x0f, 0xc7, 0xf0], 3), // rdrand eax
+        (&[0x0f, 0xa2], 2),             // cpuid
+        (&[0xf4], 1),                   // hlt
+        (&[0x0f, 0x30], 2),             // wrmsr
+        (&[0x0f, 0x32], 2),             // rdmsr
+        (&[0x0f, 0x01, 0xd1], 3),       // xsetbv
+        (&[0xf3, 0x90], 2),             // pause
+        (&[0x66, 0x0f, 0xa2], 3),       // cpuid with a redundant prefix
+        (&[0x0f, 0x20, 0xc0], 3),       // mov eax, cr0
+        (&[0x0f, 0x22, 0xd8], 3),       // mov cr3, eax
+        (&[0x0f, 0x23, 0xc8], 3),       // mov dr1, eax
+        (&[0x0f, 0x01, 0xf0], 3),       // lmsw ax
+        (&[0x0f, 0x06], 2),             // clts
+        (&[0x0f, 0x09], 2),             // wbinvd
+        (&[0xe4, 0x70], 2),             // in al, 0x70
+        (&[0xec], 1),                   // in al, dx
+        (&[0xcc], 1),                   // int3
+        (&[0xcd, 0x80], 2),             // int 0x80
+        (&[0x0f, 0x01, 0xd8], 3),       // vmrun
+        (&[0x0f, 0x01, 0xd9], 3),       // vmmcall
+        (&[0x0f, 0x01, 0xdc], 3),       // stgi
+        (&[0x0f, 0x01, 0xf9], 3),       // rdtscp
+        (&[0x0f, 0xc7, 0xf0], 3),       // rdrand eax
+        (&[0xf0, 0x0f, 0x22, 0xc0], 4), // mov cr8, eax
     ];
     let mut emulator = Emulator::new().unwrap();
     for mode in [Mode::Real, Mode::Protected16, Mode::Protected32, Mode::Long64] {
@@ -223,6 +224,14 @@ fn what_is_not_emulated_says_so_and_changes_nothing() {
         cpu.assert_same_state(&before);
         assert!(cpu.log.is_empty());
     }
+}
+
+/// The translation recognises them by ranges of codes.
+#[test]
+fn condition_users_are_contiguous_codes() {
+    use iced_x86::Code;
+    assert_eq!(Code::Setg_rm8 as u32 - Code::Seto_rm8 as u32, 15);
+    assert_eq!(Code::Cmovg_r64_rm64 as u32 - Code::Cmovo_r16_rm16 as u32, 47);
 }
 
 #[test]

@@ -160,10 +160,10 @@ impl FakeCpu {
     }
 
     fn check(&self, linear: u64, size: u8, kind: AccessKind) -> Result<(), Fault> {
-        let end = linear.checked_add(size.into()).expect("the emulator passes no range that wraps");
-        assert!(self.mode == Mode::Long64 || end <= 1 << 32, "range beyond 4 GiB");
+        let end = linear.checked_add(u64::from(size) - 1).expect("the emulator passes no range that wraps");
+        assert!(self.mode == Mode::Long64 || end < 1 << 32, "range beyond 4 GiB");
         let user = if self.cpl == 3 && kind != AccessKind::System { 4 } else { 0 };
-        for page in [linear >> 12, (end - 1) >> 12] {
+        for page in [linear >> 12, end >> 12] {
             let at = linear.max(page << 12);
             let error = user | if kind.is_write() { 2 } else { 0 };
             if self.absent.contains(&page) {

@@ -1,5 +1,10 @@
 //! Hostile input: any bytes in any state neither panic nor touch memory that the instruction does not address.
 
+use super::fake::{Event, FakeCpu, RAM};
+use crate::vm::emulate::{Attributes, DecodedInsn, Emulator, Fault, Mode, Outcome};
+use iced_x86::{Decoder, DecoderOptions, InstructionInfoFactory, OpAccess, Register};
+use proptest::prelude::*;
+
 /// A small deterministic generator (xorshift64*), so that a failing case can be repeated from its seed.
 pub(super) struct Random(u64);
 
@@ -21,5 +26,276 @@ impl Random {
 
     pub(super) fn chance(&mut self, one_in: u64) -> bool {
         self.below(one_in) == 0
+    }
+}
+
+/// A form of an instruction whose operand is at [rbx], or that uses the string registers.
+pub(super) struct Form {
+    pub(super) bytes: &'static [u8],
+    /// Bytes of the memory operand.
+    pub(super) size: u8,
+    /// It writes memory.
+    pub(super) writes: bool,
+}
+
+const fn reads(size: u8, bytes: &'static [u8]) -> Form {
+    Form { bytes, size, writes: false }
+}
+
+const fn writes(size: u8, bytes: &'static [u8]) -> Form {
+    Form { bytes, size, writes: true }
+}
+
+/// One of each kind.
+pub(super) const FORMS: &[Form] = &[
+    reads(4, &[0x8b, 0x03]),
+    reads(8, &[0x48, 0x8b, 0x03]),
+    reads(8, &[0x48, 0x0f, 0x38, 0xf0, 0x03]),
+    reads(2, &[0x0f, 0xb7, 0x03]),
+    reads(4, &[0x48, 0x63, 0x03]),
+    reads(8, &[0x48, 0x03, 0x03]),
+    reads(8, &[0x48, 0x3b, 0x03]),
+    reads(8, &[0x48, 0x85, 0x03]),
+    reads(8, &[0x48, 0x0f, 0xaf, 0x03]),
+    reads(8, &[0x48, 0xf7, 0x23]),
+    reads(8, &[0x48, 0x0f, 0xbc, 0x03]),
+    reads(8, &[0x48, 0x0f, 0x44, 0x03]),
+    reads(8, &[0x48, 0x0f, 0xba, 0x23, 3]),
+    reads(8, &[0x48, 0xad]),
+    reads(8, &[0x48, 0xaf]),
+    reads(8, &[0x48, 0xa7]),
+    reads(4, &[0xf3, 0x6f]),
+    writes(4, &[0x89, 0x03]),
+    writes(8, &[0x48, 0x89, 0x03]),
+    writes(8, &[0x48, 0xc7, 0x03, 1, 0, 0, 0]),
+    writes(1, &[0x0f, 0x94, 0x03]),
+    writes(8, &[0x48, 0x01, 0x03]),
+    writes(8, &[0xf0, 0x48, 0x01, 0x03]),
+    writes(8, &[0x48, 0xff, 0x03]),
+    writes(8, &[0x48, 0xf7, 0x1b]),
+    writes(8, &[0x48, 0xd3, 0x23]),
+    writes(8, &[0x48, 0x0f, 0xa5, 0x03]),
+    writes(8, &[0x48, 0x0f, 0xba, 0x2b, 3]),
+    writes(8, &[0x48, 0x87, 0x03]),
+    writes(8, &[0x48, 0x0f, 0xc1, 0x03]),
+    writes(8, &[0x48, 0x0f, 0xb1, 0x13]),
+    writes(8, &[0x0f, 0xc7, 0x0b]),
+    writes(8, &[0x48, 0xab]),
+    writes(4, &[0x6d]),
+];
+
+/// Any bytes, often beginning like an instruction that is emulated.
+fn instructions() -> impl Strategy<Value = Vec<u8>> {
+    let likely = prop::sample::select(vec![
+        0x88, 0x89, 0x8a, 0x8b, 0xa4, 0xa5, 0xaa, 0xab, 0xa6, 0xaf, 0x6c, 0x6f, 0xc7, 0x81, 0x83, 0xf7, 0xff,
+        0xd3, 0x8f, 0x87, 0xed, 0xef, 0xa1, 0xa3, 0x01, 0x03, 0x69,
+    ]);
+    let second = prop::sample::select(vec![
+        0xb6, 0xbe, 0xa3, 0xab, 0xba, 0xb1, 0xc1, 0xc7, 0xa5, 0xac, 0x94, 0x44, 0xaf, 0xc3, 0x10, 0x11, 0x28,
+        0x7f, 0x38, 0xbc, 0x6e, 0x01,
+    ]);
+    let prefix = prop::sample::select(vec![0x66, 0x67, 0xf0, 0xf2, 0xf3, 0x2e, 0x36, 0x64, 0x65]);
+    let prefixes = prop::collection::vec(prefix, 0..3);
+    let rex = prop::option::of(0x40..0x50_u8);
+    let opcode = prop_oneof![
+        likely.prop_map(|op| vec![op]),
+        second.prop_map(|op| vec![0x0f, op]),
+        any::<u8>().prop_map(|op| vec![op]),
+    ];
+    let tail = prop::collection::vec(any::<u8>(), 0..15);
+    (prefixes, rex, opcode, tail).prop_map(|(prefixes, rex, opcode, tail)| {
+        let mut bytes = prefixes;
+        bytes.extend(rex);
+        bytes.extend(opcode);
+        bytes.extend(tail);
+        bytes.truncate(15);
+        bytes
+    })
+}
+
+fn register() -> impl Strategy<Value = u64> {
+    prop_oneof![
+        4 => (0..0x4000_u64).prop_map(|offset| RAM + offset),
+        2 => any::<u64>(),
+        1 => any::<u32>().prop_map(u64::from),
+        1 => 0..64_u64,
+        1 => (0..64_u64).prop_map(u64::wrapping_neg),
+        1 => (0..64_u64).prop_map(|n| 0x8000_0000_0000_u64.wrapping_sub(32).wrapping_add(n)),
+        1 => (0..64_u64).prop_map(|n| 0xffff_ffe0 + n),
+    ]
+}
+
+fn cpus() -> impl Strategy<Value = FakeCpu> {
+    let mode = prop::sample::select(vec![
+        Mode::Real,
+        Mode::Vm86,
+        Mode::Protected16,
+        Mode::Protected32,
+        Mode::Long64,
+        Mode::Long64,
+    ]);
+    let segments = prop::array::uniform7((any::<u16>(), register(), any::<u32>(), any::<bool>()));
+    let gprs = prop::array::uniform16(register());
+    let rest = (register(), any::<u32>(), 0..4_u8, any::<u64>(), any::<bool>(), 0..4_u32, any::<bool>());
+    (mode, gprs, segments, rest).prop_map(|(mode, gprs, segments, rest)| {
+        let (rip, rflags, cpl, cr0, interrupt, disturbed, vector) = rest;
+        let mut cpu = FakeCpu::new(mode);
+        cpu.gprs = gprs;
+        cpu.rip = rip;
+        cpu.rflags = u64::from(rflags) & !0x2_0000 | 2;
+        cpu.cpl = cpl;
+        cpu.cr0 = cr0;
+        cpu.interrupt = interrupt;
+        cpu.disturbed = disturbed;
+        cpu.xmm = vector.then_some([0; 16]);
+        cpu.absent = vec![(RAM >> 12) + 1];
+        cpu.read_only = vec![(RAM >> 12) + 2];
+        for (segment, (attributes, base, limit, odd)) in cpu.segments.iter_mut().zip(segments) {
+            if odd {
+                segment.attributes = Attributes(attributes);
+                segment.base = if mode == Mode::Long64 { base } else { base & 0xffff_ffff };
+                segment.limit = limit;
+            }
+        }
+        cpu
+    })
+}
+
+/// The linear addresses (with sizes) that the decoder's own operand information gives for the instruction in 64-bit
+/// mode, for the first iteration; `None` where it does not say.
+fn addressed(cpu: &FakeCpu, bytes: &[u8]) -> Option<Vec<(u64, u64)>> {
+    let mut decoder = Decoder::with_ip(64, bytes, cpu.rip, DecoderOptions::NONE);
+    let insn = decoder.decode();
+    let mut factory = InstructionInfoFactory::new();
+    let info = factory.info(&insn);
+    let mut places = Vec::new();
+    for memory in info.used_memory() {
+        if memory.access() == OpAccess::NoMemAccess {
+            continue;
+        }
+        // Of a repeated instruction only the first element is looked at.
+        let size = memory.memory_size().size().max(insn.memory_size().size()) as u64;
+        let address = memory.virtual_address(0, |register, _, _| match register {
+            Register::FS => Some(cpu.segments[4].base),
+            Register::GS => Some(cpu.segments[5].base),
+            r if r.is_segment_register() => Some(0),
+            r if r.is_gpr32() => Some(cpu.gprs[r.full_register().number()] & 0xffff_ffff),
+            r if r.is_gpr64() => Some(cpu.gprs[r.number()]),
+            Register::RIP | Register::EIP => Some(0),
+            _ => None,
+        })?;
+        places.push((address, size));
+    }
+    Some(places)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 4096, failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// No panic (the fake CPU asserts its contract), a bounded number of accesses, registers kept on a fault.
+    #[test]
+    fn any_bytes_in_any_state(bytes in instructions(), cpu in cpus()) {
+        let mut emulator = Emulator::new().unwrap();
+        let mut after = cpu.clone();
+        let outcome = emulator.emulate(&mut after, &bytes);
+        prop_assert!(after.log.len() <= 4 * 512 + 256);
+        let decoded = DecodedInsn::decode(cpu.mode.bitness(), &bytes);
+        match outcome {
+            Outcome::Done { trap } | Outcome::Continue { trap } => {
+                prop_assert!(decoded.is_ok());
+                prop_assert_eq!(trap, cpu.rflags & 0x100 != 0);
+                prop_assert!(!after.shadow);
+                prop_assert_eq!(matches!(outcome, Outcome::Continue { .. }) , after.rip == cpu.rip && after.rflags & 0x1_0000 != 0);
+            }
+            Outcome::Truncated => prop_assert!(bytes.len() < 15 && after.log.is_empty()),
+            Outcome::Unsupported { reason } => {
+                prop_assert!(!reason.is_empty());
+                prop_assert_eq!(after.gprs, cpu.gprs);
+            }
+            Outcome::Exception(_) | Outcome::Retry | Outcome::Stop => {
+                prop_assert_eq!(after.rip, cpu.rip);
+                let repeats = decoded.is_ok_and(|insn| insn.repeats());
+                prop_assert!(repeats || after.gprs == cpu.gprs);
+                prop_assert!(repeats || after.rflags | 0x1_0000 == cpu.rflags | 0x1_0000);
+                if outcome != Outcome::Retry && !repeats {
+                    prop_assert!(after.ram == cpu.ram, "memory changed by an instruction that faulted");
+                }
+            }
+        }
+    }
+
+    /// In 64-bit mode the first accesses are within what the decoder says the instruction addresses.
+    #[test]
+    fn only_addressed_memory_is_touched(bytes in instructions(), cpu in cpus()) {
+        let mut cpu = cpu;
+        cpu.mode = Mode::Long64;
+        cpu.cpl = 0;
+        cpu.absent.clear();
+        cpu.read_only.clear();
+        cpu.disturbed = 0;
+        cpu.interrupt = true; // one iteration
+        let Some(places) = addressed(&cpu, &bytes) else { return Ok(()) };
+        let bit_offset = DecodedInsn::decode(64, &bytes).is_ok_and(|insn| insn.has_bit_offset());
+        let mut after = cpu.clone();
+        let _ = Emulator::new().unwrap().emulate(&mut after, &bytes);
+        for (_, linear, size) in after.touched() {
+            let inside = places.iter().any(|(start, len)| {
+                linear.wrapping_sub(*start).checked_add(size.into()).is_some_and(|end| end <= *len)
+            });
+            prop_assert!(inside || bit_offset, "{linear:x}+{size} not in {places:x?}");
+        }
+    }
+}
+
+#[test]
+fn every_first_byte_and_modrm_in_every_mode() {
+    let mut emulator = Emulator::new().unwrap();
+    for mode in [Mode::Real, Mode::Vm86, Mode::Protected16, Mode::Protected32, Mode::Long64] {
+        let mut fresh = FakeCpu::new(mode);
+        fresh.ram = Vec::new();
+        fresh.gprs[1] = 3;
+        for map in [&[][..], &[0x0f], &[0x66], &[0xf3, 0x0f], &[0x67, 0x66], &[0xf0], &[0xf2]] {
+            for opcode in 0..=255 {
+                for modrm in 0..=255 {
+                    let mut bytes = [0x11; 15];
+                    bytes[..map.len()].copy_from_slice(map);
+                    bytes[map.len()] = opcode;
+                    bytes[map.len() + 1] = modrm;
+                    let mut cpu = fresh.clone();
+                    let outcome = emulator.emulate(&mut cpu, &bytes);
+                    let len = emulator.insn_len(mode, &bytes);
+                    match outcome {
+                        Outcome::Done { .. } => assert!(len.is_ok()),
+                        Outcome::Truncated => panic!("fifteen bytes are enough"),
+                        _ => assert!(!cpu.log.iter().any(|e| matches!(e, Event::Write { .. }))),
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn an_endless_count_is_bounded() {
+    let mut cpu = FakeCpu::long();
+    cpu.gprs[1] = u64::MAX;
+    cpu.gprs[7] = super::fake::DEVICE;
+    assert_eq!(cpu.run(&[0xf3, 0xaa]), Outcome::Continue { trap: false });
+    assert_eq!(cpu.log.len(), 512);
+}
+
+#[test]
+fn a_cpu_s_refusal_is_handed_on() {
+    for fault in [Fault::Stop, Fault::Retry, Fault::Unsupported("no such device")] {
+        let mut cpu = FakeCpu::long();
+        cpu.port_fault = Some((0, fault));
+        let expected = match fault {
+            Fault::Stop => Outcome::Stop,
+            Fault::Retry => Outcome::Retry,
+            _ => Outcome::Unsupported { reason: "no such device" },
+        };
+        let before = cpu.clone();
+        assert_eq!(cpu.run(&[0xec]), expected);
+        cpu.assert_same_state(&before);
     }
 }

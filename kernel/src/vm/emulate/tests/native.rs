@@ -124,7 +124,7 @@ impl Native {
         self.address(RAM)
     }
 
-    /// Where an instruction of `len` bytes will be executed, and where it may branch to.
+    /// Writes the code around `insn`. Returns where it will be executed and where it may branch to.
     pub(super) fn prepare(&mut self, insn: &[u8]) -> (u64, u64) {
         let wide = self.bitness == 64;
         let mut asm = Assembler { native: self, at: CODE, wide: true };
@@ -155,14 +155,10 @@ impl Native {
         let insn_at = asm.at;
         asm.bytes(insn);
         asm.bytes(&[0xe9]); // jmp over the landing pad
-        let pad = 7 + if wide { 3 } else { 3 };
-        asm.bytes(&(pad as u32).to_le_bytes());
+        asm.bytes(&7_u32.to_le_bytes());
         let landing = asm.at;
-        let end = landing + pad;
         asm.with_memory(&[0xc6], 0, LANDED, &[1]); // mov byte, 1
-        while asm.at < end {
-            asm.bytes(&[0x90]);
-        }
+        assert_eq!(asm.at, landing + 7);
         for reg in 0..registers {
             asm.mov(0x89, reg, GPRS + 8 * usize::from(reg));
         }
