@@ -19,6 +19,13 @@ use crate::level::ENTRIES;
 #[derive(Debug, Default)]
 pub struct HwEntry(AtomicU64);
 
+impl HwEntry {
+    /// A cell that holds `entry`.
+    pub const fn new(entry: u64) -> Self {
+        Self(AtomicU64::new(entry))
+    }
+}
+
 impl EntryCell for HwEntry {
     #[inline]
     fn load(&self) -> u64 {

@@ -1,0 +1,8 @@
+//! What the tests share: host memory for tables and guests, and models written from the manuals.
+#![allow(dead_code, missing_docs, unreachable_pub)]
+
+pub mod blocks;
+pub mod flat;
+pub mod hardware;
+pub mod manual;
+pub mod tables;

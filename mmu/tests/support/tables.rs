@@ -1,0 +1,86 @@
+//! Table memory on the host that knows which frames are table pages at the moment, and stops at any other.
+#![allow(unsafe_code)] // Table pages are made here, as a kernel's frame allocator makes them.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+
+use mmu::{EntryCell, HwEntry, Pfn, TableCache, TableFrame, TableMemory, TablePage, ENTRIES};
+
+/// Frame number of the first page: not zero, so that a lost base shows.
+pub const FIRST_PFN: u64 = 0x7_0000;
+
+struct Page {
+    entries: [HwEntry; ENTRIES],
+    in_use: AtomicBool,
+}
+
+/// A pool of table pages, shared by the kind (as its table memory) and the test (as its allocator).
+#[derive(Clone)]
+pub struct HostTables {
+    pages: Arc<Vec<Page>>,
+    free: Arc<Mutex<Vec<u64>>>,
+}
+
+impl HostTables {
+    pub fn new(count: usize) -> Self {
+        let page = || Page { entries: [const { HwEntry::new(0) }; ENTRIES], in_use: AtomicBool::new(false) };
+        Self {
+            pages: Arc::new((0..count).map(|_| page()).collect()),
+            free: Arc::new(Mutex::new((0..count as u64).rev().collect())),
+        }
+    }
+
+    pub fn allocate(&self) -> TablePage {
+        let index = self.free.lock().unwrap().pop().expect("the pool is large enough");
+        let page = &self.pages[index as usize];
+        assert!(!page.in_use.swap(true, Ordering::SeqCst));
+        assert!(page.entries.iter().all(|entry| entry.load() == 0), "pages come back zeroed");
+        // SAFETY: the pool maps every frame it hands out, and hands out each once.
+        unsafe { TablePage::from_frame(Pfn::new_truncate(FIRST_PFN + index)) }
+    }
+
+    pub fn release(&self, page: TablePage) {
+        let index = page.into_frame().number() - FIRST_PFN;
+        assert!(self.pages[index as usize].in_use.swap(false, Ordering::SeqCst));
+        self.free.lock().unwrap().push(index);
+    }
+
+    pub fn fill(&self, cache: &mut TableCache) {
+        while cache.missing() > 0 {
+            cache.push(self.allocate()).unwrap();
+        }
+    }
+
+    pub fn drain(&self, cache: &mut TableCache) {
+        while let Some(page) = cache.pop() {
+            self.release(page);
+        }
+    }
+
+    pub fn in_use(&self) -> usize {
+        self.pages.iter().filter(|page| page.in_use.load(Ordering::SeqCst)).count()
+    }
+
+    /// The entry at `index` of the table in frame `pfn`; `None` if that is no table page.
+    pub fn peek(&self, pfn: u64, index: usize) -> Option<u64> {
+        let page = self.pages.get(pfn.checked_sub(FIRST_PFN)? as usize)?;
+        page.in_use.load(Ordering::SeqCst).then(|| page.entries[index].load())
+    }
+
+    /// The entry at `index` of the table in frame `pfn`, as the hardware walker sets A and D.
+    pub fn mark(&self, pfn: u64, index: usize, bits: u64) {
+        let entry = &self.pages[(pfn - FIRST_PFN) as usize].entries[index];
+        let old = entry.load();
+        entry.compare_exchange(old, old | bits).unwrap();
+    }
+}
+
+impl TableMemory for HostTables {
+    type Cell = HwEntry;
+
+    fn cell<'a>(&'a self, table: &'a TableFrame, index: usize) -> &'a HwEntry {
+        let page = &self.pages[(table.pfn().number() - FIRST_PFN) as usize];
+        assert!(page.in_use.load(Ordering::SeqCst), "an entry of a page that was given back");
+        &page.entries[index]
+    }
+}
