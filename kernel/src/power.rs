@@ -50,6 +50,7 @@ pub fn end(status: u8) -> ! {
     // SAFETY: the other CPUs have stopped or have had their chance.
     unsafe { console::break_lock() };
     console::print(format_args!("end: status {status}"));
+    console::flush();
     if !HALT_AT_END.load(Ordering::Relaxed) {
         acpi_off();
         bochs_off();

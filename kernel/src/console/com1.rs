@@ -7,6 +7,7 @@ use crate::sync::IrqMutex;
 use core::fmt;
 use log::{Level, LevelFilter, Log, Metadata, Record};
 use uart_16550::backend::PioBackend;
+use uart_16550::spec::registers::LSR;
 use uart_16550::{BaudRate, Config, Uart16550};
 
 /// First port of COM1.
@@ -86,6 +87,17 @@ pub unsafe fn break_lock() {
     if CONSOLE.try_lock(POLLS).is_none() {
         // SAFETY: the holder is this CPU, which will not return to it, or one that has stopped.
         unsafe { CONSOLE.force_unlock() };
+    }
+}
+
+/// Waits, not for ever, until everything has left the port: a machine that goes off takes the rest with it.
+pub fn flush() {
+    let mut console = CONSOLE.lock();
+    let Some(uart) = console.sink().uart.as_mut() else { return };
+    for _ in 0..POLLS {
+        if uart.lsr().contains(LSR::TRANSMITTER_EMPTY) {
+            return;
+        }
     }
 }
 

@@ -6,4 +6,4 @@ pub mod lines;
 mod com1;
 
 #[cfg(target_os = "none")]
-pub use com1::{break_lock, init, print, read_byte, try_print, write_bytes, write_line};
+pub use com1::{break_lock, flush, init, print, read_byte, try_print, write_bytes, write_line};

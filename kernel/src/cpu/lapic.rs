@@ -195,15 +195,15 @@ pub fn disarm() {
 
 /// Measures the timer against the time-stamp counter, if it is needed, and returns its rate in kHz.
 pub fn calibrate_timer() -> Option<u64> {
-    const SPAN_NS: u64 = 10_000_000;
+    const SPAN_NS: u64 = 20_000_000;
     if has_tsc_deadline() {
         return None;
     }
     write(register::LVT_TIMER, MASKED);
     write(register::TIMER_INITIAL, u32::MAX);
-    let start = (tsc::read(), read(register::TIMER_CURRENT));
+    let start = tsc::sample(|| read(register::TIMER_CURRENT));
     tsc::spin_ns(SPAN_NS);
-    let end = (tsc::read(), read(register::TIMER_CURRENT));
+    let end = tsc::sample(|| read(register::TIMER_CURRENT));
     write(register::TIMER_INITIAL, 0);
     write(register::LVT_TIMER, u32::from(trap::TIMER));
     let ns = tsc::rate().ns(end.0 - start.0).max(1);

@@ -102,7 +102,7 @@ fn measure(timer: &mut impl Reference) -> Option<u64> {
     let mask = u64::MAX >> (64 - timer.bits());
     let span = SPAN_US * 1_000_000_000 / timer.femtoseconds_per_tick();
     // A counter this narrow wraps during the measurement: follow it.
-    let (start_tsc, start) = sample(timer);
+    let (start_tsc, start) = sample(|| timer.value());
     let (mut last, mut elapsed, mut polls) = (start, 0u64, 0);
     while elapsed < span {
         let now = timer.value();
@@ -114,7 +114,7 @@ fn measure(timer: &mut impl Reference) -> Option<u64> {
         elapsed += step;
         last = now;
     }
-    let (end_tsc, end) = sample(timer);
+    let (end_tsc, end) = sample(|| timer.value());
     elapsed += end.wrapping_sub(last) & mask;
     let femtoseconds = u128::from(elapsed) * u128::from(timer.femtoseconds_per_tick());
     // ticks / fs * 10^15 / 1000
@@ -122,14 +122,14 @@ fn measure(timer: &mut impl Reference) -> Option<u64> {
     u64::try_from(khz).ok().filter(|khz| *khz != 0)
 }
 
-/// The counter and the timer at nearly the same moment: of several tries the one that took least, for an emulator or
+/// The counter and a timer at nearly the same moment: of several tries the one that took least, for an emulator or
 /// an SMI may come between.
-fn sample(timer: &mut impl Reference) -> (u64, u64) {
+pub(super) fn sample<T: Default>(mut timer: impl FnMut() -> T) -> (u64, T) {
     const TRIES: u32 = 10;
-    let mut best = (u64::MAX, 0, 0);
+    let mut best = (u64::MAX, 0, T::default());
     for _ in 0..TRIES {
         let before = read_ordered();
-        let value = timer.value();
+        let value = timer();
         let after = read_ordered();
         let took = after.wrapping_sub(before);
         if took < best.0 {

@@ -122,7 +122,7 @@ impl<V: Vendor> Specification<'_, V> {
                 shadow_paging: false,
             },
         );
-        let rsdp = acpi_tables::build(&ram, config.vcpus as u8)
+        let rsdp = acpi_tables::write_tables(&ram, config.vcpus)
             .map_err(|error| CreateError::Load(error.to_string()))?;
         let entry = self.load(&ram, rsdp)?;
 
