@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{bail, Context, Result};
 
-use crate::exec::CommandLine;
+use crate::elf32;
 use crate::toolchain::{self, Compiler};
 use crate::{paths, say};
 
@@ -47,18 +47,10 @@ pub fn build(compiler: Compiler) -> Result<Images> {
     for name in guest_names(&paths::workspace_root().join("tests/guests/src/bin"))? {
         let elf64 = images.umbra.with_file_name(&name);
         let elf32 = images.guest(&name);
-        to_multiboot(&elf64, &elf32)
+        elf32::convert(&elf64, &elf32)
             .with_context(|| format!("cannot make the Multiboot file of the test guest `{name}`"))?;
     }
     Ok(images)
-}
-
-/// Makes the ELF32 file that a Multiboot 1 loader wants of a guest linked as ELF64.
-fn to_multiboot(elf64: &Path, elf32: &Path) -> Result<()> {
-    CommandLine::new("objcopy")
-        .args(["-I", "elf64-x86-64", "-O", "elf32-i386"])
-        .args([elf64, elf32])
-        .run_quietly()
 }
 
 /// The test guests are the binaries of the crate `guests`.
