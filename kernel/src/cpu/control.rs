@@ -20,6 +20,8 @@ pub fn init(features: &Features) {
         (features.umip, Cr4Flags::USER_MODE_INSTRUCTION_PREVENTION),
         (features.fxsr, Cr4Flags::OSFXSR | Cr4Flags::OSXMMEXCPT_ENABLE),
         (features.xsave.is_some(), Cr4Flags::OSXSAVE),
+        // For RDPKRU and for XSAVE of guests' PKRU; Umbra itself has no user pages.
+        (features.pku, Cr4Flags::PROTECTION_KEY_USER),
     ] {
         cr4.set(flag, has);
     }

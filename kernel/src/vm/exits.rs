@@ -259,6 +259,8 @@ impl<V: Vendor> Vcpu<V> {
             Outcome::Exception(exception) => self.refuse(guest, Fault::Exception(exception)),
             Outcome::Retry | Outcome::Stop => self.core.attention = true,
             Outcome::Truncated => self.fetch_rest(guest, len),
+            // A program of the guest's must not be able to end its VM.
+            Outcome::Unsupported { .. } if self.core.hw.cpl() == 3 => self.raise(guest, UD, None),
             Outcome::Unsupported { reason } => self.stop(guest, StopReason::Unsupported(reason)),
         }
     }
