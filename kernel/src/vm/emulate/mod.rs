@@ -40,6 +40,7 @@ mod stack;
 mod string;
 #[cfg(test)]
 mod tests;
+mod translate;
 
 pub use cache::DecodeCache;
 pub use cpu::{Access, AccessKind, Attributes, Cpu, Exception, Fault, KnownOperand, Mode, Segment};

