@@ -1,4 +1,5 @@
 //! Just enough of each device's programming interface to test it.
+pub mod acpi;
 pub mod acpi_timer;
 pub mod fw_cfg;
 pub mod ioapic;

@@ -71,6 +71,7 @@ pub(crate) fn run() {
         t.eq("arrivals inside the first handler after INT3's IRET", AFTER.load(SeqCst), 2u32);
     });
     case("nmi.wakes_hlt", |t| {
+        trap::expect(NMI, Eoi::None);
         // From the PIT through the I/O APIC in NMI mode; HLT with IF clear ends by nothing else. Periodic, so that one
         // that comes before HLT is not the last.
         ioapic::set_entry(2, 4 << 8);
