@@ -223,3 +223,156 @@ impl EntryFormat for Npt {
             && entry & self.reserved[level.ordinal()][usize::from(Self::is_leaf(entry, level))] == 0
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SIZES: [PageSize; 3] = [PageSize::Size4K, PageSize::Size2M, PageSize::Size1G];
+    const ALL: [Writability; 4] =
+        [Writability::Writable, Writability::Watched, Writability::Tracked, Writability::ReadOnly];
+
+    fn formats() -> Vec<Npt> {
+        let mut formats = vec![];
+        for five_level in [false, true] {
+            for max_phys_addr in [36, 46, 52] {
+                for no_execute in [false, true] {
+                    for largest in SIZES {
+                        formats.push(Npt::new(&NptHost { five_level, max_phys_addr, no_execute, largest }));
+                    }
+                }
+            }
+        }
+        formats
+    }
+
+    fn leaves(format: &Npt) -> Vec<Leaf> {
+        let mut leaves = vec![];
+        for size in SIZES.into_iter().filter(|&size| format.has_size(size)) {
+            for writability in ALL {
+                for execute in [false, true] {
+                    let pfn = Pfn::new_truncate(0x00f4_0000);
+                    leaves.push(Leaf { pfn, size, writability, execute });
+                }
+            }
+        }
+        leaves
+    }
+
+    /// B1, B2, B5: what a format makes passes its own check and says what went in.
+    #[test]
+    fn b5_leaves_round_trip_and_pass_the_zero_check() {
+        for format in formats() {
+            for leaf in leaves(&format) {
+                let entry = format.make_leaf(&leaf);
+                let level = leaf.size.level();
+                assert!(format.shadow_zero_check(entry, level));
+                assert_eq!(format.entry(entry, level), Entry::Leaf);
+                let execute = leaf.execute || !format.no_execute;
+                assert_eq!(format.leaf(entry, level), Some(Leaf { execute, ..leaf }));
+                assert_eq!(
+                    format.permits(entry, AccessKind::Write),
+                    leaf.writability == Writability::Writable
+                );
+                assert_eq!(format.permits(entry, AccessKind::Execute), execute);
+                for other in ALL {
+                    let changed = format.with_writability(entry, other);
+                    assert_eq!(format.writability(changed), Some(other));
+                    let back = format.with_writability(changed, leaf.writability);
+                    assert_eq!(back & !DIRTY, entry & !DIRTY, "only W, its two notes and D change");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn links_permit_everything_and_are_no_leaves() {
+        let table = Pfn::new_truncate(0x1234);
+        for format in formats() {
+            let entry = format.make_table(table);
+            assert_eq!(entry & 7, 7);
+            for level in [Level::L2, Level::L3, Level::L4, Level::L5] {
+                assert!(format.shadow_zero_check(entry, level));
+                assert_eq!(format.entry(entry, level), Entry::Table(table));
+                assert_eq!(format.leaf(entry, level), None);
+            }
+        }
+    }
+
+    /// B5: frozen is neither present nor empty, for any payload, and small payloads name no memory (L1TF).
+    #[test]
+    fn b5_frozen_entries_are_recognised_and_never_present() {
+        for format in formats() {
+            for payload in [0, 1, 0xff_ffff, 1 << 39, (1 << 40) - 1] {
+                let frozen = format.make_frozen(payload);
+                assert_eq!(format.frozen_payload(frozen), payload);
+                assert_eq!(frozen & (PRESENT | MMU_PRESENT), 0);
+                assert!(payload >= 1 << 39 || frozen & 1 << 51 != 0, "the top address bit is set");
+                for level in [Level::L1, Level::L2, Level::L3, Level::L4, Level::L5] {
+                    assert_eq!(format.entry(frozen, level), Entry::Frozen);
+                    assert_eq!(format.entry(0, level), Entry::Empty);
+                    assert!(!format.shadow_zero_check(frozen, level));
+                }
+            }
+        }
+    }
+
+    /// B7: small pages lead where the huge page led, with its rights.
+    #[test]
+    fn b7_small_pages_equal_the_huge_page() {
+        for format in formats() {
+            for leaf in leaves(&format) {
+                let entry = format.make_leaf(&leaf);
+                let level = leaf.size.level();
+                let Some(smaller) = leaf.size.smaller() else {
+                    assert_eq!(format.make_small(entry, level, 0), None);
+                    continue;
+                };
+                for index in [0usize, 1, 511] {
+                    let small = format.make_small(entry, level, index).unwrap();
+                    let pfn = Pfn::new_truncate(leaf.pfn.number() + index as u64 * smaller.pages());
+                    let found = format.leaf(small, smaller.level()).unwrap();
+                    let execute = leaf.execute || !format.no_execute;
+                    assert_eq!(found, Leaf { pfn, size: smaller, execute, ..leaf });
+                }
+            }
+        }
+    }
+
+    /// 6c6ab524cfae: NX in NPT is reserved exactly when the host has EFER.NXE clear, and then never set.
+    #[test]
+    fn commit_6c6ab524cfae_nx_is_reserved_only_without_nxe() {
+        for format in formats() {
+            let leaf = Leaf {
+                pfn: Pfn::new_truncate(1),
+                size: PageSize::Size4K,
+                writability: Writability::Writable,
+                execute: false,
+            };
+            let entry = format.make_leaf(&leaf);
+            assert_eq!(entry & NO_EXECUTE != 0, format.no_execute);
+            assert_eq!(format.shadow_zero_check(entry | NO_EXECUTE, Level::L1), format.no_execute);
+        }
+    }
+
+    #[test]
+    fn the_zero_check_finds_each_reserved_bit() {
+        let host =
+            NptHost { five_level: true, max_phys_addr: 46, no_execute: false, largest: PageSize::Size2M };
+        let format = Npt::new(&host);
+        let link = format.make_table(Pfn::new_truncate(0x1234));
+        for bit in (46..52).chain([63]) {
+            for level in [Level::L2, Level::L3, Level::L4, Level::L5] {
+                assert!(!format.shadow_zero_check(link | 1 << bit, level), "{level:?} bit {bit}");
+            }
+        }
+        for level in [Level::L3, Level::L4, Level::L5] {
+            assert!(!format.shadow_zero_check(link | LARGE, level), "{level:?}: no leaves of that size");
+        }
+        let leaf = PRESENT | LARGE;
+        assert!(format.shadow_zero_check(leaf | 1 << 12, Level::L2), "PAT");
+        for bit in 13..21 {
+            assert!(!format.shadow_zero_check(leaf | 1 << bit, Level::L2));
+        }
+    }
+}

@@ -40,7 +40,11 @@ impl HostTables {
     }
 
     pub fn release(&self, page: TablePage) {
-        let index = page.into_frame().number() - FIRST_PFN;
+        self.release_frame(page.into_frame());
+    }
+
+    pub fn release_frame(&self, pfn: Pfn) {
+        let index = pfn.number() - FIRST_PFN;
         assert!(self.pages[index as usize].in_use.swap(false, Ordering::SeqCst));
         self.free.lock().unwrap().push(index);
     }
