@@ -53,7 +53,7 @@ pub fn make(options: &Options) -> Result<PathBuf> {
 const GRUB_CFG: &str = "\
 if serial --unit=0 --speed=115200; then
     terminal_input serial console
-    terminal_output serial console
+    terminal_output serial
 fi
 set timeout=0
 set default=0

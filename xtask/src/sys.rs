@@ -267,6 +267,30 @@ mod tests {
     }
 
     #[test]
+    fn raw_mode_ends_when_it_is_dropped() {
+        let settings = |fd| {
+            let mut settings = std::mem::MaybeUninit::<libc::termios>::uninit();
+            // SAFETY: `settings` has room for the structure, and is read only if it was filled.
+            unsafe {
+                assert_eq!(libc::tcgetattr(fd, settings.as_mut_ptr()), 0);
+                settings.assume_init()
+            }
+        };
+        let pty = open_pty().unwrap();
+        let fd = pty.slave.as_raw_fd();
+        let mut cooked = settings(fd);
+        cooked.c_lflag |= libc::ICANON | libc::ECHO | libc::ISIG;
+        // SAFETY: `cooked` is initialised.
+        assert_eq!(unsafe { libc::tcsetattr(fd, libc::TCSANOW, &cooked) }, 0);
+        let raw = RawMode::enter(fd).unwrap();
+        assert_eq!(settings(fd).c_lflag & (libc::ICANON | libc::ECHO | libc::ISIG), 0);
+        drop(raw);
+        assert_eq!(settings(fd).c_lflag, cooked.c_lflag);
+        restore_terminal();
+        assert_eq!(settings(fd).c_lflag, cooked.c_lflag);
+    }
+
+    #[test]
     fn poll_tells_which_side_is_ready() {
         let (read, mut write) = io::pipe().unwrap();
         let mut watches = [Watch::new(read.as_fd(), true, false), Watch::new(write.as_fd(), false, true)];

@@ -30,7 +30,8 @@ fn mmu_uses_only_what_is_allowed() {
     // Otherwise this test looks at nothing.
     assert!(!all.is_empty());
     for (name, only_tests) in all {
-        let allowed = ALLOWED.contains(&name.as_str()) || only_tests && ALLOWED_IN_TESTS.contains(&name.as_str());
+        let allowed =
+            ALLOWED.contains(&name.as_str()) || only_tests && ALLOWED_IN_TESTS.contains(&name.as_str());
         assert!(allowed, "mmu must not depend on {name}");
     }
 }

@@ -182,7 +182,6 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     }
     let limits = Limits { until: options.until.clone(), timeout: options.timeout.map(Duration::from_secs) };
     let end = terminal::join(emulator, &limits).context("the run was broken off")?;
-    eprintln!();
     let (status, sentence) = verdict(end, options);
     if let Some(sentence) = sentence {
         say!("{sentence}");
