@@ -60,7 +60,8 @@ pub fn start(boot_info: &'static mut BootInfo) -> ! {
     let ramdisk = boot_info.ramdisk_addr.into_option().map(|at| (at, boot_info.ramdisk_len));
     let rsdp_addr = boot_info.rsdp_addr.into_option();
     EARLY.call_once(|| Early { features, memory, low_memory, rsdp_addr, ramdisk });
-    let Some(stack) = mm::alloc_stack(smp::STACK_BYTES).filter(|_| smp::init_boot_cpu_stacks().is_some()) else {
+    let Some(stack) = mm::alloc_stack(smp::STACK_BYTES).filter(|_| smp::init_boot_cpu_stacks().is_some())
+    else {
         too_small(&memory);
     };
     // SAFETY: a new stack, and nothing of the old one is used again: `own_machine` takes all it needs from `EARLY`.
@@ -87,7 +88,11 @@ extern "C" fn own_machine() -> ! {
     if let Err(error) = lapic::init(features) {
         power::halt_with_error(format_args!("{error}"));
     }
-    log::info!("  local APIC {} in {} mode", lapic::id(), if lapic::is_x2apic() { "x2APIC" } else { "xAPIC" });
+    log::info!(
+        "  local APIC {} in {} mode",
+        lapic::id(),
+        if lapic::is_x2apic() { "x2APIC" } else { "xAPIC" }
+    );
 
     log::info!("timers");
     let Some(calibration) = tsc::calibrate(features, &acpi) else {
@@ -242,8 +247,8 @@ fn ramdisk_bytes(at: u64, len: u64) -> &'static [u8] {
     match readable {
         // SAFETY: mapped, and kept out of the free memory, so nothing writes it.
         Some(phys) => unsafe { mm::phys::slice(phys, len as usize) },
-        None => {
-            power::halt_with_error(format_args!("the loader put the boot bundle at {at:#x}, where no memory can be"))
-        }
+        None => power::halt_with_error(format_args!(
+            "the loader put the boot bundle at {at:#x}, where no memory can be"
+        )),
     }
 }

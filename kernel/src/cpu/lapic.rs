@@ -77,7 +77,9 @@ pub enum Error {
 impl core::fmt::Display for Error {
     fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
         match self {
-            Error::Disabled => write!(f, "the firmware switched the local APIC off; switch it on in its setup"),
+            Error::Disabled => {
+                write!(f, "the firmware switched the local APIC off; switch it on in its setup")
+            }
             Error::Unreachable(at) => write!(f, "the local APIC's registers at {at:#x} cannot be mapped"),
         }
     }

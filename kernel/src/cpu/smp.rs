@@ -56,7 +56,8 @@ struct Data {
     entry: u64,
 }
 
-const _: () = assert!(offset_of!(Data, jump32) == 8 && offset_of!(Data, cr0) == 24 && offset_of!(Data, stack) == 40);
+const _: () =
+    assert!(offset_of!(Data, jump32) == 8 && offset_of!(Data, cr0) == 24 && offset_of!(Data, stack) == 40);
 const _: () = assert!(size_of::<Data>() == 64);
 
 /// What every CPU needs while it starts.
@@ -247,8 +248,8 @@ impl Trampoline {
     fn new(low: &RangeSet) -> Option<Self> {
         // Not the first page, which holds the BIOS's data, and below the video memory.
         let window = Range::new(PAGE_SIZE, 0xa_0000);
-        let free = low.iter().map(|range| range.intersect(window).shrink_to_pages());
-        let page = PhysAddr::new(free.filter(|range| !range.is_empty()).last()?.end - PAGE_SIZE);
+        let mut free = low.iter().map(|range| range.intersect(window).shrink_to_pages());
+        let page = PhysAddr::new(free.rfind(|range| !range.is_empty())?.end - PAGE_SIZE);
         let code = &raw const umbra_trampoline;
         // SAFETY: the linker's symbols bound the code; the page is free memory in the physical map.
         unsafe {

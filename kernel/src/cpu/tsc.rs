@@ -81,9 +81,9 @@ pub fn calibrate(features: &Features, acpi: &Acpi) -> Option<Calibration> {
         .and_then(|mut t| Some(("HPET", measure(&mut t)?)))
         .or_else(|| Some(("the ACPI PM timer", measure(&mut pm_timer()?)?)))
         .or_else(|| Some(("PIT channel 2", measure(&mut Pit::new())?)))?;
-    let confirmed = features
-        .cpuid_tsc_khz
-        .filter(|khz| khz.abs_diff(measured) <= measured / 1_000_000 * CPUID_TOLERANCE_PPM + CPUID_TOLERANCE_PPM);
+    let confirmed = features.cpuid_tsc_khz.filter(|khz| {
+        khz.abs_diff(measured) <= measured / 1_000_000 * CPUID_TOLERANCE_PPM + CPUID_TOLERANCE_PPM
+    });
     let rate = Rate::from_khz(confirmed.unwrap_or_else(|| round_khz(measured)));
     Some(Calibration { rate: *RATE.call_once(|| rate), timer, from_cpuid: confirmed.is_some() })
 }
@@ -171,7 +171,9 @@ impl Hpet {
         }
         let configuration = this.read(Self::CONFIGURATION);
         // SAFETY: starts the main counter; the comparators stay as they are.
-        unsafe { this.registers.add(Self::CONFIGURATION).cast::<u32>().write_volatile(configuration as u32 | 1) };
+        unsafe {
+            this.registers.add(Self::CONFIGURATION).cast::<u32>().write_volatile(configuration as u32 | 1)
+        };
         Some(this)
     }
 
@@ -231,7 +233,7 @@ impl Pit {
             let old = gate.read();
             gate.write(old & !2 | 1);
             // Channel 2, both bytes, mode 2, binary.
-            this.control.write(0b10_11_010_0);
+            this.control.write(0b1011_0100);
             this.data.write(0);
             this.data.write(0);
         }
@@ -249,7 +251,7 @@ impl Reference for Pit {
     fn value(&mut self) -> u64 {
         // SAFETY: latches channel 2, then reads both bytes.
         let value = unsafe {
-            self.control.write(0b10_00_000_0);
+            self.control.write(0b1000_0000);
             u64::from(self.data.read()) | u64::from(self.data.read()) << 8
         };
         // It counts down.

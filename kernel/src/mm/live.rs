@@ -168,8 +168,7 @@ pub(super) fn map_new(virt: VirtAddr, size: FrameSize) -> Option<()> {
     let frame = alloc(size, Zone::Any)?;
     let attributes = Attributes::memory(Access::ReadWrite);
     let tables = TABLES.lock();
-    let mapped =
-        tables.as_ref()?.map(&mut Live, virt.as_u64(), frame.as_u64(), size.bytes(), attributes);
+    let mapped = tables.as_ref()?.map(&mut Live, virt.as_u64(), frame.as_u64(), size.bytes(), attributes);
     drop(tables);
     if mapped.is_err() {
         free(frame, size);
