@@ -8,11 +8,10 @@ pub mod acpi;
 pub mod console;
 pub mod cpu;
 pub mod devices;
+pub mod machine;
 pub mod mm;
 pub mod vm;
 
-#[cfg(target_os = "none")]
-pub mod machine;
 #[cfg(target_os = "none")]
 mod panic;
 #[cfg(target_os = "none")]
