@@ -10,11 +10,10 @@ pub mod cpu;
 pub mod devices;
 pub mod host_clock;
 pub mod hw;
+pub mod machine;
 pub mod mm;
 pub mod vm;
 
-#[cfg(target_os = "none")]
-pub mod machine;
 #[cfg(target_os = "none")]
 mod panic;
 #[cfg(target_os = "none")]

@@ -9,7 +9,7 @@ use crate::mm::map::MemorySummary;
 #[derive(Debug)]
 pub struct Machine {
     /// What the processors can do.
-    pub features: Features,
+    pub features: &'static Features,
     /// Sizes of memory.
     pub memory: MemorySummary,
     /// What the firmware's tables say.

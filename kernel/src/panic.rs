@@ -12,7 +12,12 @@ fn panic(info: &PanicInfo<'_>) -> ! {
     let cpu = cpu::number();
     match info.location() {
         Some(at) => {
-            console::print(format_args!("panic on CPU {cpu} at {}:{}: {}", at.file(), at.line(), info.message()));
+            console::print(format_args!(
+                "panic on CPU {cpu} at {}:{}: {}",
+                at.file(),
+                at.line(),
+                info.message()
+            ));
         }
         None => console::print(format_args!("panic on CPU {cpu}: {}", info.message())),
     }

@@ -138,7 +138,8 @@ fn acpi_off() {
             Port::<u8>::new(port).write(value);
             wait_until(|| control_a.read() & SCI_ENABLE != 0);
         }
-        let command = |old: u16, sleep_type: u8| old & !(7 << 10) | u16::from(sleep_type & 7) << 10 | SLEEP_ENABLE;
+        let command =
+            |old: u16, sleep_type: u8| old & !(7 << 10) | u16::from(sleep_type & 7) << 10 | SLEEP_ENABLE;
         if let Some(port) = how.pm1b_control {
             let mut control_b = Port::<u16>::new(port);
             let old = control_b.read();

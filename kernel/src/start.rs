@@ -19,7 +19,6 @@ const MIB: u64 = 1 << 20;
 
 /// What the first half of the boot sequence leaves for the second.
 struct Early {
-    features: Features,
     memory: MemorySummary,
     low_memory: RangeSet,
     rsdp_addr: Option<u64>,
@@ -36,17 +35,17 @@ pub fn start(boot_info: &'static mut BootInfo) -> ! {
     cpu::init_boot_cpu();
 
     log::info!("CPU features");
-    let features = Features::detect();
+    let features = cpu::features();
     log::info!("  {features}");
-    require(&features);
-    control::init(&features);
+    require(features);
+    control::init(features);
 
     log::info!("memory map");
-    let (mut map, memory) = memory_map(boot_info, &features);
+    let (mut map, memory) = memory_map(boot_info, features);
     let low_memory = low_memory(&map);
 
     log::info!("page tables");
-    if let Err(error) = mm::init_paging(&mut map, &features) {
+    if let Err(error) = mm::init_paging(&mut map, features) {
         power::halt_with_error(format_args!("the page tables could not be made: {error}"));
     }
     report_page_tables();
@@ -59,8 +58,9 @@ pub fn start(boot_info: &'static mut BootInfo) -> ! {
 
     let ramdisk = boot_info.ramdisk_addr.into_option().map(|at| (at, boot_info.ramdisk_len));
     let rsdp_addr = boot_info.rsdp_addr.into_option();
-    EARLY.call_once(|| Early { features, memory, low_memory, rsdp_addr, ramdisk });
-    let Some(stack) = mm::alloc_stack(smp::STACK_BYTES).filter(|_| smp::init_boot_cpu_stacks().is_some()) else {
+    EARLY.call_once(|| Early { memory, low_memory, rsdp_addr, ramdisk });
+    let Some(stack) = mm::alloc_stack(smp::STACK_BYTES).filter(|_| smp::init_boot_cpu_stacks().is_some())
+    else {
         too_small(&memory);
     };
     // SAFETY: a new stack, and nothing of the old one is used again: `own_machine` takes all it needs from `EARLY`.
@@ -71,9 +71,11 @@ pub fn start(boot_info: &'static mut BootInfo) -> ! {
 
 /// The second half, on a stack with a guard page, with a heap.
 extern "C" fn own_machine() -> ! {
-    let Some(Early { features, memory, low_memory, rsdp_addr, ramdisk }) = EARLY.get() else {
+    let Some(Early { memory, low_memory, rsdp_addr, ramdisk }) = EARLY.get() else {
         unreachable!("`start` sets it");
     };
+
+    let features = cpu::features();
 
     log::info!("ACPI");
     let acpi = acpi::discover(*rsdp_addr);
@@ -87,7 +89,11 @@ extern "C" fn own_machine() -> ! {
     if let Err(error) = lapic::init(features) {
         power::halt_with_error(format_args!("{error}"));
     }
-    log::info!("  local APIC {} in {} mode", lapic::id(), if lapic::is_x2apic() { "x2APIC" } else { "xAPIC" });
+    log::info!(
+        "  local APIC {} in {} mode",
+        lapic::id(),
+        if lapic::is_x2apic() { "x2APIC" } else { "xAPIC" }
+    );
 
     log::info!("timers");
     let Some(calibration) = tsc::calibrate(features, &acpi) else {
@@ -98,23 +104,17 @@ extern "C" fn own_machine() -> ! {
     log::info!("  TSC: {calibration}");
     match lapic::calibrate_timer() {
         Some(khz) => log::info!("  local APIC timer: {khz} kHz"),
-        None => log::info!("  local APIC timer: TSC deadlines"),
+        None if lapic::has_tsc_deadline() => log::info!("  local APIC timer: TSC deadlines"),
+        None => power::halt_with_error(format_args!("the local APIC's timer does not count")),
     }
 
     log::info!("processors");
-    let cpus_online = smp::start_all(features, acpi.madt.as_ref(), low_memory, per_cpu_init);
+    let cpus_online = smp::start_all(acpi.madt.as_ref(), low_memory, per_cpu_init);
     log::info!("  {cpus_online} of {} started", cpu::all().len());
     check_page_tables();
 
     let ramdisk = ramdisk.map_or(&[][..], |(at, len)| ramdisk_bytes(at, len));
-    let machine = Machine {
-        features: features.clone(),
-        memory: *memory,
-        acpi,
-        tsc: calibration.rate,
-        cpus_online,
-        ramdisk,
-    };
+    let machine = Machine { features, memory: *memory, acpi, tsc: calibration.rate, cpus_online, ramdisk };
     crate::vm::start(&machine)
 }
 
@@ -236,8 +236,8 @@ fn ramdisk_bytes(at: u64, len: u64) -> &'static [u8] {
     match readable {
         // SAFETY: mapped, and kept out of the free memory, so nothing writes it.
         Some(phys) => unsafe { mm::phys::slice(phys, len as usize) },
-        None => {
-            power::halt_with_error(format_args!("the loader put the boot bundle at {at:#x}, where no memory can be"))
-        }
+        None => power::halt_with_error(format_args!(
+            "the loader put the boot bundle at {at:#x}, where no memory can be"
+        )),
     }
 }

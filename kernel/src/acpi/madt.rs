@@ -85,9 +85,15 @@ impl Madt {
             // Section 5.2.12.2, processor local APIC.
             0 => self.add_processor(u32::from(u8_at(s, 3)?), u32::from(u8_at(s, 2)?), u32_at(s, 4)?),
             // Section 5.2.12.3.
-            1 => self.io_apics.push(IoApic { id: u8_at(s, 2)?, address: u32_at(s, 4)?, gsi_base: u32_at(s, 8)? }),
+            1 => self.io_apics.push(IoApic {
+                id: u8_at(s, 2)?,
+                address: u32_at(s, 4)?,
+                gsi_base: u32_at(s, 8)?,
+            }),
             // Section 5.2.12.5.
-            2 => self.overrides.push(Override { irq: u8_at(s, 3)?, gsi: u32_at(s, 4)?, flags: u16_at(s, 8)? }),
+            2 => {
+                self.overrides.push(Override { irq: u8_at(s, 3)?, gsi: u32_at(s, 4)?, flags: u16_at(s, 8)? })
+            }
             // Section 5.2.12.8, local APIC address override.
             5 => self.local_apic = u64_at(s, 4)?,
             // Section 5.2.12.12, processor local x2APIC.
@@ -129,8 +135,12 @@ mod tests {
     #[test]
     fn processors_of_both_kinds_are_listed_in_order() {
         let m = Madt::parse(&madt(&[CPU0, CPU1, DISABLED, X2])).unwrap();
-        let list: Vec<_> = m.processors.iter().map(|p| (p.apic_id, p.uid, p.enabled, p.online_capable)).collect();
-        assert_eq!(list, [(0, 0, true, false), (4, 1, true, false), (6, 2, false, true), (256, 7, true, false)]);
+        let list: Vec<_> =
+            m.processors.iter().map(|p| (p.apic_id, p.uid, p.enabled, p.online_capable)).collect();
+        assert_eq!(
+            list,
+            [(0, 0, true, false), (4, 1, true, false), (6, 2, false, true), (256, 7, true, false)]
+        );
         assert_eq!((m.local_apic, m.has_8259, m.malformed), (0xfee0_0000, true, false));
     }
 

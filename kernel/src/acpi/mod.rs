@@ -149,7 +149,11 @@ impl<M: FirmwareMemory> Handler<M> {
 }
 
 impl<M: FirmwareMemory> AcpiHandler for Handler<M> {
-    unsafe fn map_physical_region<T>(&self, physical_address: usize, size: usize) -> PhysicalMapping<Self, T> {
+    unsafe fn map_physical_region<T>(
+        &self,
+        physical_address: usize,
+        size: usize,
+    ) -> PhysicalMapping<Self, T> {
         let zeros = NonNull::from(&ZEROS.0).cast::<u8>();
         // The crate validates a table over its whole length before anything else reads it, and takes that length
         // from a header that `checked` has seen.
@@ -205,7 +209,9 @@ impl<M: FirmwareMemory, T: Table> Bytes for PhysicalMapping<Handler<M>, T> {
     }
 }
 
-fn find<M: FirmwareMemory, T: Table>(tables: &AcpiTables<Handler<M>>) -> Option<PhysicalMapping<Handler<M>, T>> {
+fn find<M: FirmwareMemory, T: Table>(
+    tables: &AcpiTables<Handler<M>>,
+) -> Option<PhysicalMapping<Handler<M>, T>> {
     let found: AcpiResult<_> = tables.find_table::<T>();
     match found {
         Ok(table) => Some(table),
@@ -262,8 +268,7 @@ mod tests {
         madt.extend([0, 8, 0, 0, 1, 0, 0, 0]);
         let mut hpet = vec![0; 20];
         hpet[8..16].copy_from_slice(&0xfed0_0000u64.to_le_bytes());
-        let pointers: Vec<u8> =
-            [0x2000u64, 0x3000, 0x4000].iter().flat_map(|a| a.to_le_bytes()).collect();
+        let pointers: Vec<u8> = [0x2000u64, 0x3000, 0x4000].iter().flat_map(|a| a.to_le_bytes()).collect();
         [
             (XSDT, table(b"XSDT", &pointers)),
             (0x2000, table(b"FACP", &fadt)),
@@ -329,7 +334,8 @@ mod tests {
             assert_eq!(Acpi::read(Fake(Arc::new(machine())), &rsdp), Acpi::default());
         }
         let mut m = machine();
-        let pointers: Vec<u8> = [0u64, u64::MAX, 0x3000, 0x1234].iter().flat_map(|a| a.to_le_bytes()).collect();
+        let pointers: Vec<u8> =
+            [0u64, u64::MAX, 0x3000, 0x1234].iter().flat_map(|a| a.to_le_bytes()).collect();
         m.insert(XSDT, table(b"XSDT", &pointers[..30]));
         assert!(read(m).madt.is_some());
     }

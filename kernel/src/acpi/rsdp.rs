@@ -103,7 +103,11 @@ mod tests {
         bad[25] ^= 1;
         assert_eq!(Rsdp::parse(&bad), Ok(Rsdp { revision: 0, rsdt: 0x1000, xsdt: 0 }));
         assert_eq!(Rsdp::parse(&rsdp(2, 0, 0)), Err(RsdpError::NoTable));
-        assert_eq!(Rsdp::parse(&rsdp(2, 0x1000, 0)).unwrap().revision, 0, "an empty XSDT address means the RSDT");
+        assert_eq!(
+            Rsdp::parse(&rsdp(2, 0x1000, 0)).unwrap().revision,
+            0,
+            "an empty XSDT address means the RSDT"
+        );
     }
 
     #[test]

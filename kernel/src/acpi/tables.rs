@@ -30,9 +30,15 @@ pub fn mcfg(t: &[u8]) -> Vec<PciSegment> {
     const ENTRY_BYTES: usize = 16;
     let entries = t.get(FIRST..).unwrap_or_default();
     let entry = |e: &[u8]| {
-        let segment =
-            PciSegment { address: u64_at(e, 0)?, segment: u16_at(e, 8)?, first_bus: u8_at(e, 10)?, last_bus: u8_at(e, 11)? };
-        let sane = segment.address != 0 && segment.address % (1 << 20) == 0 && segment.first_bus <= segment.last_bus;
+        let segment = PciSegment {
+            address: u64_at(e, 0)?,
+            segment: u16_at(e, 8)?,
+            first_bus: u8_at(e, 10)?,
+            last_bus: u8_at(e, 11)?,
+        };
+        let sane = segment.address != 0
+            && segment.address.is_multiple_of(1 << 20)
+            && segment.first_bus <= segment.last_bus;
         sane.then_some(segment)
     };
     entries.chunks_exact(ENTRY_BYTES).filter_map(entry).collect()

@@ -13,30 +13,33 @@ use uart_16550::{BaudRate, Config, Uart16550};
 /// First port of COM1.
 const BASE: u16 = 0x3f8;
 /// A full FIFO takes 1.4 ms at 115200 baud and a port read about a microsecond; a port that is busy for much longer
-/// is broken.
-const POLLS: u32 = 1 << 20;
+/// is stuck: its reader went away, or it is broken.
+const POLLS: u32 = 1 << 22;
 
-static CONSOLE: IrqMutex<Lines<Com1>> = IrqMutex::new(Lines::new(Com1 { uart: None }));
+static CONSOLE: IrqMutex<Lines<Com1>> = IrqMutex::new(Lines::new(Com1 { uart: None, stuck: false }));
 
 struct Com1 {
-    /// Nothing where there is no port, or one that got stuck.
+    /// Nothing where there is no port.
     uart: Option<Uart16550<PioBackend>>,
+    /// It took nothing for so long that output is dropped until it does.
+    stuck: bool,
 }
 
 impl Sink for Com1 {
     fn put(&mut self, mut bytes: &[u8]) {
         let Some(uart) = &mut self.uart else { return };
-        let mut polls = POLLS;
+        let mut polls = if self.stuck { 0 } else { POLLS };
         while !bytes.is_empty() {
             match uart.send_bytes(bytes) {
                 0 if polls == 0 => {
-                    self.uart = None;
+                    self.stuck = true;
                     return;
                 }
                 0 => polls -= 1,
                 sent => {
                     bytes = &bytes[sent..];
                     polls = POLLS;
+                    self.stuck = false;
                 }
             }
         }

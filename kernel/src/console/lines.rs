@@ -53,6 +53,8 @@ impl<S: Sink> Lines<S> {
         if !self.at_line_start {
             self.sink.put(b"\r\n");
         }
+        // If this message is cut off for good, by a panic elsewhere, the next one begins on a fresh line.
+        self.at_line_start = false;
         self.sink.put(PREFIX.as_bytes());
         self.sink.put(label.as_bytes());
         // The sink cannot fail; a Display that does has its message cut off.

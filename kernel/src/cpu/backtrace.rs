@@ -11,7 +11,7 @@ const MAX_FRAMES: usize = 32;
 /// Prints the return addresses from the frame at `rbp` up.
 pub fn print(mut rbp: u64) {
     for depth in 0..MAX_FRAMES {
-        if rbp % 8 != 0 || !mm::is_stack(rbp, 16) {
+        if !rbp.is_multiple_of(8) || !mm::is_stack(rbp, 16) {
             return;
         }
         // SAFETY: both words lie in a mapped stack of Umbra's.

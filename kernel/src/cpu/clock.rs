@@ -78,6 +78,24 @@ pub const fn round_khz(khz: u64) -> u64 {
     }
 }
 
+/// The frequency in kHz of a counter that advanced by `ticks` while a reference advanced by `elapsed` ticks of
+/// `femtoseconds_per_tick` each. `None` when nothing moved or the result is absurd.
+pub fn measured_khz(ticks: u64, elapsed: u64, femtoseconds_per_tick: u64) -> Option<u64> {
+    const FEMTOSECONDS_PER_MILLISECOND: u128 = 1_000_000_000_000;
+    let femtoseconds = u128::from(elapsed) * u128::from(femtoseconds_per_tick);
+    let khz = (u128::from(ticks) * FEMTOSECONDS_PER_MILLISECOND).checked_div(femtoseconds)?;
+    u64::try_from(khz).ok().filter(|khz| *khz != 0)
+}
+
+/// The frequency to believe: CPUID's, if there is one and the measurement confirms it to a thousandth, else the
+/// measured one. The flag says that it is CPUID's.
+pub fn believed_khz(measured: u64, from_cpuid: Option<u64>) -> (u64, bool) {
+    match from_cpuid {
+        Some(khz) if khz.abs_diff(measured) <= measured / 1000 => (khz, true),
+        _ => (round_khz(measured), false),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -107,6 +125,25 @@ mod tests {
         assert_eq!(round_khz(2_994_375), 2_994_375);
         assert_eq!(round_khz(2_400_040), 2_400_000);
         assert_eq!(round_khz(0), 0);
+    }
+
+    #[test]
+    fn frequencies_are_ticks_over_time() {
+        // 50 ms of an HPET of 10 ns and a counter of 1 GHz.
+        assert_eq!(measured_khz(50_000_000, 5_000_000, 10_000_000), Some(1_000_000));
+        // 50 ms of the PM timer.
+        let khz = measured_khz(150_000_000, 178_977, 1_000_000_000_000_000 / 3_579_545).unwrap();
+        assert!(khz.abs_diff(3_000_000) < 50, "{khz}");
+        assert_eq!(measured_khz(0, 1, 1), None);
+        assert_eq!(measured_khz(1, 0, 1), None);
+        assert_eq!(measured_khz(u64::MAX, 1, 1), None);
+    }
+
+    #[test]
+    fn cpuid_is_believed_when_confirmed() {
+        assert_eq!(believed_khz(2_994_000, Some(2_994_375)), (2_994_375, true));
+        assert_eq!(believed_khz(2_600_010, Some(2_994_375)), (2_600_000, false));
+        assert_eq!(believed_khz(999_990, None), (1_000_000, false));
     }
 
     proptest! {

@@ -15,6 +15,7 @@ pub fn init(features: &Features) {
     let mut cr4 = Cr4::read();
     for (has, flag) in [
         (features.pge, Cr4Flags::PAGE_GLOBAL),
+        (features.mce, Cr4Flags::MACHINE_CHECK_EXCEPTION),
         (features.smep, Cr4Flags::SUPERVISOR_MODE_EXECUTION_PROTECTION),
         (features.smap, Cr4Flags::SUPERVISOR_MODE_ACCESS_PREVENTION),
         (features.umip, Cr4Flags::USER_MODE_INSTRUCTION_PREVENTION),

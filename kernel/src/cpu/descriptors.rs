@@ -66,6 +66,12 @@ pub struct Tables {
 // SAFETY: written only by `load` and `set_ist`, on the one CPU that uses them and with interrupts off.
 unsafe impl Sync for Tables {}
 
+impl Default for Tables {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
 impl Tables {
     /// Tables without stacks.
     pub const fn new() -> Self {

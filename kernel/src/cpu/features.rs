@@ -39,6 +39,8 @@ pub struct Features {
     pub umip: bool,
     /// Protection keys for user pages.
     pub pku: bool,
+    /// Machine check exception.
+    pub mce: bool,
     /// Page attribute table.
     pub pat: bool,
     /// Memory type range registers.
@@ -139,6 +141,7 @@ impl Features {
             this.vmx = f.has_vmx();
             this.hypervisor = f.has_hypervisor();
             this.pge = f.has_pge();
+            this.mce = f.has_mce();
             this.pcid = f.has_pcid();
             this.pat = f.has_pat();
             this.mtrr = f.has_mtrr();
@@ -170,8 +173,7 @@ impl Features {
             this.svm = f.has_svm().then(|| svm(cpuid));
         }
         this.arat = cpuid.get_thermal_power_info().is_some_and(|f| f.has_arat());
-        this.invariant_tsc =
-            cpuid.get_advanced_power_mgmt_info().is_some_and(|f| f.has_invariant_tsc());
+        this.invariant_tsc = cpuid.get_advanced_power_mgmt_info().is_some_and(|f| f.has_invariant_tsc());
         if let Some(f) = cpuid.get_processor_capacity_feature_info() {
             this.physical_address_bits = f.physical_address_bits().clamp(32, 52);
         }
@@ -272,7 +274,9 @@ fn tsc_khz<R: CpuIdReader>(cpuid: &CpuId<R>) -> Option<u64> {
             let mhz = u64::from(cpuid.get_processor_frequency_info()?.processor_base_frequency());
             (mhz != 0).then_some(mhz * 1000)
         }
-        crystal_hz => Some((u128::from(crystal_hz) * u128::from(numerator) / u128::from(denominator) / 1000) as u64),
+        crystal_hz => {
+            Some((u128::from(crystal_hz) * u128::from(numerator) / u128::from(denominator) / 1000) as u64)
+        }
     }
 }
 
@@ -315,9 +319,11 @@ mod tests {
 
     fn vendor(name: &[u8; 12], max_leaf: u32) -> Leaves {
         let word = |i: usize| u32::from_le_bytes(name[i..i + 4].try_into().unwrap());
-        Leaves::default()
-            .with(0, 0, [max_leaf, word(0), word(8), word(4)])
-            .with(0x8000_0000, 0, [0x8000_001f, word(0), word(8), word(4)])
+        Leaves::default().with(0, 0, [max_leaf, word(0), word(8), word(4)]).with(
+            0x8000_0000,
+            0,
+            [0x8000_001f, word(0), word(8), word(4)],
+        )
     }
 
     #[test]

@@ -3,7 +3,7 @@
 // Device registers and MSRs.
 #![allow(unsafe_code)]
 
-use super::clock::Rate;
+use super::clock::{measured_khz, round_khz, Rate};
 use super::features::Features;
 use super::{msr, percpu, trap, tsc};
 use crate::mm;
@@ -77,7 +77,9 @@ pub enum Error {
 impl core::fmt::Display for Error {
     fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
         match self {
-            Error::Disabled => write!(f, "the firmware switched the local APIC off; switch it on in its setup"),
+            Error::Disabled => {
+                write!(f, "the firmware switched the local APIC off; switch it on in its setup")
+            }
             Error::Unreachable(at) => write!(f, "the local APIC's registers at {at:#x} cannot be mapped"),
         }
     }
@@ -193,7 +195,8 @@ pub fn disarm() {
     write(register::TIMER_INITIAL, 0);
 }
 
-/// Measures the timer against the time-stamp counter, if it is needed, and returns its rate in kHz.
+/// Measures the timer against the time-stamp counter, if it is needed, and returns its rate in kHz. `None` with TSC
+/// deadlines, and for a timer that does not count.
 pub fn calibrate_timer() -> Option<u64> {
     const SPAN_NS: u64 = 20_000_000;
     if has_tsc_deadline() {
@@ -206,8 +209,9 @@ pub fn calibrate_timer() -> Option<u64> {
     let end = tsc::sample(|| read(register::TIMER_CURRENT));
     write(register::TIMER_INITIAL, 0);
     write(register::LVT_TIMER, u32::from(trap::TIMER));
-    let ns = tsc::rate().ns(end.0 - start.0).max(1);
-    let khz = super::clock::round_khz(u64::from(start.1.wrapping_sub(end.1)) * 1_000_000 / ns);
+    let femtoseconds = tsc::rate().ns(end.0.saturating_sub(start.0)).saturating_mul(1_000_000);
+    // It counts down.
+    let khz = round_khz(measured_khz(u64::from(start.1.wrapping_sub(end.1)), 1, femtoseconds)?);
     TIMER_KHZ.store(khz, Ordering::Relaxed);
     Some(khz)
 }

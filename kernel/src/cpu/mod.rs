@@ -30,3 +30,10 @@ pub mod tsc;
 
 #[cfg(target_os = "none")]
 pub use percpu::{all, init_boot_cpu, number, this, PerCpu};
+
+/// What the processors can do, read once, on the boot CPU.
+#[cfg(target_os = "none")]
+pub fn features() -> &'static features::Features {
+    static FEATURES: spin::Once<features::Features> = spin::Once::new();
+    FEATURES.call_once(features::Features::detect)
+}

@@ -4,7 +4,7 @@
 #![allow(unsafe_code)]
 
 use super::descriptors::Ist;
-use super::features::Features;
+
 use super::mailbox::Call;
 use super::percpu::{self, PerCpu, State};
 use super::{control, lapic, trap, tsc};
@@ -56,16 +56,12 @@ struct Data {
     entry: u64,
 }
 
-const _: () = assert!(offset_of!(Data, jump32) == 8 && offset_of!(Data, cr0) == 24 && offset_of!(Data, stack) == 40);
+const _: () =
+    assert!(offset_of!(Data, jump32) == 8 && offset_of!(Data, cr0) == 24 && offset_of!(Data, stack) == 40);
 const _: () = assert!(size_of::<Data>() == 64);
 
-/// What every CPU needs while it starts.
-struct Starting {
-    features: Features,
-    per_cpu_init: fn(&'static PerCpu),
-}
-
-static STARTING: Once<Starting> = Once::new();
+/// What every CPU does before it takes work.
+static PER_CPU_INIT: Once<fn(&'static PerCpu)> = Once::new();
 
 /// Gives the boot CPU stacks of its own for NMI, #DF and #MC.
 pub fn init_boot_cpu_stacks() -> Option<()> {
@@ -86,15 +82,10 @@ unsafe fn set_interrupt_stacks(cpu: &PerCpu) -> Option<()> {
 
 /// Starts all CPUs that the MADT calls enabled and returns how many run, this one included. `low` is free memory;
 /// one page of it below 1 MiB is used while CPUs start. `per_cpu_init` runs once on each CPU, also on this one.
-pub fn start_all(
-    features: &Features,
-    madt: Option<&Madt>,
-    low: &RangeSet,
-    per_cpu_init: fn(&'static PerCpu),
-) -> usize {
+pub fn start_all(madt: Option<&Madt>, low: &RangeSet, per_cpu_init: fn(&'static PerCpu)) -> usize {
     let boot = percpu::boot_cpu();
     boot.set_state(State::Online);
-    STARTING.call_once(|| Starting { features: features.clone(), per_cpu_init });
+    PER_CPU_INIT.call_once(|| per_cpu_init);
     per_cpu_init(boot);
 
     let enabled = madt.map_or(&[][..], |madt| &madt.processors).iter().filter(|p| p.enabled);
@@ -164,12 +155,13 @@ fn online_within(cpu: &PerCpu, ns: u64) -> bool {
 
 /// Where the trampoline brings a new CPU: on its own stack, in Umbra's page tables.
 extern "C" fn enter(cpu: &'static PerCpu) -> ! {
-    let starting = STARTING.get().expect("set before any CPU is started");
-    control::init(&starting.features);
+    control::init(super::features());
     // SAFETY: this CPU's area alone.
     unsafe { cpu.install() };
     lapic::init_this_cpu();
-    (starting.per_cpu_init)(cpu);
+    if let Some(per_cpu_init) = PER_CPU_INIT.get() {
+        per_cpu_init(cpu);
+    }
     cpu.set_state(State::Online);
     idle()
 }
@@ -247,8 +239,8 @@ impl Trampoline {
     fn new(low: &RangeSet) -> Option<Self> {
         // Not the first page, which holds the BIOS's data, and below the video memory.
         let window = Range::new(PAGE_SIZE, 0xa_0000);
-        let free = low.iter().map(|range| range.intersect(window).shrink_to_pages());
-        let page = PhysAddr::new(free.filter(|range| !range.is_empty()).last()?.end - PAGE_SIZE);
+        let mut free = low.iter().map(|range| range.intersect(window).shrink_to_pages());
+        let page = PhysAddr::new(free.rfind(|range| !range.is_empty())?.end - PAGE_SIZE);
         let code = &raw const umbra_trampoline;
         // SAFETY: the linker's symbols bound the code; the page is free memory in the physical map.
         unsafe {

@@ -68,7 +68,7 @@ pub struct TrapFrame {
 }
 
 // The processor aligns the stack to 16 bytes first, so it is aligned again when `dispatch` is called.
-const _: () = assert!(size_of::<TrapFrame>() % 16 == 0);
+const _: () = assert!(size_of::<TrapFrame>().is_multiple_of(16));
 
 /// Address of the stub of `vector`.
 pub(super) fn stub(vector: u8) -> u64 {

@@ -2,7 +2,7 @@
 // Reads the counter, device registers and ports.
 #![allow(unsafe_code)]
 
-use super::clock::{round_khz, Rate};
+use super::clock::{believed_khz, measured_khz, Rate};
 use super::features::Features;
 use crate::acpi::Acpi;
 use crate::mm;
@@ -16,8 +16,7 @@ static RATE: Once<Rate> = Once::new();
 
 /// How long the counter is measured.
 const SPAN_US: u64 = 50_000;
-/// CPUID's frequency counts when the measurement agrees within this.
-const CPUID_TOLERANCE_PPM: u64 = 1000;
+
 /// Reads of a timer that does not move before it is given up.
 const MAX_POLLS: u32 = 50_000_000;
 
@@ -81,19 +80,17 @@ pub fn calibrate(features: &Features, acpi: &Acpi) -> Option<Calibration> {
         .and_then(|mut t| Some(("HPET", measure(&mut t)?)))
         .or_else(|| Some(("the ACPI PM timer", measure(&mut pm_timer()?)?)))
         .or_else(|| Some(("PIT channel 2", measure(&mut Pit::new())?)))?;
-    let confirmed = features
-        .cpuid_tsc_khz
-        .filter(|khz| khz.abs_diff(measured) <= measured / 1_000_000 * CPUID_TOLERANCE_PPM + CPUID_TOLERANCE_PPM);
-    let rate = Rate::from_khz(confirmed.unwrap_or_else(|| round_khz(measured)));
-    Some(Calibration { rate: *RATE.call_once(|| rate), timer, from_cpuid: confirmed.is_some() })
+    let (khz, from_cpuid) = believed_khz(measured, features.cpuid_tsc_khz);
+    Some(Calibration { rate: *RATE.call_once(|| Rate::from_khz(khz)), timer, from_cpuid })
 }
 
 /// A counter of known frequency that counts up and wraps.
 trait Reference {
-    /// Ticks in `femtoseconds / period`.
+    /// Its period.
     fn femtoseconds_per_tick(&self) -> u64;
     /// Significant bits of the value.
     fn bits(&self) -> u32;
+    /// What it counts.
     fn value(&mut self) -> u64;
 }
 
@@ -116,10 +113,7 @@ fn measure(timer: &mut impl Reference) -> Option<u64> {
     }
     let (end_tsc, end) = sample(|| timer.value());
     elapsed += end.wrapping_sub(last) & mask;
-    let femtoseconds = u128::from(elapsed) * u128::from(timer.femtoseconds_per_tick());
-    // ticks / fs * 10^15 / 1000
-    let khz = u128::from(end_tsc.checked_sub(start_tsc)?) * 1_000_000_000_000 / femtoseconds.max(1);
-    u64::try_from(khz).ok().filter(|khz| *khz != 0)
+    measured_khz(end_tsc.checked_sub(start_tsc)?, elapsed, timer.femtoseconds_per_tick())
 }
 
 /// The counter and a timer at nearly the same moment: of several tries the one that took least, for an emulator or
@@ -171,7 +165,9 @@ impl Hpet {
         }
         let configuration = this.read(Self::CONFIGURATION);
         // SAFETY: starts the main counter; the comparators stay as they are.
-        unsafe { this.registers.add(Self::CONFIGURATION).cast::<u32>().write_volatile(configuration as u32 | 1) };
+        unsafe {
+            this.registers.add(Self::CONFIGURATION).cast::<u32>().write_volatile(configuration as u32 | 1)
+        };
         Some(this)
     }
 
@@ -231,7 +227,7 @@ impl Pit {
             let old = gate.read();
             gate.write(old & !2 | 1);
             // Channel 2, both bytes, mode 2, binary.
-            this.control.write(0b10_11_010_0);
+            this.control.write(0b1011_0100);
             this.data.write(0);
             this.data.write(0);
         }
@@ -249,7 +245,7 @@ impl Reference for Pit {
     fn value(&mut self) -> u64 {
         // SAFETY: latches channel 2, then reads both bytes.
         let value = unsafe {
-            self.control.write(0b10_00_000_0);
+            self.control.write(0b1000_0000);
             u64::from(self.data.read()) | u64::from(self.data.read()) << 8
         };
         // It counts down.

@@ -422,8 +422,11 @@ mod tests {
     fn check_books(frames: &FrameAllocator<'_>) {
         let mut free = 0;
         for (summary, chunk) in frames.summaries.iter().zip(frames.chunks.iter()) {
-            let counts: Vec<u16> =
-                chunk.bitmap.chunks(BLOCK_WORDS).map(|b| b.iter().map(|w| w.count_ones() as u16).sum()).collect();
+            let counts: Vec<u16> = chunk
+                .bitmap
+                .chunks(BLOCK_WORDS)
+                .map(|b| b.iter().map(|w| w.count_ones() as u16).sum())
+                .collect();
             assert_eq!(counts[..], chunk.counts[..]);
             assert_eq!(summary.whole as usize, counts.iter().filter(|&&n| n == WHOLE).count());
             assert_eq!(summary.partial as usize, counts.iter().filter(|&&n| n > 0 && n < WHOLE).count());
@@ -539,11 +542,19 @@ mod tests {
     #[test]
     fn odd_maps() {
         // Fragments smaller than a page, one page at the end of a chunk, ranges that share a chunk.
-        with(&[(M + 1, M + 0xfff), (G - PAGE_SIZE, G), (G + 0x1800, G + 0x3800), (G + 5 * M, G + 5 * M + 0x1000)], |f| {
-            assert_eq!(f.summaries.len(), 2);
-            assert_eq!(f.total_bytes(), 3 * PAGE_SIZE);
-            check_books(f);
-        });
+        with(
+            &[
+                (M + 1, M + 0xfff),
+                (G - PAGE_SIZE, G),
+                (G + 0x1800, G + 0x3800),
+                (G + 5 * M, G + 5 * M + 0x1000),
+            ],
+            |f| {
+                assert_eq!(f.summaries.len(), 2);
+                assert_eq!(f.total_bytes(), 3 * PAGE_SIZE);
+                check_books(f);
+            },
+        );
         with(&[], |f| assert_eq!(f.alloc(Size4K, Zone::Any), None));
         assert!(FrameAllocator::new(&set(&[(M, G)]), &mut [], &mut []).is_none());
     }

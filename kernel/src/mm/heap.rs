@@ -3,7 +3,7 @@
 #![allow(unsafe_code)]
 
 use super::frames::FrameSize;
-use super::live::map_new;
+use super::live::{free_bytes, map_new};
 use super::HEAP;
 use crate::sync::IrqMutex;
 use core::alloc::{GlobalAlloc, Layout};
@@ -13,7 +13,8 @@ use x86_64::VirtAddr;
 
 /// Size at start.
 const INITIAL_BYTES: u64 = 1 << 20;
-/// Size it never grows beyond. Guests' memory does not come from the heap.
+/// Size it never grows beyond; nor does it ever take more than half of the frames that are free. Guests' memory does
+/// not come from the heap.
 const MAX_BYTES: u64 = 1 << 32;
 /// The heap grows by multiples of this.
 const STEP: u64 = 256 << 10;
@@ -68,10 +69,12 @@ impl State {
         }
         // The alignment and the allocator's own bookkeeping come on top.
         let wanted = (layout.size() as u64).checked_add(layout.align() as u64)?.checked_add(64)?;
-        if wanted > MAX_BYTES - self.mapped {
+        let step = wanted.checked_next_multiple_of(STEP)?;
+        // What is mapped stays mapped, so nothing is mapped for a request that cannot be met.
+        if step > MAX_BYTES - self.mapped || step > free_bytes() / 2 {
             return None;
         }
-        let grown = self.map(wanted.next_multiple_of(STEP));
+        let grown = self.map(step);
         // SAFETY: the new bytes follow the old ones and are new memory.
         unsafe { self.heap.extend(grown as usize) };
         self.heap.allocate_first_fit(layout).ok()

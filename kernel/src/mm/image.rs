@@ -30,7 +30,12 @@ macro_rules! range {
 range!(text, __text_start, __text_end, "Code.");
 range!(rodata, __rodata_start, __rodata_end, "Constants.");
 range!(data, __data_start, __data_end, "Initialised variables.");
-range!(bss_below_guard, __bss_start, __boot_stack_guard, "Zeroed variables, up to the boot stack's guard page.");
+range!(
+    bss_below_guard,
+    __bss_start,
+    __boot_stack_guard,
+    "Zeroed variables, up to the boot stack's guard page."
+);
 range!(boot_stack, __boot_stack_bottom, __boot_stack_top, "The boot stack; the bss ends with it.");
 range!(boot_stack_guard, __boot_stack_guard, __boot_stack_bottom, "The page below the boot stack.");
 range!(above_boot_stack, __boot_stack_top, __bss_end, "What follows the boot stack, if anything.");

@@ -31,6 +31,14 @@ pub fn alloc(size: FrameSize, zone: Zone) -> Option<PhysAddr> {
     FRAMES.lock().as_mut()?.alloc(size, zone)
 }
 
+/// Takes a frame full of zeros.
+pub fn alloc_zeroed(size: FrameSize, zone: Zone) -> Option<PhysAddr> {
+    let frame = alloc(size, zone)?;
+    // SAFETY: the frame was just handed out.
+    unsafe { phys::zero(frame, size.bytes()) };
+    Some(frame)
+}
+
 /// Takes adjacent 4 KiB frames that hold `bytes`.
 pub fn alloc_contiguous(bytes: u64) -> Option<PhysAddr> {
     FRAMES.lock().as_mut()?.alloc_contiguous(bytes)
@@ -168,8 +176,7 @@ pub(super) fn map_new(virt: VirtAddr, size: FrameSize) -> Option<()> {
     let frame = alloc(size, Zone::Any)?;
     let attributes = Attributes::memory(Access::ReadWrite);
     let tables = TABLES.lock();
-    let mapped =
-        tables.as_ref()?.map(&mut Live, virt.as_u64(), frame.as_u64(), size.bytes(), attributes);
+    let mapped = tables.as_ref()?.map(&mut Live, virt.as_u64(), frame.as_u64(), size.bytes(), attributes);
     drop(tables);
     if mapped.is_err() {
         free(frame, size);
@@ -231,9 +238,6 @@ impl TableFrames for Live {
     }
 
     fn new_table(&mut self) -> Option<u64> {
-        let frame = alloc(FrameSize::Size4K, Zone::Any)?;
-        // SAFETY: the frame was just handed out.
-        unsafe { phys::zero(frame, PAGE_SIZE) };
-        Some(frame.as_u64())
+        alloc_zeroed(FrameSize::Size4K, Zone::Any).map(PhysAddr::as_u64)
     }
 }

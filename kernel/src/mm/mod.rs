@@ -27,8 +27,8 @@ pub use x86_64::PhysAddr;
 pub use {
     image::is_text,
     live::{
-        alloc, alloc_contiguous, audit, free, free_bytes, free_contiguous, init_frames, init_paging, map_firmware,
-        map_low_page, map_mmio, total_bytes, unmap_low_page, PAGE_TABLE_ERROR,
+        alloc, alloc_contiguous, alloc_zeroed, audit, free, free_bytes, free_contiguous, init_frames,
+        init_paging, map_firmware, map_low_page, map_mmio, total_bytes, unmap_low_page, PAGE_TABLE_ERROR,
     },
     phys::phys_to_virt,
     stacks::{alloc_stack, is_stack, is_stack_guard},

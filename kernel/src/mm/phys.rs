@@ -18,7 +18,7 @@ pub fn phys_to_virt(addr: PhysAddr) -> *mut u8 {
 /// The range is RAM that the caller owns.
 #[inline]
 pub unsafe fn zero(addr: PhysAddr, len: u64) {
-    debug_assert!(addr.is_aligned(8u64) && len % 8 == 0);
+    debug_assert!(addr.is_aligned(8u64) && len.is_multiple_of(8));
     // SAFETY: the physical map covers all RAM, and the caller owns the range.
     unsafe {
         asm!(

@@ -16,7 +16,7 @@ static NEXT: AtomicU64 = AtomicU64::new(0);
 
 /// Makes a stack of `bytes` (a multiple of 4 KiB, at most 512 KiB) and returns its top. Stacks are never freed.
 pub fn alloc_stack(bytes: u64) -> Option<VirtAddr> {
-    debug_assert!(bytes % PAGE_SIZE == 0 && bytes <= SLOT / 2);
+    debug_assert!(bytes.is_multiple_of(PAGE_SIZE) && bytes <= SLOT / 2);
     let slot = NEXT.fetch_add(1, Ordering::Relaxed);
     if slot >= SLOTS {
         return None;

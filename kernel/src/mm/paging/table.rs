@@ -111,7 +111,7 @@ impl PageTables {
         attributes: Attributes,
         skip_mapped: bool,
     ) -> Result<(), MapError> {
-        if (virt | phys | len) % page_bytes(1) != 0 {
+        if !(virt | phys | len).is_multiple_of(page_bytes(1)) {
             return Err(MapError::BadRange);
         }
         phys.checked_add(len).filter(|&end| end <= 1 << 52).ok_or(MapError::BadRange)?;
@@ -280,9 +280,14 @@ pub(super) mod tests {
     fn bad_ranges_and_missing_memory_are_errors() {
         let mut fake = Fake::default();
         let tables = PageTables::new(&mut fake, true).unwrap();
-        for (virt, phys, len) in
-            [(1, 0, 0x1000), (0, 1, 0x1000), (0, 0, 1), (!0xfff, 0, 0x2000), (0, 1 << 52, 0x1000), (0, !0xfff, 0x1000)]
-        {
+        for (virt, phys, len) in [
+            (1, 0, 0x1000),
+            (0, 1, 0x1000),
+            (0, 0, 1),
+            (!0xfff, 0, 0x2000),
+            (0, 1 << 52, 0x1000),
+            (0, !0xfff, 0x1000),
+        ] {
             assert_eq!(tables.map(&mut fake, virt, phys, len, RW), Err(MapError::BadRange));
         }
         fake.limit = Some(2);
