@@ -268,6 +268,7 @@ impl Chipset {
                 self.sample_pm();
                 return power_off.then_some(ChipsetEvent::PowerOff);
             }
+            pci::CONFIG_DATA..=pci::CONFIG_DATA_LAST => self.pci.write_data(port, value),
             _ if self.exit_port == Some(port) => return Some(ChipsetEvent::Exit(value.into())),
             _ => {}
         }
@@ -306,9 +307,9 @@ impl Chipset {
         self.pci.read_ecam(gpa, size)
     }
 
-    /// Writes device memory; false if nothing of the chipset is there. Nothing that is can be changed.
-    pub fn mmio_write(&mut self, gpa: u64, _size: u8, _value: u64, _now_ns: u64) -> bool {
-        self.pci.claims_ecam(gpa)
+    /// Writes device memory; false if nothing of the chipset is there.
+    pub fn mmio_write(&mut self, gpa: u64, size: u8, value: u64, _now_ns: u64) -> bool {
+        self.pci.write_ecam(gpa, size, value)
     }
 
     /// Gives the guest a character on COM1; false if it has to wait.

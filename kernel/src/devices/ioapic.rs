@@ -203,6 +203,11 @@ impl IoApic {
         }
     }
 
+    /// Whether an unmasked pin sends something that reaches a CPU whose RFLAGS.IF is clear: NMI, SMI or INIT.
+    pub fn has_unmaskable_pin(&self) -> bool {
+        self.entries.iter().any(|entry| entry.0 & Entry::MASKED == 0 && matches!(entry.0 >> 8 & 7, 2 | 4 | 5))
+    }
+
     /// The state to save.
     pub fn save(&self) -> IoApicState {
         IoApicState {

@@ -311,6 +311,11 @@ impl LocalApic {
         self.refresh_ppr();
     }
 
+    /// Whether LINT0 is an NMI here, as a watchdog on the PIT makes it.
+    pub fn lint0_is_nmi(&self) -> bool {
+        self.state.lvt[LVT_LINT0] & (LVT_MASKED | 7 << 8) == 4 << 8
+    }
+
     /// Whether an interrupt from the 8259 pair reaches the CPU: LINT0 is asserted and programmed as ExtINT, or the
     /// APIC is globally disabled and the pin is plain INTR; or an ExtINT message arrived. The caller acknowledges
     /// at the 8259 and then calls [`accept_extint`](Self::accept_extint).

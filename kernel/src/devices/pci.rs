@@ -2,8 +2,8 @@
 //!
 //! Sources: PCI Local Bus Specification 3.0, section 3.2.2.3.2 (configuration mechanism #1) and chapter 6 (header);
 //! PCI Express Base Specification, section 7.2.2 (ECAM). The bridge is an Intel 82G33 (memory controller hub of
-//! the ICH9 generation), whose ids every operating system has met. It has nothing that software could change, so
-//! the space is constant; functions that do not exist read all ones.
+//! the ICH9 generation), whose ids every operating system has met. Software can change its interrupt line register
+//! alone, which means nothing (PCI 3.0, 6.2.4); functions that do not exist read all ones.
 
 use crate::vm::layout::{ECAM_SIZE, ECAM_START};
 
@@ -28,12 +28,16 @@ const COMMAND_STATUS: u32 = 0x0080_0006;
 const CLASS_REVISION: u32 = 0x0600_0002;
 /// Subsystem vendor and id of Intel's own boards.
 const SUBSYSTEM: u32 = 0x29c0_8086;
+/// Offset of the interrupt line register.
+const INTERRUPT_LINE: u64 = 0x3c;
 
 /// Everything the configuration mechanism remembers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PciState {
     /// CONFIG_ADDRESS.
     pub address: u32,
+    /// Interrupt line register of the host bridge.
+    pub interrupt_line: u8,
 }
 
 /// PCI configuration space.
@@ -45,7 +49,7 @@ pub struct Pci {
 impl Pci {
     /// After reset.
     pub const fn new() -> Self {
-        Self { state: PciState { address: 0 } }
+        Self { state: PciState { address: 0, interrupt_line: 0 } }
     }
 
     /// Reads CONFIG_ADDRESS.
@@ -65,7 +69,16 @@ impl Pci {
         }
         let function = (self.state.address >> 8) & 0xffff;
         let offset = self.state.address & 0xfc | u32::from(port & 3);
-        config_byte(function, offset.into())
+        self.config_byte(function, offset.into())
+    }
+
+    /// Writes one byte of CONFIG_DATA, `port` from 0xCFC to 0xCFF.
+    pub fn write_data(&mut self, port: u16, value: u8) {
+        if self.state.address & ADDRESS_ENABLE != 0 {
+            let function = (self.state.address >> 8) & 0xffff;
+            let offset = self.state.address & 0xfc | u32::from(port & 3);
+            self.set_config_byte(function, offset.into(), value);
+        }
     }
 
     /// Reads `size` bytes (1 to 8) of the memory-mapped space; `None` if `gpa` is not in it.
@@ -73,14 +86,41 @@ impl Pci {
         let start = gpa.checked_sub(ECAM_START).filter(|&offset| offset < ECAM_SIZE)?;
         let mut bytes = [0xff; 8];
         for (offset, byte) in (start..ECAM_SIZE).zip(bytes.iter_mut().take(size.into())) {
-            *byte = config_byte((offset >> 12) as u32, offset & 0xfff);
+            *byte = self.config_byte((offset >> 12) as u32, offset & 0xfff);
         }
         Some(u64::from_le_bytes(bytes) & (u64::MAX >> (64 - 8 * u32::from(size.clamp(1, 8)))))
     }
 
-    /// Whether a write to `gpa` is for the memory-mapped space. Nothing in it can be changed.
-    pub fn claims_ecam(&self, gpa: u64) -> bool {
-        gpa.wrapping_sub(ECAM_START) < ECAM_SIZE
+    /// Writes the low `size` bytes (1 to 8) of `value` to the memory-mapped space; false if `gpa` is not in it.
+    pub fn write_ecam(&mut self, gpa: u64, size: u8, value: u64) -> bool {
+        let Some(start) = gpa.checked_sub(ECAM_START).filter(|&offset| offset < ECAM_SIZE) else { return false };
+        for (offset, byte) in (start..ECAM_SIZE).zip(value.to_le_bytes().into_iter().take(size.into())) {
+            self.set_config_byte((offset >> 12) as u32, offset & 0xfff, byte);
+        }
+        true
+    }
+
+    /// A byte of the configuration space of `function` (bus, device, function). The bridge is a conventional PCI
+    /// device: its space ends after 256 bytes, and what lies beyond reads all ones.
+    fn config_byte(&self, function: u32, offset: u64) -> u8 {
+        if function != 0 || offset >= HEADER_LEN {
+            return 0xff;
+        }
+        let dword: u32 = match offset & 0xfc {
+            0x00 => ID,
+            0x04 => COMMAND_STATUS,
+            0x08 => CLASS_REVISION,
+            0x2c => SUBSYSTEM,
+            INTERRUPT_LINE => u32::from(self.state.interrupt_line),
+            _ => 0,
+        };
+        dword.to_le_bytes()[(offset & 3) as usize]
+    }
+
+    fn set_config_byte(&mut self, function: u32, offset: u64, value: u8) {
+        if function == 0 && offset == INTERRUPT_LINE {
+            self.state.interrupt_line = value;
+        }
     }
 
     /// What must be kept to continue later.
@@ -91,6 +131,7 @@ impl Pci {
     /// Continues from `state`, whatever it holds.
     pub fn restore(&mut self, state: &PciState) {
         self.set_address(state.address);
+        self.state.interrupt_line = state.interrupt_line;
     }
 }
 
@@ -98,22 +139,6 @@ impl Default for Pci {
     fn default() -> Self {
         Self::new()
     }
-}
-
-/// A byte of the configuration space of `function` (bus, device, function). The bridge is a conventional PCI
-/// device: its space ends after 256 bytes, and what lies beyond reads all ones.
-fn config_byte(function: u32, offset: u64) -> u8 {
-    if function != 0 || offset >= HEADER_LEN {
-        return 0xff;
-    }
-    let dword: u32 = match offset & 0xfc {
-        0x00 => ID,
-        0x04 => COMMAND_STATUS,
-        0x08 => CLASS_REVISION,
-        0x2c => SUBSYSTEM,
-        _ => 0,
-    };
-    dword.to_le_bytes()[(offset & 3) as usize]
 }
 
 #[cfg(test)]
@@ -160,14 +185,28 @@ mod tests {
         assert_eq!(pci.read_ecam(ECAM_START + ECAM_SIZE - 1, 8), Some(u64::MAX));
         assert_eq!(pci.read_ecam(ECAM_START + ECAM_SIZE, 4), None);
         assert_eq!(pci.read_ecam(ECAM_START - 1, 4), None);
-        assert!(pci.claims_ecam(ECAM_START) && !pci.claims_ecam(ECAM_START - 1));
-        assert!(!pci.claims_ecam(ECAM_START + ECAM_SIZE));
+    }
+
+    #[test]
+    fn the_interrupt_line_holds_a_byte_whichever_way_it_is_written() {
+        let mut pci = Pci::new();
+        pci.set_address(0x8000_003c);
+        pci.write_data(CONFIG_DATA, 0x5a);
+        pci.write_data(CONFIG_DATA + 1, 0xff);
+        assert_eq!(pci.read_ecam(ECAM_START + 0x3c, 4), Some(0x5a), "the interrupt pin stays none");
+        assert!(pci.write_ecam(ECAM_START + 0x38, 8, 0x77_ffff_ffff));
+        assert_eq!(pci.read_ecam(ECAM_START + 0x38, 8), Some(0x77_0000_0000));
+        assert!(pci.write_ecam(ECAM_START + ECAM_SIZE - 1, 8, 0), "cut off at the end");
+        assert!(!pci.write_ecam(ECAM_START - 1, 1, 0) && !pci.write_ecam(ECAM_START + ECAM_SIZE, 1, 0));
+        pci.set_address(0x3c);
+        pci.write_data(CONFIG_DATA, 1);
+        assert_eq!(pci.read_ecam(ECAM_START + 0x3c, 1), Some(0x77), "not enabled");
     }
 
     #[test]
     fn save_restore_survives_garbage() {
         let mut pci = Pci::new();
-        pci.restore(&PciState { address: u32::MAX });
-        assert_eq!(pci.save(), PciState { address: 0x80ff_fffc });
+        pci.restore(&PciState { address: u32::MAX, interrupt_line: 9 });
+        assert_eq!(pci.save(), PciState { address: 0x80ff_fffc, interrupt_line: 9 });
     }
 }

@@ -72,9 +72,14 @@ impl ExtendedState {
         }
     }
 
-    /// XCR0 of the guest.
+    /// XCR0 of the vCPU that is on this CPU. Read from the register: QEMU's TCG lets a guest set it without the exit
+    /// that was asked for.
     pub fn xcr0(&self) -> u64 {
-        self.xcr0
+        if self.facts.components == 0 {
+            return self.xcr0;
+        }
+        // SAFETY: with XSAVE, CR4.OSXSAVE is set here.
+        unsafe { xgetbv() }
     }
 
     /// Sets XCR0 of the vCPU that is on this CPU; the caller has checked the value against the CPU's components.
@@ -130,6 +135,7 @@ impl ExtendedState {
             if self.facts.components == 0 {
                 asm!("fxsave64 [{}]", in(reg) area, options(nostack));
             } else {
+                self.xcr0 = xgetbv();
                 xsetbv(self.facts.components);
                 asm!("xsave64 [{}]", in(reg) area, in("eax") self.facts.components as u32,
                      in("edx") (self.facts.components >> 32) as u32, options(nostack));
@@ -147,6 +153,19 @@ impl Drop for ExtendedState {
     }
 }
 
+/// Reads XCR0.
+///
+/// # Safety
+/// CR4.OSXSAVE is set.
+unsafe fn xgetbv() -> u64 {
+    let (low, high): (u32, u32);
+    // SAFETY: the caller's promise.
+    unsafe {
+        asm!("xgetbv", in("ecx") 0, out("eax") low, out("edx") high, options(nomem, nostack, preserves_flags));
+    }
+    u64::from(high) << 32 | u64::from(low)
+}
+
 /// Writes XCR0.
 ///
 /// # Safety
@@ -157,6 +176,17 @@ unsafe fn xsetbv(value: u64) {
         asm!("xsetbv", in("ecx") 0, in("eax") value as u32, in("edx") (value >> 32) as u32,
              options(nomem, nostack, preserves_flags));
     }
+}
+
+/// DR0 to DR3 of the vCPU that is on this CPU.
+pub fn breakpoint_addresses() -> [u64; 4] {
+    let (dr0, dr1, dr2, dr3);
+    // SAFETY: reads of registers that the kernel does not use.
+    unsafe {
+        asm!("mov {}, dr0", "mov {}, dr1", "mov {}, dr2", "mov {}, dr3",
+             out(reg) dr0, out(reg) dr1, out(reg) dr2, out(reg) dr3, options(nomem, nostack));
+    }
+    [dr0, dr1, dr2, dr3]
 }
 
 /// PKRU of the vCPU that is on this CPU. Only for CPUs with protection keys, where Umbra keeps CR4.PKE set: it has

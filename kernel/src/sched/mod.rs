@@ -99,7 +99,10 @@ impl<'a, V: Vendor> Scheduler<'a, V> {
                 other.kick();
             }
         }
-        if pause == Pause::Idle && instance.vcpus.iter().all(|vcpu| vcpu.is_dead(&instance.guest)) {
+        if pause == Pause::Idle
+            && instance.vcpus.iter().all(|vcpu| vcpu.is_dead(&instance.guest))
+            && !instance.guest.board.lock().ioapic.has_unmaskable_pin()
+        {
             instance.guest.end(End::Halted);
         }
     }

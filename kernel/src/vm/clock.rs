@@ -73,7 +73,7 @@ mod tests {
     fn the_guest_starts_at_zero() {
         assert_eq!(CLOCK.ns(1_000_000), 0);
         assert_eq!(CLOCK.guest_tsc(1_000_000, 0), 0);
-        assert_eq!(CLOCK.ns(1_000_000 + 2_500), 1_000);
+        assert_eq!(CLOCK.ns(1_000_000 + 2_501), 1_000);
     }
 
     #[test]

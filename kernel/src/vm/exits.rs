@@ -1,5 +1,6 @@
 //! What each exit does. Vendor-neutral; the hot ones are CPUID, MSRs, ports, page faults, HLT.
 
+use super::breakpoints;
 use super::cpuid::{CpuState as CpuidState, CpuidLeaf};
 use super::emulate::{Attributes, Fault, KnownOperand, Mode, Outcome};
 use super::events::{DR6_BS, SINGLE_STEP};
@@ -14,10 +15,12 @@ use crate::cpu::tsc;
 use crate::devices::apic_bus::{ApicSink, Requests};
 use crate::devices::chipset::ChipsetEvent;
 use crate::devices::lapic::{ApicAction, X2APIC_MSR_FIRST, X2APIC_MSR_LAST};
+use crate::hw::extended;
 use crate::hw::gpr::{RAX, RBX, RCX, RDX};
 use crate::hw::{CpuState, Exit, HwVcpu, PortAccess, SecondStageFault, SegmentName, Vendor};
 
 const CR0_PG: u64 = 1 << 31;
+const CR4_DE: u64 = 1 << 3;
 const CS_LONG: u16 = crate::hw::Segment::LONG;
 const RFLAGS_TF: u64 = 1 << 8;
 const RFLAGS_RF: u64 = 1 << 16;
@@ -157,7 +160,7 @@ impl<V: Vendor> Vcpu<V> {
         if !self.skip(guest) {
             return;
         }
-        let CpuidLeaf { eax, ebx, ecx, edx } = guest.cpuid.lookup(leaf, subleaf, &self.core.cpuid_state());
+        let CpuidLeaf { eax, ebx, ecx, edx } = guest.cpuid.lookup(leaf, subleaf, &self.core.cpuid_state(leaf));
         let gprs = self.core.hw.gprs_mut();
         gprs[RAX] = u64::from(eax);
         gprs[RBX] = u64::from(ebx);
@@ -209,6 +212,26 @@ impl<V: Vendor> Vcpu<V> {
             self.core.port_out(guest, access.port, access.size, value);
         }
         self.complete(guest, access.next_rip);
+        if self.core.hw.dr7() & breakpoints::ENABLED != 0 {
+            self.trap_io_breakpoints(guest, access);
+        }
+    }
+
+    /// The debug trap of I/O breakpoints on a port that was accessed in the guest's place.
+    #[cold]
+    fn trap_io_breakpoints(&mut self, guest: &Guest<V>, access: PortAccess) {
+        if self.core.hw.cr4() & CR4_DE == 0 {
+            return;
+        }
+        let addresses = extended::breakpoint_addresses();
+        let hit = breakpoints::io_hits(self.core.hw.dr7(), &addresses, access.port, access.size);
+        if hit != 0 {
+            let dr6 = self.core.hw.dr6();
+            self.core.hw.set_dr6(dr6 & !0xf | hit);
+            if !self.core.events.any() {
+                self.raise(guest, DB, None);
+            }
+        }
     }
 
     fn second_stage_fault(&mut self, guest: &Guest<V>, fault: SecondStageFault) {
@@ -372,12 +395,13 @@ impl<V: Vendor> Core<V> {
 
     /// What a CPUID result depends on.
     #[inline]
-    fn cpuid_state(&self) -> CpuidState {
+    fn cpuid_state(&self, leaf: u32) -> CpuidState {
         CpuidState {
             apic_id: self.index as u8,
             apic_enabled: self.lapic.is_enabled(),
             cr4: self.hw.cr4(),
-            xcr0: self.extended.xcr0(),
+            // Only leaf 0Dh depends on it.
+            xcr0: if leaf == 0xd { self.extended.xcr0() } else { 1 },
         }
     }
 
@@ -501,7 +525,7 @@ impl<V: Vendor> Core<V> {
     fn init(&mut self, guest: &Guest<V>) {
         self.hw.load_state(&CpuState::reset());
         *self.hw.gprs_mut() = [0; 16];
-        self.hw.gprs_mut()[RDX] = u64::from(guest.cpuid.lookup(1, 0, &self.cpuid_state()).eax);
+        self.hw.gprs_mut()[RDX] = u64::from(guest.cpuid.lookup(1, 0, &self.cpuid_state(1)).eax);
         self.lapic.init_reset();
         self.events.reset();
         self.hw.set_cr8(0);

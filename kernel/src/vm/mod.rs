@@ -1,6 +1,7 @@
 //! Virtual machines: memory, loading, vCPUs, exits, CPUID and MSR policy, instruction emulation.
 
 pub mod acpi_tables;
+pub mod breakpoints;
 pub mod clock;
 pub mod cpuid;
 pub mod emulate;

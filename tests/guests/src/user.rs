@@ -87,8 +87,12 @@ pub fn enter(rip: u64, rsp: u64, start: Start) -> (Fault, Frame) {
         exec!(
             "push [rdi + 32]", "push [rdi + 24]", "push [rdi + 16]", "push [rdi + 8]", "push [rdi]",
             "mov rbx, rsi",
+            // IRET to ring 3 makes data segments of ring 0 unusable, which counts in compatibility mode.
+            "mov ds, r8d",
+            "mov es, r8d",
             "iretq",
             in("rdi") &frame, in("rax") start.rax, in("rsi") start.rbx, in("rcx") start.rcx, in("rdx") start.rdx,
+            in("r8") u64::from(USER_DATA),
             options(noreturn)
         )
     });

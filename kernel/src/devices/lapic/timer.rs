@@ -3,7 +3,7 @@
 
 /// The shortest interval between two interrupts of a periodic timer. A guest may program periods down to one
 /// nanosecond; each interrupt costs the host an exit, so shorter periods lose interrupts instead.
-pub const MIN_PERIODIC_INTERVAL_NS: u64 = 20_000;
+pub const MIN_PERIODIC_INTERVAL_NS: u64 = 200_000;
 
 /// When a local APIC next wants to be looked at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
