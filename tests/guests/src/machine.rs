@@ -108,7 +108,8 @@ fn load_segments() {
     );
 }
 
-fn load_tss() {
+/// Fills and loads the TSS, also after something else was in TR.
+pub fn load_tss() {
     for index in 0..4 {
         set_tss_stack(index, stack_top(index));
     }
