@@ -48,21 +48,21 @@ impl Session {
         Ok(Self { emulator, text: Text::new(), position: 0, file, messages })
     }
 
-    /// Waits until the console shows a match of `regex` after the last one found, and returns it. `^` and `$` match at
-    /// the ends of lines.
+    /// Waits until the console shows a match of `regex` after the last one found, and returns it. `^` and `$` match
+    /// where lines start and end; an unfinished line, such as a prompt, has no end.
     pub fn expect(&mut self, regex: &str, timeout: Duration) -> Result<String> {
         let compiled = line_regex(regex)?;
         let deadline = Instant::now() + timeout;
         loop {
-            if let Some((found, end)) = self.text.find(&compiled, self.position) {
+            if let Some((found, end)) = self.text.find_ended(&compiled, self.position) {
                 self.position = end;
                 return Ok(found);
             }
-            if let Some(status) = self.emulator.ended() {
-                bail!("the emulator ended ({status}) before /{regex}/ was seen{}", self.complaint());
-            }
             if let Some(status) = self.text.end_status() {
                 bail!("Umbra ended with status {status} before /{regex}/ was seen");
+            }
+            if let Some(status) = self.emulator.ended() {
+                bail!("the emulator ended ({status}) before /{regex}/ was seen{}", self.complaint());
             }
             if Instant::now() >= deadline {
                 bail!("/{regex}/ was not seen within {} s", timeout.as_secs_f32());
@@ -146,7 +146,7 @@ mod tests {
                       echo 'umbra: end: status 5'";
         let machine = machine("talk", script);
         let mut session = Session::start(&machine, &Bundle::new("x")).unwrap();
-        assert_eq!(session.expect("^name[?] $", SOON).unwrap(), "name? ");
+        assert_eq!(session.expect("^name[?] ", SOON).unwrap(), "name? ");
         session.send("Kilroy\n").unwrap();
         assert_eq!(
             session.expect("^name[?] hello .*$", SOON).unwrap_err().to_string().split(' ').next(),
