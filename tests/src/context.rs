@@ -33,6 +33,11 @@ impl Ctx {
         Ok(Vm { session: Session::start(machine, bundle)?, deadline: self.deadline })
     }
 
+    /// What is left of the scenario's time.
+    pub(crate) fn remaining(&self) -> Duration {
+        self.deadline.saturating_duration_since(Instant::now())
+    }
+
     /// The Linux guest; the runner has made sure that it is there.
     pub(crate) fn linux(&self) -> Result<Linux> {
         xtask::setup::linux_guest().map_err(anyhow::Error::msg)

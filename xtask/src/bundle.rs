@@ -4,8 +4,9 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{bail, Context, Result};
+use boot::bundle::Writer;
+use boot::config::Config;
 
-use crate::cpio::Archive;
 use crate::paths;
 
 /// The name of the configuration inside a bundle.
@@ -38,35 +39,32 @@ impl Bundle {
 
     /// Reads a configuration, checks it by the schema that Umbra itself uses at boot, and reads the files it names,
     /// relative to the configuration's folder.
-    pub fn load(config: &Path) -> Result<Self> {
-        let shown = paths::display(config);
-        let text = String::from_utf8(read(config)?)
+    pub fn load(path: &Path) -> Result<Self> {
+        let shown = paths::display(path);
+        let folder = path.parent().unwrap_or(Path::new("."));
+        let text = String::from_utf8(read(path)?)
             .map_err(|error| anyhow::anyhow!("{shown} is not UTF-8 text: {}", error.utf8_error()))?;
-        let names = files_named_by(&text).with_context(|| shown.clone())?;
-        let folder = config.parent().unwrap_or(Path::new("."));
+        let config = Config::parse(&shown, &text)?;
         let mut bundle = Self::new(text);
-        for name in names {
-            if !bundle.files.iter().any(|(known, _)| *known == name) {
-                bundle = bundle
-                    .file_from(&name, &folder.join(&name))
-                    .with_context(|| format!("{shown} names the file `{name}`"))?;
+        for file in config.files() {
+            if bundle.files.iter().any(|(known, _)| *known == file.name) {
+                continue;
             }
+            let path = folder.join(&file.name);
+            if !path.exists() {
+                bail!("{} (looked for {})", config.file_not_found(file), paths::display(&path));
+            }
+            bundle = bundle.file_from(&file.name, &path)?;
         }
         Ok(bundle)
     }
 
     /// The archive.
     pub fn archive(&self) -> Result<Vec<u8>> {
-        let mut archive = Archive::new();
-        archive.file(CONFIG, false, &self.config)?;
+        let mut archive = Writer::new();
+        archive.file(CONFIG, 0o644, &self.config)?;
         for (name, data) in &self.files {
-            let mut folder = String::new();
-            for part in Path::new(name).parent().into_iter().flatten() {
-                folder.push_str(&part.to_string_lossy());
-                archive.directory(&folder);
-                folder.push('/');
-            }
-            archive.file(name, false, data).with_context(|| format!("cannot bundle `{name}`"))?;
+            archive.file(name, 0o644, data)?;
         }
         Ok(archive.finish())
     }
@@ -76,22 +74,6 @@ impl Bundle {
         let files: usize = self.files.iter().map(|(_, data)| data.len()).sum();
         (self.config.len() + files) as u64
     }
-}
-
-/// The files that a configuration names: kernels, initial ramdisks, modules.
-fn files_named_by(text: &str) -> Result<Vec<String>> {
-    let table: toml::Table = text.parse()?;
-    let mut names = Vec::new();
-    let machines = table.get("vm").and_then(|vm| vm.as_array());
-    for vm in machines.into_iter().flatten() {
-        for key in ["kernel", "initrd"] {
-            names.extend(vm.get(key).and_then(|v| v.as_str()).map(str::to_owned));
-        }
-        for module in vm.get("modules").and_then(|v| v.as_array()).into_iter().flatten() {
-            names.extend(module.as_str().and_then(|m| m.split_whitespace().next()).map(str::to_owned));
-        }
-    }
-    Ok(names)
 }
 
 fn read(path: &Path) -> Result<Vec<u8>> {
@@ -121,15 +103,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_bundle_starts_with_its_configuration() {
-        let bundle = Bundle::new("x = 1").file("guests/a", *b"A").file("b", *b"B");
+    fn umbra_can_read_what_is_written() {
+        let bundle = Bundle::new("x = 1").file("guests/a", *b"A").file("b", *b"");
         let archive = bundle.archive().unwrap();
-        let text = String::from_utf8_lossy(&archive);
-        let place = |what: &str| text.find(what).unwrap_or_else(|| panic!("no {what}"));
-        assert!(place("umbra.toml\0") < place("guests\0"));
-        assert!(place("guests\0") < place("guests/a\0"));
-        assert!(place("guests/a\0") < place("b\0"));
-        assert_eq!(bundle.size_bytes(), 7);
+        let read = boot::bundle::Bundle::new(&archive).unwrap();
+        assert_eq!(read.file("umbra.toml"), Some(&b"x = 1"[..]));
+        assert_eq!((read.file("guests/a"), read.file("b")), (Some(&b"A"[..]), Some(&b""[..])));
+        assert_eq!(bundle.size_bytes(), 6);
     }
 
     #[test]
@@ -145,17 +125,16 @@ mod tests {
         let bundle = Bundle::load(&config).unwrap();
         assert_eq!(bundle.files, [("sub/kernel".to_owned(), b"K".to_vec()), ("m".to_owned(), b"M".to_vec())]);
 
+        let refusal = || format!("{:#}", Bundle::load(&config).unwrap_err());
         fs::remove_file(dir.join("m")).unwrap();
-        let error = format!("{:#}", Bundle::load(&config).unwrap_err());
-        assert!(error.contains("`m`") && error.contains("cannot read"), "{error}");
+        assert!(refusal().contains("umbra.toml:5:12: modules names \"m\""), "{}", refusal());
+        assert!(refusal().contains("looked for"), "{}", refusal());
         fs::create_dir(dir.join("m")).unwrap();
-        let error = format!("{:#}", Bundle::load(&config).unwrap_err());
-        assert!(error.contains("is a folder"), "{error}");
+        assert!(refusal().contains("is a folder"), "{}", refusal());
         fs::write(&config, "[[vm]\n").unwrap();
-        let error = format!("{:#}", Bundle::load(&config).unwrap_err());
-        assert!(error.contains("umbra.toml") && error.contains("line 1"), "{error}");
+        assert!(refusal().contains("umbra.toml:1:6: "), "{}", refusal());
         fs::write(&config, b"\xff").unwrap();
-        assert!(format!("{:#}", Bundle::load(&config).unwrap_err()).contains("UTF-8"));
+        assert!(refusal().contains("UTF-8"), "{}", refusal());
         fs::remove_dir_all(dir).unwrap();
     }
 

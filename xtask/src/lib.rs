@@ -7,7 +7,6 @@ pub mod build;
 pub mod bundle;
 pub mod check;
 pub mod cli;
-pub mod cpio;
 pub mod elf32;
 pub mod emulator;
 pub mod exec;

@@ -113,7 +113,7 @@ impl Events {
     /// Sets up what the next entry delivers, or what must exit so that it can be delivered.
     #[inline]
     pub fn prepare_entry<H: HwVcpu>(&mut self, hw: &mut H, interrupts: &mut impl InterruptSource) {
-        self.settle_iret(hw);
+        self.settle(hw);
         if let Some(event) = self.next.take() {
             if event == Event::Nmi {
                 self.block_nmi(hw);
@@ -145,9 +145,10 @@ impl Events {
         hw.intercept_iret(true);
     }
 
-    /// Notices that the IRET has executed, or makes sure that we stop right after it.
+    /// Notices that an IRET that ends an NMI handler has executed, or makes sure that the guest stops right after it.
+    /// To be called before [`any`](Self::any) counts.
     #[inline]
-    fn settle_iret<H: HwVcpu>(&mut self, hw: &mut H) {
+    pub fn settle<H: HwVcpu>(&mut self, hw: &mut H) {
         let NmiBlock::AtIret { rip, step, .. } = self.nmi_block else { return };
         if hw.rip() != rip {
             self.nmi_block = NmiBlock::Open;
@@ -295,6 +296,18 @@ mod tests {
         events.raise_nmi();
         events.prepare_entry(&mut hw, &mut Source::default());
         assert_eq!(hw.injected, Some(Event::Nmi));
+    }
+
+    #[test]
+    fn an_nmi_wakes_a_cpu_that_halted_right_after_the_handler() {
+        let (mut events, mut hw) = (Events::default(), open());
+        events.raise_nmi();
+        events.prepare_entry(&mut hw, &mut Source::default());
+        events.at_iret(&mut hw);
+        hw.rip += 0x100;
+        events.raise_nmi();
+        events.settle(&mut hw);
+        assert!(events.any());
     }
 
     #[test]

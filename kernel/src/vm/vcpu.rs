@@ -252,6 +252,7 @@ impl<V: Vendor> Vcpu<V> {
         if guest.has_ended() {
             return Some(Pause::Ended);
         }
+        core.events.settle(&mut core.hw);
         let mut interrupts = Interrupts { lapic: &mut core.lapic, guest };
         match core.activity {
             Activity::Running => {}

@@ -229,3 +229,26 @@ fn triple_faults(ctx: &Ctx) -> Result<Cases> {
     end_of(ctx, &code, "^umbra: vm \"bad\": (reset|stopped: ).*$", None)?;
     Ok(Cases::passed())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What Umbra refuses at boot is refused on the host before an image is written, with the same words.
+    #[test]
+    fn the_host_refuses_the_same_configurations() {
+        let path = std::env::temp_dir().join(format!("umbra-wrong-{}.toml", std::process::id()));
+        for wrong in &CONFIGURATIONS {
+            fs::write(&path, wrong.config).unwrap();
+            let sentence = Bundle::load(&path).unwrap_err().to_string();
+            assert!(
+                sentence.contains(&format!(".toml:{}", wrong.place)) || wrong.place.is_empty(),
+                "{}: {sentence}",
+                wrong.name
+            );
+            assert!(sentence.contains(wrong.says), "{}: {sentence}", wrong.name);
+            println!("{}: {sentence}", wrong.name);
+        }
+        fs::remove_file(path).unwrap();
+    }
+}

@@ -5,7 +5,7 @@ use std::process::Stdio;
 use anyhow::{ensure, Context, Result};
 use xtask::bundle::Bundle;
 use xtask::emulator::{Boot, Machine};
-use xtask::exec::CommandLine;
+use xtask::exec::{wait_within, CommandLine};
 use xtask::guest::{initramfs, PROMPT};
 
 use crate::cases::Cases;
@@ -102,7 +102,7 @@ fn piped(ctx: &Ctx) -> Result<Cases> {
     let mut stdin = child.stdin.take().context("the command has no standard input")?;
     std::io::Write::write_all(&mut stdin, b"echo $((6*7))\npoweroff\n")?;
     drop(stdin);
-    let status = child.wait()?;
+    let status = wait_within(child, ctx.remaining())?.context("the command did not end")?;
     let log = String::from_utf8_lossy(&std::fs::read(ctx.dir.join("console.log"))?).replace('\r', "");
     ensure!(status.success(), "`{line}` ended with {status}");
     ensure!(log.lines().any(|line| line == "42"), "the shell did not print 42");

@@ -56,7 +56,8 @@ info: action=ignore
 
 /// The serial line is the terminal `serial`.
 pub(super) fn command_line(machine: &Machine, serial: &str) -> CommandLine {
-    CommandLine::new(PROGRAM)
+    machine
+        .emulator(PROGRAM)
         .args(["-q", "-f"])
         .arg(machine.dir.join("bochsrc"))
         .arg("-rc")

@@ -131,6 +131,17 @@ impl Text {
         Some((String::from_utf8_lossy(found.as_bytes()).into_owned(), end))
     }
 
+    /// As [`Text::find`], but a line ends only where the machine has ended it: `$` does not match where the unfinished
+    /// line happens to stop, so `.*$` waits for the rest.
+    pub fn find_ended(&self, regex: &Regex, from: usize) -> Option<(String, usize)> {
+        let mut text = self.since(from).to_vec();
+        let start = self.len() - text.len();
+        // A byte that no pattern matches, for it is not UTF-8, and that is not the end of the text.
+        text.push(0xff);
+        let found = regex.find(&text)?;
+        Some((String::from_utf8_lossy(found.as_bytes()).into_owned(), start + found.end()))
+    }
+
     /// The status in Umbra's last line, once it has been printed.
     pub fn end_status(&self) -> Option<u8> {
         self.end
@@ -206,6 +217,19 @@ mod tests {
         assert_eq!(end, 11);
         assert_eq!(text.find(&regex, end), None);
         assert_eq!(text.find(&line_regex("two$").unwrap(), 0), Some(("two".into(), 7)));
+    }
+
+    #[test]
+    fn a_line_ends_only_where_the_machine_ends_it() {
+        let mut text = text(&[b"x\r\nerror: half"]);
+        let whole = line_regex("^error: .*$").unwrap();
+        assert_eq!(text.find(&whole, 0), Some(("error: half".into(), 13)));
+        assert_eq!(text.find_ended(&whole, 0), None);
+        assert_eq!(text.find_ended(&line_regex("^error: [^x]").unwrap(), 9), None);
+        assert_eq!(text.find_ended(&line_regex("^error: ").unwrap(), 2), Some(("error: ".into(), 9)));
+        text.push(b" a line\r\n");
+        assert_eq!(text.find_ended(&whole, 0), Some(("error: half a line".into(), 20)));
+        assert_eq!(text.find_ended(&line_regex("^$").unwrap(), text.len()), None);
     }
 
     #[test]

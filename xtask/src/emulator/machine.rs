@@ -49,6 +49,8 @@ pub enum Icount {
 pub struct Machine {
     /// Which emulator.
     pub kind: Kind,
+    /// The emulator's program; `None` takes the one on the path.
+    pub program: Option<PathBuf>,
     /// How Umbra gets into it.
     pub boot: Boot,
     /// Umbra's ELF file.
@@ -75,6 +77,7 @@ impl Machine {
     pub fn new(dir: impl Into<PathBuf>) -> Self {
         Self {
             kind: Kind::Qemu,
+            program: None,
             boot: Boot::Pvh,
             umbra: Images::places().umbra,
             cpus: 1,
@@ -141,6 +144,11 @@ impl Machine {
             }
         }
         Ok(())
+    }
+
+    /// A command line without arguments: the emulator, by default `usual`.
+    pub(super) fn emulator(&self, usual: &str) -> CommandLine {
+        self.program.as_ref().map_or_else(|| CommandLine::new(usual), CommandLine::new)
     }
 
     /// The emulator's command line, its serial line being `serial` (Bochs) or its standard input and output (QEMU).

@@ -8,13 +8,13 @@ use super::machine::{Boot, Icount, Machine};
 use crate::exec::CommandLine;
 
 /// The program.
-pub(super) const PROGRAM: &str = "qemu-system-x86_64";
+const PROGRAM: &str = "qemu-system-x86_64";
 
 /// The processor of an emulated machine: everything that TCG can do, and SVM with nested paging.
 const TCG_CPU: &str = "max,+svm,+npt";
 
 pub(super) fn command_line(machine: &Machine) -> Result<CommandLine> {
-    let line = base(CommandLine::new(PROGRAM), machine);
+    let line = base(machine.emulator(PROGRAM), machine);
     let line = acceleration(line, machine);
     let line = icount(line, machine);
     let line = debugger(line, machine);

@@ -48,21 +48,21 @@ impl Session {
         Ok(Self { emulator, text: Text::new(), position: 0, file, messages })
     }
 
-    /// Waits until the console shows a match of `regex` after the last one found, and returns it. `^` and `$` match at
-    /// the ends of lines.
+    /// Waits until the console shows a match of `regex` after the last one found, and returns it. `^` and `$` match
+    /// where lines start and end; an unfinished line, such as a prompt, has no end.
     pub fn expect(&mut self, regex: &str, timeout: Duration) -> Result<String> {
         let compiled = line_regex(regex)?;
         let deadline = Instant::now() + timeout;
         loop {
-            if let Some((found, end)) = self.text.find(&compiled, self.position) {
+            if let Some((found, end)) = self.text.find_ended(&compiled, self.position) {
                 self.position = end;
                 return Ok(found);
             }
-            if let Some(status) = self.emulator.ended() {
-                bail!("the emulator ended ({status}) before /{regex}/ was seen{}", self.complaint());
-            }
             if let Some(status) = self.text.end_status() {
                 bail!("Umbra ended with status {status} before /{regex}/ was seen");
+            }
+            if let Some(status) = self.emulator.ended() {
+                bail!("the emulator ended ({status}) before /{regex}/ was seen{}", self.complaint());
             }
             if Instant::now() >= deadline {
                 bail!("/{regex}/ was not seen within {} s", timeout.as_secs_f32());
@@ -115,5 +115,98 @@ impl Session {
         } else {
             format!(": {text}")
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::fs::PermissionsExt;
+    use std::path::PathBuf;
+
+    use super::*;
+
+    /// A machine whose emulator is the shell script `script`, which finds the serial line on its standard input and output.
+    fn machine(name: &str, script: &str) -> Machine {
+        let dir = std::env::temp_dir().join(format!("umbra-session-{name}-{}", std::process::id()));
+        fs::create_dir_all(&dir).unwrap();
+        let program = dir.join("emulator");
+        fs::write(&program, format!("#!/bin/sh\n{script}\n")).unwrap();
+        fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+        let umbra: PathBuf = dir.join("umbra");
+        fs::write(&umbra, "").unwrap();
+        Machine { program: Some(program), umbra, ..Machine::new(dir) }
+    }
+
+    const SOON: Duration = Duration::from_secs(20);
+
+    #[test]
+    fn a_conversation() {
+        let script = "printf 'umbra: hello\\r\\nname? '; read name; printf 'hello %s\\r\\n' \"$name\"
+                      echo 'umbra: end: status 5'";
+        let machine = machine("talk", script);
+        let mut session = Session::start(&machine, &Bundle::new("x")).unwrap();
+        assert_eq!(session.expect("^name[?] ", SOON).unwrap(), "name? ");
+        session.send("Kilroy\n").unwrap();
+        assert_eq!(
+            session.expect("^name[?] hello .*$", SOON).unwrap_err().to_string().split(' ').next(),
+            Some("Umbra")
+        );
+        assert!(session.log().contains("hello Kilroy"));
+        let outcome = session.finish(SOON).unwrap();
+        assert_eq!((outcome.status, outcome.powered_off), (Some(5), true));
+        assert_eq!(
+            fs::read(machine.dir.join("console.log")).unwrap().iter().filter(|b| **b == b'\r').count(),
+            2
+        );
+        fs::remove_dir_all(&machine.dir).unwrap();
+    }
+
+    #[test]
+    fn an_emulator_that_ends_early_is_noticed_with_its_complaint() {
+        let machine = machine("dies", "echo 'umbra: hello'; echo 'cannot do that' >&2; exit 3");
+        let mut session = Session::start(&machine, &Bundle::new("")).unwrap();
+        let error = session.expect("never", SOON).unwrap_err().to_string();
+        assert!(error.contains("ended") && error.contains("cannot do that"), "{error}");
+        let outcome = session.finish(SOON).unwrap();
+        assert_eq!((outcome.status, outcome.powered_off), (None, false));
+        assert_eq!(outcome.log, "umbra: hello\n");
+        fs::remove_dir_all(&machine.dir).unwrap();
+    }
+
+    #[test]
+    fn a_machine_that_hangs_is_given_up_and_killed() {
+        let machine = machine("hangs", "echo $$; exec sleep 1000");
+        let mut session = Session::start(&machine, &Bundle::new("")).unwrap();
+        let pid = session.expect("^[0-9]+$", SOON).unwrap();
+        assert!(session
+            .expect("more", Duration::from_millis(50))
+            .unwrap_err()
+            .to_string()
+            .contains("not seen"));
+        assert!(session.finish(Duration::from_millis(50)).unwrap_err().to_string().contains("did not end"));
+        let alive = std::process::Command::new("kill")
+            .args(["-0", &pid])
+            .stderr(std::process::Stdio::null())
+            .status();
+        assert!(!alive.unwrap().success());
+        fs::remove_dir_all(&machine.dir).unwrap();
+    }
+
+    #[test]
+    fn a_machine_that_stays_on_after_the_end_did_not_power_off() {
+        let machine = machine("stays", "echo 'umbra: end: status 0'; exec sleep 1000");
+        let outcome = Session::start(&machine, &Bundle::new("")).unwrap().finish(SOON).unwrap();
+        assert_eq!((outcome.status, outcome.powered_off), (Some(0), false));
+        fs::remove_dir_all(&machine.dir).unwrap();
+    }
+
+    #[test]
+    fn a_wrong_machine_is_not_started() {
+        let machine = machine("wrong", "exit 0");
+        fs::remove_file(&machine.umbra).unwrap();
+        let error = Session::start(&machine, &Bundle::new("")).unwrap_err().to_string();
+        assert!(error.contains("cargo xtask build"), "{error}");
+        fs::remove_dir_all(&machine.dir).unwrap();
     }
 }

@@ -4,8 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result};
-
-use crate::cpio::Archive;
+use boot::bundle::Writer;
 
 /// The files beside BusyBox: path, whether it is executed, contents.
 const FILES: [(&str, bool, &str); 5] = [
@@ -19,19 +18,19 @@ const FILES: [(&str, bool, &str); 5] = [
 /// The archive, made with the BusyBox at `busybox`.
 pub fn build(busybox: &Path) -> Result<Vec<u8>> {
     let program = fs::read(busybox).with_context(|| format!("cannot read {}", busybox.display()))?;
-    let mut archive = Archive::new();
+    let mut archive = Writer::new();
     for folder in
         ["bin", "dev", "etc", "proc", "root", "run", "sbin", "sys", "tmp", "usr", "usr/bin", "usr/sbin"]
     {
-        archive.directory(folder);
+        archive.directory(folder, 0o755)?;
     }
     // Linux opens the console for the first process before anything can mount devtmpfs.
-    archive.character_device("dev/console", 5, 1);
-    archive.character_device("dev/null", 1, 3);
-    archive.file("bin/busybox", true, &program)?;
-    archive.symlink("bin/sh", "busybox");
+    archive.char_device("dev/console", 0o600, 5, 1)?;
+    archive.char_device("dev/null", 0o666, 1, 3)?;
+    archive.file("bin/busybox", 0o755, &program)?;
+    archive.symlink("bin/sh", "busybox")?;
     for (name, executable, text) in FILES {
-        archive.file(name, executable, text.as_bytes())?;
+        archive.file(name, if executable { 0o755 } else { 0o644 }, text.as_bytes())?;
     }
     Ok(archive.finish())
 }
@@ -47,9 +46,11 @@ mod tests {
         fs::write(&dir, "BUSYBOX PROGRAM").unwrap();
         let archive = build(&dir).unwrap();
         fs::remove_file(&dir).unwrap();
-        let text = String::from_utf8_lossy(&archive);
-        for part in ["\0init\0", "bin/busybox\0", "BUSYBOX PROGRAM", "dev/console\0", "root/scenario.sh\0"] {
-            assert!(text.contains(part.trim_start_matches('\0')), "{part}");
+        let archive = boot::bundle::Bundle::new(&archive).unwrap();
+        assert_eq!(archive.file("bin/busybox"), Some(&b"BUSYBOX PROGRAM"[..]));
+        assert!(archive.file("init").is_some_and(|script| script.starts_with(b"#!/bin/busybox sh")));
+        for name in ["bin/sh", "dev/console", "proc", "root/scenario.sh"] {
+            assert!(archive.entries().any(|entry| entry.name == name), "{name}");
         }
         assert!(build(Path::new("/nonexistent/busybox")).is_err());
     }

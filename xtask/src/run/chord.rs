@@ -1,4 +1,4 @@
-//! The keys that are for xtask and not for the guest: `Ctrl-A` and one more.
+//! The keys that are for xtask and not for the guest: `Ctrl-A x`. Umbra has other chords that begin with `Ctrl-A`.
 
 /// The key that starts a chord.
 const CTRL_A: u8 = 1;
@@ -13,14 +13,14 @@ pub(super) struct Chords {
 }
 
 impl Chords {
-    /// Appends to `guest` what of `typed` is for the guest. Whether the user leaves: what comes after is dropped.
+    /// Appends to `guest` what of `typed` goes to the machine. Whether the user leaves: what comes after is dropped.
     pub(super) fn filter(&mut self, typed: &[u8], guest: &mut Vec<u8>) -> bool {
         for &key in typed {
             match (std::mem::take(&mut self.started), key) {
                 (false, CTRL_A) => self.started = true,
-                (false, _) | (true, CTRL_A) => guest.push(key),
+                (false, _) => guest.push(key),
                 (true, b'x' | b'X') => return true,
-                // Umbra's own chords.
+                // Umbra's own chords; of two Ctrl-A it hands one to the guest.
                 (true, _) => guest.extend([CTRL_A, key]),
             }
         }
@@ -51,8 +51,8 @@ mod tests {
 
     #[test]
     fn the_key_itself_can_be_sent() {
-        assert_eq!(filter(&[b"\x01\x01x"]), (b"\x01x".to_vec(), false));
-        assert_eq!(filter(&[b"\x01", b"\x01"]), (b"\x01".to_vec(), false));
+        assert_eq!(filter(&[b"\x01\x01x"]), (b"\x01\x01x".to_vec(), false));
+        assert_eq!(filter(&[b"\x01", b"\x01"]), (b"\x01\x01".to_vec(), false));
     }
 
     #[test]
