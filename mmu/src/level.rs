@@ -37,6 +37,9 @@ impl Level {
         }
     }
 
+    /// All levels, the lowest first.
+    pub(crate) const ALL: [Self; 5] = [Self::L1, Self::L2, Self::L3, Self::L4, Self::L5];
+
     /// Lowest address bit that this level's index comes from.
     #[inline]
     pub const fn shift(self) -> u32 {

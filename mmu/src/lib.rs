@@ -28,7 +28,7 @@ pub use kind::{
 pub use level::{Level, PageSize, ENTRIES};
 pub use memory::{
     Backing, Exclusive, Generation, Held, Invalidation, InvalidationSeq, NoPage, NotRam, RamAddr, Resolved,
-    Shared, Shootdown, Slot, SlotError, SlotFlags, SlotPage, VmMemory, MAX_SLOTS,
+    Shared, Shootdown, Slot, SlotError, SlotFlags, VmMemory, MAX_SLOTS,
 };
 pub use role::{CpuRole, Cr0, Cr4, Efer, GuestCpu, PagingMode, PagingRegs, RoleFlags};
 pub use tables::{

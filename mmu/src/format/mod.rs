@@ -62,6 +62,8 @@ pub trait EntryFormat: Copy + fmt::Debug + Send + Sync {
 
     /// What `entry` is in a table at `level`.
     fn entry(&self, entry: u64, level: Level) -> Entry;
+    /// The table that `entry`, in a table above the lowest level, links to.
+    fn link(&self, entry: u64) -> Option<Pfn>;
     /// What the leaf `entry` in a table at `level` says; `None` if it is no leaf, or not one that
     /// [`make_leaf`](Self::make_leaf) makes.
     fn leaf(&self, entry: u64, level: Level) -> Option<Leaf>;

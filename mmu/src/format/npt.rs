@@ -142,6 +142,12 @@ impl EntryFormat for Npt {
         }
     }
 
+    #[inline]
+    fn link(&self, entry: u64) -> Option<Pfn> {
+        let link = entry & (MMU_PRESENT | LARGE) == MMU_PRESENT;
+        link.then(|| Pfn::new_truncate((entry & FRAME) >> PAGE_SHIFT))
+    }
+
     fn leaf(&self, entry: u64, level: Level) -> Option<Leaf> {
         if self.entry(entry, level) != Entry::Leaf || !self.shadow_zero_check(entry, level) {
             return None;

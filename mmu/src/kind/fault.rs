@@ -3,10 +3,10 @@ use core::sync::atomic::Ordering;
 
 use super::direct::DirectMmu;
 use crate::access::AccessKind;
-use crate::addr::{Gpa, Pfn};
+use crate::addr::{Gfn, Gpa, Pfn};
 use crate::format::{Entry, EntryFormat, Leaf, Writability};
 use crate::level::{Level, PageSize};
-use crate::memory::{Backing, Held, InvalidationSeq, Resolved, SlotFlags, SlotPage};
+use crate::memory::{Backing, Held, InvalidationSeq, Resolved, SlotFlags};
 use crate::tables::{EntryCell, TableCache, TableFrame, TableMemory};
 
 /// How a fault ended.
@@ -33,7 +33,8 @@ pub enum FaultOutcome {
 /// behind the page has changed in the meantime, it is refused.
 #[derive(Debug)]
 pub struct Resolution {
-    page: SlotPage,
+    gfn: Gfn,
+    read_only: bool,
     access: AccessKind,
     /// First frame of the block of `size`.
     block: Pfn,
@@ -86,24 +87,31 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
             return Err(FaultOutcome::OutOfRange(gpa));
         }
         let memory = guard.memory();
-        let Some(page) = memory.find_slot(gpa.gfn()) else {
+        let Some(slot) = memory.find_slot(gpa) else {
             return Err(FaultOutcome::Mmio(gpa));
         };
-        if access == AccessKind::Write && page.flags.contains(SlotFlags::READ_ONLY) {
+        let read_only = slot.flags().contains(SlotFlags::READ_ONLY);
+        if access == AccessKind::Write && read_only {
             return Err(FaultOutcome::ReadOnly(gpa));
         }
         let sequence = memory.invalidations().sequence();
         let mut want = self.largest();
-        while !page.block_fits(want.pages()) {
+        while !slot.block_fits(want.bytes()) {
             match want.smaller() {
                 Some(smaller) => want = smaller,
                 None => break,
             }
         }
-        match memory.backing().resolve(&page, want, access) {
-            Resolved::Ram { pfn, size } => {
-                Ok(Resolution { page, access, block: pfn, size: size.min(want), sequence })
-            }
+        let at = slot.ram();
+        match memory.backing().resolve(&at, want, access) {
+            Resolved::Ram { pfn, size } => Ok(Resolution {
+                gfn: gpa.gfn(),
+                read_only,
+                access,
+                block: pfn,
+                size: size.min(want),
+                sequence,
+            }),
             Resolved::Retry => Err(FaultOutcome::Retry),
             Resolved::Absent => Err(FaultOutcome::Mmio(gpa)),
         }
@@ -118,8 +126,8 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
         resolution: &Resolution,
     ) -> FaultOutcome {
         let cpu = self.admit(guard);
-        let gfn = resolution.page.gfn.number();
-        if guard.memory().invalidations().is_stale(resolution.sequence, resolution.page.gfn) {
+        let gfn = resolution.gfn.number();
+        if guard.memory().invalidations().is_stale(resolution.sequence, resolution.gfn) {
             return FaultOutcome::Retry;
         }
         for _ in 0..MAX_RACES {
@@ -172,18 +180,19 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
     #[inline]
     pub(super) fn find(&self, gfn: u64) -> Place {
         let mut table = self.root_table();
-        let mut level = self.format.top();
+        // Counting positions rather than levels keeps the loop free of branches by level.
+        let mut ordinal = self.format.top().ordinal();
         loop {
+            let level = Level::ALL[ordinal % Level::ALL.len()];
             let entry = self.cell(&table, level.index(gfn)).load();
-            let kind = self.format.entry(entry, level);
-            match (kind, level.down()) {
-                (Entry::Table(child), Some(below)) => {
+            match self.format.link(entry) {
+                Some(child) if ordinal > 0 => {
                     // Pairs with the release fence in `build`: the child's entries are seen as they were published.
                     M::Cell::fence(Ordering::Acquire);
                     table = TableFrame::linked(child);
-                    level = below;
+                    ordinal -= 1;
                 }
-                _ => return Place { table, level, entry, kind },
+                _ => return Place { kind: self.format.entry(entry, level), table, level, entry },
             }
         }
     }
@@ -251,18 +260,14 @@ impl Resolution {
     /// The leaf that maps the whole block.
     #[inline]
     fn leaf(&self) -> Leaf {
-        let writability = if self.page.flags.contains(SlotFlags::READ_ONLY) {
-            Writability::ReadOnly
-        } else {
-            Writability::Writable
-        };
+        let writability = if self.read_only { Writability::ReadOnly } else { Writability::Writable };
         Leaf { pfn: self.block, size: self.size, writability, execute: true }
     }
 
     /// The part of `leaf` that maps the page with a page of `size`.
     #[inline]
     fn part(&self, leaf: &Leaf, size: PageSize) -> Leaf {
-        let inside = self.page.gfn.number() & (self.size.pages() - 1) & !(size.pages() - 1);
+        let inside = self.gfn.number() & (self.size.pages() - 1) & !(size.pages() - 1);
         Leaf { pfn: Pfn::new_truncate(self.block.number() + inside), size, ..*leaf }
     }
 }

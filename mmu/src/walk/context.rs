@@ -43,7 +43,8 @@ const MAX_RESTARTS: usize = 8;
 pub struct PagingContext<In, Out> {
     role: CpuRole,
     permissions: &'static Permissions,
-    reserved: Reserved,
+    /// Reserved bits, and bit 0 for entries that are not present.
+    wrong: Reserved,
     stages: PhantomData<fn(In) -> Out>,
 }
 
@@ -72,20 +73,19 @@ pub struct Translation<Out> {
     pub prot: Prot,
 }
 
-/// A walk of 8-byte entries: where it is, and what it has seen.
+/// A walk: where it is, and what it has seen.
 struct Walk {
     table: u64,
-    level: Level,
-    /// AND of the entries, NX inverted.
-    permits: u64,
-    /// AND of the A bits.
-    accessed: u64,
+    /// AND of the entries: what all levels permit, and whether all were accessed.
+    all: u64,
+    /// OR of the entries: whether any level forbids fetches.
+    any: u64,
 }
 
 impl<In: Address, Out: Address> PagingContext<In, Out> {
     /// The context of a role.
     pub const fn new(role: CpuRole) -> Self {
-        Self { role, permissions: permissions(role.flags()), reserved: reserved(&role), stages: PhantomData }
+        Self { role, permissions: permissions(role.flags()), wrong: reserved(&role), stages: PhantomData }
     }
 
     /// The role the context was made for: while it stays the same, so does the context.
@@ -107,9 +107,12 @@ impl<In: Address, Out: Address> PagingContext<In, Out> {
         address: In,
         access: Access,
     ) -> Result<Translation<Out>, WalkError> {
-        match self.walk(tables, regs, address, access, &mut |_, _| {})? {
-            (translation, true) => Ok(translation),
-            (_, false) => self.translate_and_mark(tables, regs, address, access),
+        let mut unmarked = false;
+        let translation = self.walk(tables, regs, address, access, &mut |_, _| {}, &mut unmarked);
+        if unmarked {
+            self.translate_and_mark(tables, regs, address, access)
+        } else {
+            translation
         }
     }
 
@@ -124,9 +127,8 @@ impl<In: Address, Out: Address> PagingContext<In, Out> {
     ) -> Result<Translation<Out>, WalkError> {
         for _ in 0..MAX_RESTARTS {
             let mut trail = Trail::default();
-            let (translation, _) = self.walk(tables, regs, address, access, &mut |at, entry| {
-                trail.push(at, entry);
-            })?;
+            let mut visit = |at, entry| trail.push(at, entry);
+            let translation = self.walk(tables, regs, address, access, &mut visit, &mut false)?;
             if self.mark(tables, &trail, address, access)? {
                 return Ok(translation);
             }
@@ -155,7 +157,7 @@ impl<In: Address, Out: Address> PagingContext<In, Out> {
                 PagingMode::TwoLevel => tables.update_u32(at, entry as u32, marked as u32),
                 _ => tables.update_u64(at, entry, marked),
             };
-            let level = LEVELS[(steps.len() - 1 - position) % LEVELS.len()];
+            let level = Level::ALL[(steps.len() - 1 - position) % Level::ALL.len()];
             let done = done.map_err(|error| {
                 error.into_walk(address, access, level, Prot::all(), self.role.reports_fetches())
             })?;
@@ -167,7 +169,9 @@ impl<In: Address, Out: Address> PagingContext<In, Out> {
     }
 
     /// Walks without changing anything. Calls `visit` with address and value of each entry that has an accessed bit, from
-    /// the top. The second value says whether all bits that the access sets are set already.
+    /// the top. Sets `unmarked` if the walk succeeds and one of the bits that the access sets is not set yet.
+    ///
+    /// Four levels are inlined where the walk is made; the other modes are rare and far away.
     #[inline(always)]
     fn walk<S: TableSource<Out>>(
         &self,
@@ -176,28 +180,49 @@ impl<In: Address, Out: Address> PagingContext<In, Out> {
         address: In,
         access: Access,
         visit: &mut impl FnMut(u64, u64),
-    ) -> Result<(Translation<Out>, bool), WalkError> {
-        let walk = match self.role.mode() {
-            PagingMode::FourLevel => Walk::from(regs.cr3 & FRAME, Level::L4),
-            PagingMode::FiveLevel => Walk::from(regs.cr3 & FRAME, Level::L5),
-            PagingMode::Pae => {
-                let address = In::from_bits_truncate(address.bits() & u64::from(u32::MAX));
-                let walk = self.pae_directory(tables, regs, address, access)?;
-                return self.walk_long(walk, tables, regs, address, access, visit);
-            }
-            PagingMode::TwoLevel => {
-                let address = In::from_bits_truncate(address.bits() & u64::from(u32::MAX));
-                return self.walk_short(tables, regs, address, access, visit);
-            }
-            PagingMode::Unpaged => {
-                let address = Out::from_bits_truncate(address.bits() & u64::from(u32::MAX));
-                return Ok((Translation { address, page_bytes: 1 << 32, prot: Prot::all() }, true));
-            }
-        };
-        self.walk_long(walk, tables, regs, address, access, visit)
+        unmarked: &mut bool,
+    ) -> Result<Translation<Out>, WalkError> {
+        if self.role.mode() == PagingMode::FourLevel {
+            self.walk_long(Walk::from(regs.cr3 & FRAME), tables, regs, address, access, visit, unmarked)
+        } else {
+            self.walk_rare(tables, regs, address, access, visit, unmarked)
+        }
     }
 
-    /// 8-byte entries, from a table of level 2 to 5 on.
+    #[inline(never)]
+    fn walk_rare<S: TableSource<Out>>(
+        &self,
+        tables: &S,
+        regs: &WalkRegs,
+        address: In,
+        access: Access,
+        visit: &mut impl FnMut(u64, u64),
+        unmarked: &mut bool,
+    ) -> Result<Translation<Out>, WalkError> {
+        let short = In::from_bits_truncate(address.bits() & u64::from(u32::MAX));
+        match self.role.mode() {
+            PagingMode::FiveLevel => {
+                let mut walk = Walk::from(regs.cr3 & FRAME);
+                let entry = self.entry(&mut walk, Level::L5, tables, address, access, visit)?;
+                walk.table = entry & FRAME;
+                self.walk_long(walk, tables, regs, address, access, visit, unmarked)
+            }
+            PagingMode::FourLevel => {
+                self.walk_long(Walk::from(regs.cr3 & FRAME), tables, regs, address, access, visit, unmarked)
+            }
+            PagingMode::Pae => {
+                let walk = self.pae_directory(tables, regs, short, access)?;
+                self.walk_directory(walk, tables, regs, short, access, visit, unmarked)
+            }
+            PagingMode::TwoLevel => self.walk_short(tables, regs, short, access, visit, unmarked),
+            PagingMode::Unpaged => {
+                let address = Out::from_bits_truncate(short.bits());
+                Ok(Translation { address, page_bytes: 1 << 32, prot: Prot::all() })
+            }
+        }
+    }
+
+    /// 8-byte entries, from level 4 on.
     #[inline(always)]
     fn walk_long<S: TableSource<Out>>(
         &self,
@@ -207,40 +232,69 @@ impl<In: Address, Out: Address> PagingContext<In, Out> {
         address: In,
         access: Access,
         visit: &mut impl FnMut(u64, u64),
-    ) -> Result<(Translation<Out>, bool), WalkError> {
-        let frame = address.bits() >> PAGE_SHIFT;
-        loop {
-            let at = walk.table | (walk.level.index(frame) as u64) << 3;
-            let entry = match tables.read_u64(Out::from_bits_truncate(at)) {
-                Ok(entry) => entry,
-                Err(error) => {
-                    return Err(error.into_walk(
-                        address,
-                        access,
-                        walk.level,
-                        walk.prot(),
-                        self.role.reports_fetches(),
-                    ))
-                }
-            };
-            if entry & PRESENT == 0 {
-                return Err(self.fault(address, access, walk.level, Cause::NotPresent, walk.prot()));
-            }
-            walk.permits &= entry ^ NO_EXECUTE;
-            walk.accessed &= entry;
-            let large = entry & LARGE != 0;
-            if entry & self.reserved[walk.level.ordinal()][usize::from(large)] != 0 {
-                return Err(self.fault(address, access, walk.level, Cause::Reserved, walk.prot()));
-            }
-            visit(at, entry);
-            // Above level 3 bit 7 is reserved, so it ended the walk already.
-            let below = match walk.level.down() {
-                Some(below) if !large => below,
-                _ => return self.finish(&walk, entry, regs, address, access),
-            };
-            walk.table = entry & FRAME;
-            walk.level = below;
+        unmarked: &mut bool,
+    ) -> Result<Translation<Out>, WalkError> {
+        let entry = self.entry(&mut walk, Level::L4, tables, address, access, visit)?;
+        walk.table = entry & FRAME;
+        let entry = self.entry(&mut walk, Level::L3, tables, address, access, visit)?;
+        if entry & LARGE != 0 {
+            return self.finish(&walk, Level::L3, entry, regs, address, access, unmarked);
         }
+        walk.table = entry & FRAME;
+        self.walk_directory(walk, tables, regs, address, access, visit, unmarked)
+    }
+
+    /// 8-byte entries, from level 2 on.
+    #[inline(always)]
+    fn walk_directory<S: TableSource<Out>>(
+        &self,
+        mut walk: Walk,
+        tables: &S,
+        regs: &WalkRegs,
+        address: In,
+        access: Access,
+        visit: &mut impl FnMut(u64, u64),
+        unmarked: &mut bool,
+    ) -> Result<Translation<Out>, WalkError> {
+        let entry = self.entry(&mut walk, Level::L2, tables, address, access, visit)?;
+        if entry & LARGE != 0 {
+            return self.finish(&walk, Level::L2, entry, regs, address, access, unmarked);
+        }
+        walk.table = entry & FRAME;
+        let entry = self.entry(&mut walk, Level::L1, tables, address, access, visit)?;
+        self.finish(&walk, Level::L1, entry, regs, address, access, unmarked)
+    }
+
+    /// Reads and checks the 8-byte entry for `address` in the walk's table, which is at `level`.
+    #[inline(always)]
+    fn entry<S: TableSource<Out>>(
+        &self,
+        walk: &mut Walk,
+        level: Level,
+        tables: &S,
+        address: In,
+        access: Access,
+        visit: &mut impl FnMut(u64, u64),
+    ) -> Result<u64, WalkError> {
+        let at = walk.table | (level.index(address.bits() >> PAGE_SHIFT) as u64) << 3;
+        let entry = match tables.read_u64(Out::from_bits_truncate(at)) {
+            Ok(entry) => entry,
+            Err(error) => {
+                let reports_fetches = self.role.reports_fetches();
+                return Err(error.into_walk(address, access, level, walk.prot(), reports_fetches));
+            }
+        };
+        // Not present and reserved are one test: the masks have bit 0 set. Only at levels 2 and 3 does bit 7 decide what
+        // else is reserved.
+        let [link, leaf] = self.wrong[level.ordinal()];
+        let large = matches!(level, Level::L2 | Level::L3) && entry & LARGE != 0;
+        let wrong = if large { (entry ^ PRESENT) & leaf } else { (entry ^ PRESENT) & link };
+        if wrong != 0 {
+            return Err(self.bad_entry(walk, entry, address, access, level));
+        }
+        walk.meet(entry);
+        visit(at, entry);
+        Ok(entry)
     }
 
     /// The end of a walk of 8-byte entries: `entry` is the leaf.
@@ -248,19 +302,21 @@ impl<In: Address, Out: Address> PagingContext<In, Out> {
     fn finish(
         &self,
         walk: &Walk,
+        level: Level,
         entry: u64,
         regs: &WalkRegs,
         address: In,
         access: Access,
-    ) -> Result<(Translation<Out>, bool), WalkError> {
+        unmarked: &mut bool,
+    ) -> Result<Translation<Out>, WalkError> {
         let prot = walk.prot();
-        self.check(regs, address, access, walk.level, prot, (entry >> KEY_SHIFT & 15) as u32)?;
-        let page_bytes = 1 << walk.level.shift();
+        self.check(regs, address, access, level, prot, (entry >> KEY_SHIFT & 15) as u32)?;
+        let page_bytes = 1 << level.shift();
         let inside = page_bytes - 1;
         let out = Out::from_bits_truncate((entry & FRAME & !inside) | (address.bits() & inside));
         let dirty = access.kind != AccessKind::Write || entry & DIRTY != 0;
-        let marked = walk.accessed & ACCESSED != 0 && dirty;
-        Ok((Translation { address: out, page_bytes, prot }, marked))
+        *unmarked = walk.all & ACCESSED == 0 || !dirty;
+        Ok(Translation { address: out, page_bytes, prot })
     }
 
     /// PAE's first step: the PDPTE, which restricts nothing and has no accessed bit.
@@ -282,13 +338,12 @@ impl<In: Address, Out: Address> PagingContext<In, Out> {
                 })?
             }
         };
-        if pdpte & PRESENT == 0 {
-            return Err(self.fault(address, access, Level::L3, Cause::NotPresent, Prot::all()));
+        let walk = Walk::from(pdpte & FRAME);
+        if (pdpte ^ PRESENT) & self.wrong[Level::L3.ordinal()][0] != 0 {
+            let cause = if pdpte & PRESENT == 0 { Cause::NotPresent } else { Cause::Reserved };
+            return Err(self.fault(address, access, Level::L3, cause, walk.prot()));
         }
-        if pdpte & self.reserved[Level::L3.ordinal()][0] != 0 {
-            return Err(self.fault(address, access, Level::L3, Cause::Reserved, Prot::all()));
-        }
-        Ok(Walk::from(pdpte & FRAME, Level::L2))
+        Ok(walk)
     }
 
     /// Two levels of 4-byte entries.
@@ -299,37 +354,38 @@ impl<In: Address, Out: Address> PagingContext<In, Out> {
         address: In,
         access: Access,
         visit: &mut impl FnMut(u64, u64),
-    ) -> Result<(Translation<Out>, bool), WalkError> {
+        unmarked: &mut bool,
+    ) -> Result<Translation<Out>, WalkError> {
         let bits = address.bits();
-        let mut walk = Walk::from(regs.cr3 & 0xffff_f000, Level::L2);
+        let mut walk = Walk::from(regs.cr3 & 0xffff_f000);
+        let mut level = Level::L2;
         loop {
-            let shift = if walk.level == Level::L2 { 22 } else { 12 };
+            let shift = if level == Level::L2 { 22 } else { 12 };
             let at = walk.table | ((bits >> shift) & 0x3ff) << 2;
             let entry = match tables.read_u32(Out::from_bits_truncate(at)) {
                 Ok(entry) => u64::from(entry),
                 Err(error) => {
                     let reports_fetches = self.role.reports_fetches();
-                    return Err(error.into_walk(address, access, walk.level, walk.prot(), reports_fetches));
+                    return Err(error.into_walk(address, access, level, walk.prot(), reports_fetches));
                 }
             };
             if entry & PRESENT == 0 {
-                return Err(self.fault(address, access, walk.level, Cause::NotPresent, walk.prot()));
+                return Err(self.fault(address, access, level, Cause::NotPresent, walk.prot()));
             }
-            walk.permits &= entry ^ NO_EXECUTE;
-            walk.accessed &= entry;
+            walk.meet(entry);
             let pse = self.role.flags().contains(RoleFlags::PSE);
-            let large = walk.level == Level::L2 && pse && entry & LARGE != 0;
-            if large && entry & self.reserved[Level::L2.ordinal()][1] != 0 {
-                return Err(self.fault(address, access, walk.level, Cause::Reserved, walk.prot()));
+            let large = level == Level::L2 && pse && entry & LARGE != 0;
+            if large && (entry ^ PRESENT) & self.wrong[Level::L2.ordinal()][1] != 0 {
+                return Err(self.fault(address, access, level, Cause::Reserved, walk.prot()));
             }
             visit(at, entry);
-            if walk.level == Level::L2 && !large {
+            if level == Level::L2 && !large {
                 walk.table = entry & 0xffff_f000;
-                walk.level = Level::L1;
+                level = Level::L1;
                 continue;
             }
             let prot = walk.prot();
-            self.check(regs, address, access, walk.level, prot, 0)?;
+            self.check(regs, address, access, level, prot, 0)?;
             let page_bytes: u64 = 1 << shift;
             let frame = if large {
                 // PSE-36: bits 20:13 are address bits 39:32; without it they were found to be zero.
@@ -339,8 +395,8 @@ impl<In: Address, Out: Address> PagingContext<In, Out> {
             };
             let out = Out::from_bits_truncate(frame | bits & (page_bytes - 1));
             let dirty = access.kind != AccessKind::Write || entry & DIRTY != 0;
-            let marked = walk.accessed & ACCESSED != 0 && dirty;
-            return Ok((Translation { address: out, page_bytes, prot }, marked));
+            *unmarked = walk.all & ACCESSED == 0 || !dirty;
+            return Ok(Translation { address: out, page_bytes, prot });
         }
     }
 
@@ -381,6 +437,17 @@ impl<In: Address, Out: Address> PagingContext<In, Out> {
         no_access || no_write
     }
 
+    /// The error for an entry that is not present or has a reserved bit set.
+    #[cold]
+    fn bad_entry(&self, walk: &Walk, entry: u64, address: In, access: Access, level: Level) -> WalkError {
+        let (cause, found) = if entry & PRESENT == 0 {
+            (Cause::NotPresent, walk.prot())
+        } else {
+            (Cause::Reserved, Walk { table: 0, all: walk.all & entry, any: walk.any | entry }.prot())
+        };
+        self.fault(address, access, level, cause, found)
+    }
+
     #[cold]
     fn fault(&self, address: In, access: Access, level: Level, cause: Cause, found: Prot) -> WalkError {
         WalkError::Fault(Fault {
@@ -397,20 +464,23 @@ impl<In: Address, Out: Address> PagingContext<In, Out> {
     }
 }
 
-/// Levels by position, the lowest first.
-const LEVELS: [Level; 5] = [Level::L1, Level::L2, Level::L3, Level::L4, Level::L5];
-
 impl Walk {
     #[inline(always)]
-    const fn from(table: u64, level: Level) -> Self {
-        Self { table, level, permits: WRITE | USER | NO_EXECUTE, accessed: ACCESSED }
+    const fn from(table: u64) -> Self {
+        Self { table, all: u64::MAX, any: 0 }
+    }
+
+    #[inline(always)]
+    const fn meet(&mut self, entry: u64) {
+        self.all &= entry;
+        self.any |= entry;
     }
 
     /// What the entries so far permit.
     #[inline(always)]
     const fn prot(&self) -> Prot {
-        let data = (self.permits & (WRITE | USER)) >> 1;
-        let execute = (self.permits & NO_EXECUTE) >> 61;
+        let data = (self.all & (WRITE | USER)) >> 1;
+        let execute = (!self.any & NO_EXECUTE) >> 61;
         Prot::from_bits_truncate((data | execute) as u8)
     }
 }
