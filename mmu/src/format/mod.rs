@@ -51,7 +51,7 @@ pub enum Entry {
     Leaf,
 }
 
-/// An entry format. Every value it makes passes its own [`shadow_zero_check`](Self::shadow_zero_check).
+/// An entry format. Zero is an empty entry, so a zeroed page is an empty table. Every value it makes passes its own [`shadow_zero_check`](Self::shadow_zero_check).
 pub trait EntryFormat: Copy + fmt::Debug + Send + Sync {
     /// Level of the root.
     fn top(&self) -> Level;

@@ -5,7 +5,7 @@ use super::direct::DirectMmu;
 use crate::access::AccessKind;
 use crate::addr::{Gfn, Gpa, Pfn};
 use crate::format::{Entry, EntryFormat, Leaf, Writability};
-use crate::level::{Level, PageSize};
+use crate::level::{Level, PageSize, ENTRIES, INDEX_BITS};
 use crate::memory::{Backing, Held, InvalidationSeq, Resolved, SlotFlags};
 use crate::tables::{EntryCell, TableCache, TableFrame, TableMemory};
 
@@ -126,10 +126,32 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
         resolution: &Resolution,
     ) -> FaultOutcome {
         let cpu = self.admit(guard);
-        let gfn = resolution.gfn.number();
         if guard.memory().invalidations().is_stale(resolution.sequence, resolution.gfn) {
             return FaultOutcome::Retry;
         }
+        // Nearly always the tables are there, and the entry for the page is empty.
+        let gfn = resolution.gfn.number();
+        let (table, shift, entry) = self.descend(gfn);
+        if shift == 0 && entry == 0 {
+            let leaf = self.format.make_leaf(&resolution.leaf(PageSize::Size4K));
+            if self.cell(&table, Level::L1.index(gfn)).compare_exchange(0, leaf).is_ok() {
+                self.counters.leaves(cpu, Level::L1, 1);
+                return FaultOutcome::Mapped;
+            }
+        }
+        self.install_anywhere(guard, cache, resolution)
+    }
+
+    /// The general case of [`install`](Self::install): any size, tables missing, something there already.
+    #[inline(never)]
+    fn install_anywhere<'m, B: Backing + 'm>(
+        &self,
+        guard: &impl Held<'m, B>,
+        cache: &mut TableCache,
+        resolution: &Resolution,
+    ) -> FaultOutcome {
+        let cpu = guard.cpu();
+        let gfn = resolution.gfn.number();
         for _ in 0..MAX_RACES {
             let place = self.find(gfn);
             let cell = self.cell(&place.table, place.level.index(gfn));
@@ -137,12 +159,12 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
                 Entry::Empty => {
                     // Frames are found by their place in the block, so a block that is not as aligned as the backing
                     // says is mapped in smaller pages, not wrongly.
-                    let mut leaf = resolution.leaf();
+                    let mut leaf = resolution.leaf(resolution.size);
                     while leaf.size.level() > place.level
                         || !leaf.pfn.number().is_multiple_of(leaf.size.pages())
                     {
                         match leaf.size.smaller() {
-                            Some(smaller) => leaf = resolution.part(&leaf, smaller),
+                            Some(smaller) => leaf = resolution.leaf(smaller),
                             None => break,
                         }
                     }
@@ -176,23 +198,31 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
         FaultOutcome::Retry
     }
 
-    /// Descends towards `gfn` as far as there are tables.
+    /// The entry at which a descent towards `gfn` ends, with all that is known of it.
     #[inline]
     pub(super) fn find(&self, gfn: u64) -> Place {
+        let (table, shift, entry) = self.descend(gfn);
+        let level = Level::at_frame_shift(shift);
+        Place { kind: self.format.entry(entry, level), table, level, entry }
+    }
+
+    /// Descends towards `gfn` as far as there are tables: the last table, its level as the lowest bit of its index in
+    /// the frame number, and the entry that is no link.
+    #[inline]
+    fn descend(&self, gfn: u64) -> (TableFrame, u32, u64) {
         let mut table = self.root_table();
-        // Counting positions rather than levels keeps the loop free of branches by level.
-        let mut ordinal = self.format.top().ordinal();
+        // Counting in bits rather than levels keeps the loop free of branches by level.
+        let mut shift = self.format.top().frame_shift();
         loop {
-            let level = Level::ALL[ordinal % Level::ALL.len()];
-            let entry = self.cell(&table, level.index(gfn)).load();
+            let entry = self.cell(&table, (gfn >> shift) as usize % ENTRIES).load();
             match self.format.link(entry) {
-                Some(child) if ordinal > 0 => {
+                Some(child) if shift > 0 => {
                     // Pairs with the release fence in `build`: the child's entries are seen as they were published.
                     M::Cell::fence(Ordering::Acquire);
                     table = TableFrame::linked(child);
-                    ordinal -= 1;
+                    shift -= INDEX_BITS;
                 }
-                _ => return Place { kind: self.format.entry(entry, level), table, level, entry },
+                _ => return (table, shift, entry),
             }
         }
     }
@@ -257,18 +287,13 @@ pub(super) struct Place {
 }
 
 impl Resolution {
-    /// The leaf that maps the whole block.
+    /// The leaf that maps the part of the block around the page that has `size`.
     #[inline]
-    fn leaf(&self) -> Leaf {
+    fn leaf(&self, size: PageSize) -> Leaf {
         let writability = if self.read_only { Writability::ReadOnly } else { Writability::Writable };
-        Leaf { pfn: self.block, size: self.size, writability, execute: true }
-    }
-
-    /// The part of `leaf` that maps the page with a page of `size`.
-    #[inline]
-    fn part(&self, leaf: &Leaf, size: PageSize) -> Leaf {
         let inside = self.gfn.number() & (self.size.pages() - 1) & !(size.pages() - 1);
-        Leaf { pfn: Pfn::new_truncate(self.block.number() + inside), size, ..*leaf }
+        let pfn = Pfn::new_truncate(self.block.number() + inside);
+        Leaf { pfn, size, writability, execute: true }
     }
 }
 
