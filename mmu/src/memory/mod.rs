@@ -58,8 +58,9 @@ impl<B> VmMemory<B> {
         &self.shootdown
     }
 
-    /// Takes the shared guard on `cpu`, the CPU that runs this. Waits while another CPU holds the exclusive one;
-    /// taking it on a CPU that holds the exclusive one never returns.
+    /// Takes the shared guard on `cpu`, the CPU that runs this. Waits while another CPU holds the exclusive one, or is
+    /// waiting for it; so a CPU that holds a guard passes that on instead of taking a second one, which might wait for
+    /// itself.
     #[inline]
     pub fn shared(&self, cpu: CpuId) -> Shared<'_, B> {
         Shared::take(self, cpu)
