@@ -4,7 +4,7 @@ use crate::addr::PAGE_SHIFT;
 /// Entries in a table page of the 64-bit formats.
 pub const ENTRIES: usize = 512;
 /// Address bits that one level of a 64-bit format translates.
-const INDEX_BITS: u32 = 9;
+pub(crate) const INDEX_BITS: u32 = 9;
 
 /// Level of a table in a 64-bit format, counted from the page upwards (AMD APM vol. 2, 5.3.3).
 ///
@@ -37,22 +37,43 @@ impl Level {
         }
     }
 
+    /// All levels, the lowest first.
+    pub(crate) const ALL: [Self; 5] = [Self::L1, Self::L2, Self::L3, Self::L4, Self::L5];
+
     /// Lowest address bit that this level's index comes from.
     #[inline]
     pub const fn shift(self) -> u32 {
         PAGE_SHIFT + (self as u32 - 1) * INDEX_BITS
     }
 
+    /// Lowest bit of a frame number that this level's index comes from.
+    #[inline]
+    pub(crate) const fn frame_shift(self) -> u32 {
+        self.shift() - PAGE_SHIFT
+    }
+
+    /// The level whose index comes from bit `shift` of a frame number.
+    #[inline]
+    pub(crate) const fn at_frame_shift(shift: u32) -> Self {
+        match shift / INDEX_BITS {
+            0 => Self::L1,
+            1 => Self::L2,
+            2 => Self::L3,
+            3 => Self::L4,
+            _ => Self::L5,
+        }
+    }
+
     /// 4 KiB frames that one entry covers.
     #[inline]
     pub const fn pages(self) -> u64 {
-        1 << (self.shift() - PAGE_SHIFT)
+        1 << self.frame_shift()
     }
 
     /// Index of the entry for frame number `frame` in a table at this level.
     #[inline]
     pub const fn index(self, frame: u64) -> usize {
-        (frame >> (self.shift() - PAGE_SHIFT)) as usize % ENTRIES
+        (frame >> self.frame_shift()) as usize % ENTRIES
     }
 
     /// Position in a table indexed by level: 0 for the lowest.
@@ -130,5 +151,6 @@ mod tests {
         assert_eq!(PageSize::Size1G.bytes(), 1 << 30);
         assert_eq!(Level::L4.index(0x0000_7fff_ffff_f000 >> 12), 255);
         assert_eq!(Level::L1.index(u64::MAX), 511);
+        assert!(Level::ALL.into_iter().all(|level| Level::at_frame_shift(level.frame_shift()) == level));
     }
 }

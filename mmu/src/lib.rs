@@ -1,4 +1,70 @@
 //! Every way a guest address becomes a host address: page-table kinds, roles, walkers.
+//!
+//! Pure: no privileged instruction, no allocation, no vendor's control structure. Whoever uses it brings the memory.
+//!
+//! # How the parts meet
+//!
+//! ```text
+//! VmMemory<B>   per VM: slots, invalidation sequence, guards, flush generations; B: Backing is the guest's memory
+//! DirectMmu     per VM: tables that map guest-physical to host-physical memory (an MmuKind)
+//! Mmu           per vCPU: role, root, and whether its TLB tag is behind
+//! TableCache    per vCPU: table pages got beforehand, fault counters
+//! PagingContext per role: how the guest's own tables are read, by emulation
+//! ```
+//!
+//! A vCPU's loop, with interrupts off:
+//!
+//! ```text
+//! while cache.missing() > 0 { cache.push(zeroed page)? }
+//! let entered = mmu.enter(&memory, cpu);              // flush the tag on the way in if entered.flush() says so
+//! run the guest on entered.root();
+//! drop(entered);                                      // it has exited
+//! let guard = memory.shared(cpu);
+//! match direct.fault(&guard, &mut cache, gpa, NpfInfo::from_bits(exit_info_1).access()) {
+//!     Mapped | Spurious | Retry => run on,
+//!     Mmio(gpa) | ReadOnly(gpa) => emulate: context.translate(&guard, &regs, rip, fetch)?, guard.read(..), ...
+//!     NeedTables => fill the cache, OutOfRange(gpa) => the guest used an address that its CPU does not have,
+//! }
+//! ```
+//!
+//! Taking translations away ([`MmuKind::zap`](DirectMmu::zap), [`write_protect`](DirectMmu::write_protect)) works in
+//! batches on a [`Sweep`] and returns a [`Flush`]: [`issue`](Flush::issue) it, kick the CPUs it names, and the host memory
+//! is free when the generation [is acknowledged](Shootdown::is_acknowledged). Dropped, it is done by the next entry of
+//! each vCPU. Table pages come back from [`MmuKind::reclaim`].
+//!
+//! # What may be relied on
+//!
+//! - **No function of a kind takes a vCPU**, and no mask is global: formats are values.
+//! - **Lock modes are types.** Direct operations ask for any [`Held`] guard and change entries by compare-exchange only;
+//!   slots and the start of an invalidation ask for [`Exclusive`].
+//! - **A fault takes no lock, allocates nothing, and is never half done.**
+//! - **A table page leaves the crate only when no CPU can reach it**: not while an operation that may have seen it runs, not
+//!   while a CPU is in the guest that has not acknowledged the flush.
+//! - **Nothing a guest does panics here** or loops without bound: walks restart a bounded number of times
+//!   ([`WalkError::Contended`]), faults give up ([`FaultOutcome::Retry`]), sweeps come in batches.
+//! - Unsafe code is in one module (`tables/phys.rs`), with its argument; a test counts.
+//!
+//! # The sketch
+//!
+//! Names of Paolo Bonzini's sketch for KVM (November 2021), and what they are here:
+//!
+//! | sketch | here |
+//! |---|---|
+//! | `struct kvm_mmu_kind` | [`MmuKind`]`<F, M, O>`: format, table memory, and in `O` what one kind's operations need |
+//! | `kvm_arch.direct_mmu` | [`DirectMmu`], which is `MmuKind<F, M, Direct>` |
+//! | `kvm_vcpu_arch.shadow_mmu` | another `O` of `MmuKind`, per VM and not per vCPU; not part of this crate yet |
+//! | `struct kvm_mmu` | [`Mmu`] |
+//! | `root_mmu` | a vCPU's [`Mmu`]; its root is a [`Root`], its role a [`CpuRole`] |
+//! | `tdp12_mmu` | a second [`Mmu`], once there is a kind that shadows L1's nested tables |
+//! | `mmu` (pointer to one of them) | will be an enum over the two: no pointer into oneself |
+//! | `struct kvm_paging_context` | [`PagingContext`]`<In, Out>` |
+//! | `root_walk`, `walk01` | one type and one value, `PagingContext<Gva, Gpa>`: they never differ |
+//! | `walk12` | `PagingContext<Gva, NGpa>`, reading entries through [`NestedTables`] |
+//! | (the walk of EPT12/NPT12) `tdp12_walk` | `PagingContext<NGpa, Gpa>`, with the role [`CpuRole::nested`] |
+//! | `walk` (pointer to one of them) | the stages are types, so the caller names the context it means |
+//! | `nested_mmu`, `walk_mmu` | do not exist |
+//! | `shadow_zero_check` | [`EntryFormat::shadow_zero_check`]: of a format value, so per kind; no vCPU |
+//! | `kvm_mmu_reset_context` on CR0.WP | [`Mmu::set_role`], an assignment, and another [`PagingContext`] |
 #![cfg_attr(not(test), no_std)]
 #![deny(unsafe_code)]
 
@@ -28,7 +94,7 @@ pub use kind::{
 pub use level::{Level, PageSize, ENTRIES};
 pub use memory::{
     Backing, Exclusive, Generation, Held, Invalidation, InvalidationSeq, NoPage, NotRam, RamAddr, Resolved,
-    Shared, Shootdown, Slot, SlotError, SlotFlags, SlotPage, VmMemory, MAX_SLOTS,
+    Shared, Shootdown, Slot, SlotError, SlotFlags, VmMemory, MAX_SLOTS,
 };
 pub use role::{CpuRole, Cr0, Cr4, Efer, GuestCpu, PagingMode, PagingRegs, RoleFlags};
 pub use tables::{

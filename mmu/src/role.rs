@@ -58,11 +58,11 @@ pub struct PagingRegs {
 /// SMEP, SMAP, PKU, LA57) they can only switch on if the CPU has it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct GuestCpu {
-    /// MAXPHYADDR, CPUID 8000_0008 EAX[7:0]: higher address bits are reserved.
+    /// MAXPHYADDR, CPUID 8000_0008 EAX bits 7:0: higher address bits are reserved.
     pub max_phys_addr: u8,
-    /// 1 GiB pages, CPUID 8000_0001 EDX[26]: without them bit 7 of a PDPTE is reserved.
+    /// 1 GiB pages, CPUID 8000_0001 EDX bits 26: without them bit 7 of a PDPTE is reserved.
     pub gib_pages: bool,
-    /// PSE-36, CPUID 1 EDX[17]: a 4 MiB page can lie above 4 GiB.
+    /// PSE-36, CPUID 1 EDX bits 17: a 4 MiB page can lie above 4 GiB.
     pub pse36: bool,
     /// AMD reserves bit 8 of a PML4E and PML5E (APM vol. 2, figure 5-20); Intel ignores it.
     pub amd: bool,

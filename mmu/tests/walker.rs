@@ -190,7 +190,7 @@ fn places(levels: u64) -> Vec<u64> {
 
 fn link(memory: &VmMemory<FlatRam>, places: &[u64], flags: &[u64]) {
     for (step, (&place, &flags)) in places.iter().zip(flags).enumerate() {
-        memory.backing().set(place, (step as u64 + 2) * 0x1000 | flags);
+        memory.backing().set(place, ((step as u64 + 2) * 0x1000) | flags);
     }
 }
 

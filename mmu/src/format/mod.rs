@@ -51,7 +51,7 @@ pub enum Entry {
     Leaf,
 }
 
-/// An entry format. Every value it makes passes its own [`shadow_zero_check`](Self::shadow_zero_check).
+/// An entry format. Zero is an empty entry, so a zeroed page is an empty table. Every value it makes passes its own [`shadow_zero_check`](Self::shadow_zero_check).
 pub trait EntryFormat: Copy + fmt::Debug + Send + Sync {
     /// Level of the root.
     fn top(&self) -> Level;
@@ -62,6 +62,8 @@ pub trait EntryFormat: Copy + fmt::Debug + Send + Sync {
 
     /// What `entry` is in a table at `level`.
     fn entry(&self, entry: u64, level: Level) -> Entry;
+    /// The table that `entry`, in a table above the lowest level, links to.
+    fn link(&self, entry: u64) -> Option<Pfn>;
     /// What the leaf `entry` in a table at `level` says; `None` if it is no leaf, or not one that
     /// [`make_leaf`](Self::make_leaf) makes.
     fn leaf(&self, entry: u64, level: Level) -> Option<Leaf>;

@@ -47,11 +47,11 @@ pub struct Npt {
 pub struct NptHost {
     /// Five-level paging: the host's CR4.LA57 at VMRUN, which decides the depth (APM 15.25.3).
     pub five_level: bool,
-    /// Host physical address width, CPUID 8000_0008 EAX[7:0].
+    /// Host physical address width, CPUID 8000_0008 EAX bits 7:0.
     pub max_phys_addr: u8,
     /// The host's EFER.NXE at VMRUN: without it bit 63 is reserved.
     pub no_execute: bool,
-    /// Largest page that leaves may have: 1 GiB only with CPUID 8000_0001 EDX[26].
+    /// Largest page that leaves may have: 1 GiB only with CPUID 8000_0001 EDX bit 26.
     pub largest: PageSize,
 }
 
@@ -140,6 +140,12 @@ impl EntryFormat for Npt {
         } else {
             Entry::Table(Pfn::new_truncate((entry & FRAME) >> PAGE_SHIFT))
         }
+    }
+
+    #[inline]
+    fn link(&self, entry: u64) -> Option<Pfn> {
+        let link = entry & (MMU_PRESENT | LARGE) == MMU_PRESENT;
+        link.then(|| Pfn::new_truncate((entry & FRAME) >> PAGE_SHIFT))
     }
 
     fn leaf(&self, entry: u64, level: Level) -> Option<Leaf> {

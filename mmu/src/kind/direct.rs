@@ -32,7 +32,7 @@ pub struct Root {
 impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
     /// A direct kind for the VM whose memory is `memory`, with nothing mapped.
     ///
-    /// `guest_bits` is the guest's physical address width (CPUID 8000_0008 EAX[7:0] as the guest sees it); `largest` is
+    /// `guest_bits` is the guest's physical address width (CPUID 8000_0008 EAX bits 7:0 as the guest sees it); `largest` is
     /// the largest page to map, further limited by what the format has.
     pub fn new<B>(
         memory: &VmMemory<B>,

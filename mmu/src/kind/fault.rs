@@ -3,10 +3,10 @@ use core::sync::atomic::Ordering;
 
 use super::direct::DirectMmu;
 use crate::access::AccessKind;
-use crate::addr::{Gpa, Pfn};
+use crate::addr::{Gfn, Gpa, Pfn};
 use crate::format::{Entry, EntryFormat, Leaf, Writability};
-use crate::level::{Level, PageSize};
-use crate::memory::{Backing, Held, InvalidationSeq, Resolved, SlotFlags, SlotPage};
+use crate::level::{Level, PageSize, ENTRIES, INDEX_BITS};
+use crate::memory::{Backing, Held, InvalidationSeq, Resolved, SlotFlags};
 use crate::tables::{EntryCell, TableCache, TableFrame, TableMemory};
 
 /// How a fault ended.
@@ -33,7 +33,8 @@ pub enum FaultOutcome {
 /// behind the page has changed in the meantime, it is refused.
 #[derive(Debug)]
 pub struct Resolution {
-    page: SlotPage,
+    gfn: Gfn,
+    read_only: bool,
     access: AccessKind,
     /// First frame of the block of `size`.
     block: Pfn,
@@ -86,24 +87,31 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
             return Err(FaultOutcome::OutOfRange(gpa));
         }
         let memory = guard.memory();
-        let Some(page) = memory.find_slot(gpa.gfn()) else {
+        let Some(slot) = memory.find_slot(gpa) else {
             return Err(FaultOutcome::Mmio(gpa));
         };
-        if access == AccessKind::Write && page.flags.contains(SlotFlags::READ_ONLY) {
+        let read_only = slot.flags().contains(SlotFlags::READ_ONLY);
+        if access == AccessKind::Write && read_only {
             return Err(FaultOutcome::ReadOnly(gpa));
         }
         let sequence = memory.invalidations().sequence();
         let mut want = self.largest();
-        while !page.block_fits(want.pages()) {
+        while !slot.block_fits(want.bytes()) {
             match want.smaller() {
                 Some(smaller) => want = smaller,
                 None => break,
             }
         }
-        match memory.backing().resolve(&page, want, access) {
-            Resolved::Ram { pfn, size } => {
-                Ok(Resolution { page, access, block: pfn, size: size.min(want), sequence })
-            }
+        let at = slot.ram();
+        match memory.backing().resolve(&at, want, access) {
+            Resolved::Ram { pfn, size } => Ok(Resolution {
+                gfn: gpa.gfn(),
+                read_only,
+                access,
+                block: pfn,
+                size: size.min(want),
+                sequence,
+            }),
             Resolved::Retry => Err(FaultOutcome::Retry),
             Resolved::Absent => Err(FaultOutcome::Mmio(gpa)),
         }
@@ -118,10 +126,32 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
         resolution: &Resolution,
     ) -> FaultOutcome {
         let cpu = self.admit(guard);
-        let gfn = resolution.page.gfn.number();
-        if guard.memory().invalidations().is_stale(resolution.sequence, resolution.page.gfn) {
+        if guard.memory().invalidations().is_stale(resolution.sequence, resolution.gfn) {
             return FaultOutcome::Retry;
         }
+        // Nearly always the tables are there, and the entry for the page is empty.
+        let gfn = resolution.gfn.number();
+        let (table, shift, entry) = self.descend(gfn);
+        if shift == 0 && entry == 0 {
+            let leaf = self.format.make_leaf(&resolution.leaf(PageSize::Size4K));
+            if self.cell(&table, Level::L1.index(gfn)).compare_exchange(0, leaf).is_ok() {
+                self.counters.leaves(cpu, Level::L1, 1);
+                return FaultOutcome::Mapped;
+            }
+        }
+        self.install_anywhere(guard, cache, resolution)
+    }
+
+    /// The general case of [`install`](Self::install): any size, tables missing, something there already.
+    #[inline(never)]
+    fn install_anywhere<'m, B: Backing + 'm>(
+        &self,
+        guard: &impl Held<'m, B>,
+        cache: &mut TableCache,
+        resolution: &Resolution,
+    ) -> FaultOutcome {
+        let cpu = guard.cpu();
+        let gfn = resolution.gfn.number();
         for _ in 0..MAX_RACES {
             let place = self.find(gfn);
             let cell = self.cell(&place.table, place.level.index(gfn));
@@ -129,12 +159,12 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
                 Entry::Empty => {
                     // Frames are found by their place in the block, so a block that is not as aligned as the backing
                     // says is mapped in smaller pages, not wrongly.
-                    let mut leaf = resolution.leaf();
+                    let mut leaf = resolution.leaf(resolution.size);
                     while leaf.size.level() > place.level
                         || !leaf.pfn.number().is_multiple_of(leaf.size.pages())
                     {
                         match leaf.size.smaller() {
-                            Some(smaller) => leaf = resolution.part(&leaf, smaller),
+                            Some(smaller) => leaf = resolution.leaf(smaller),
                             None => break,
                         }
                     }
@@ -168,22 +198,31 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
         FaultOutcome::Retry
     }
 
-    /// Descends towards `gfn` as far as there are tables.
+    /// The entry at which a descent towards `gfn` ends, with all that is known of it.
     #[inline]
     pub(super) fn find(&self, gfn: u64) -> Place {
+        let (table, shift, entry) = self.descend(gfn);
+        let level = Level::at_frame_shift(shift);
+        Place { kind: self.format.entry(entry, level), table, level, entry }
+    }
+
+    /// Descends towards `gfn` as far as there are tables: the last table, its level as the lowest bit of its index in
+    /// the frame number, and the entry that is no link.
+    #[inline]
+    fn descend(&self, gfn: u64) -> (TableFrame, u32, u64) {
         let mut table = self.root_table();
-        let mut level = self.format.top();
+        // Counting in bits rather than levels keeps the loop free of branches by level.
+        let mut shift = self.format.top().frame_shift();
         loop {
-            let entry = self.cell(&table, level.index(gfn)).load();
-            let kind = self.format.entry(entry, level);
-            match (kind, level.down()) {
-                (Entry::Table(child), Some(below)) => {
+            let entry = self.cell(&table, (gfn >> shift) as usize % ENTRIES).load();
+            match self.format.link(entry) {
+                Some(child) if shift > 0 => {
                     // Pairs with the release fence in `build`: the child's entries are seen as they were published.
                     M::Cell::fence(Ordering::Acquire);
                     table = TableFrame::linked(child);
-                    level = below;
+                    shift -= INDEX_BITS;
                 }
-                _ => return Place { table, level, entry, kind },
+                _ => return (table, shift, entry),
             }
         }
     }
@@ -248,22 +287,13 @@ pub(super) struct Place {
 }
 
 impl Resolution {
-    /// The leaf that maps the whole block.
+    /// The leaf that maps the part of the block around the page that has `size`.
     #[inline]
-    fn leaf(&self) -> Leaf {
-        let writability = if self.page.flags.contains(SlotFlags::READ_ONLY) {
-            Writability::ReadOnly
-        } else {
-            Writability::Writable
-        };
-        Leaf { pfn: self.block, size: self.size, writability, execute: true }
-    }
-
-    /// The part of `leaf` that maps the page with a page of `size`.
-    #[inline]
-    fn part(&self, leaf: &Leaf, size: PageSize) -> Leaf {
-        let inside = self.page.gfn.number() & (self.size.pages() - 1) & !(size.pages() - 1);
-        Leaf { pfn: Pfn::new_truncate(self.block.number() + inside), size, ..*leaf }
+    fn leaf(&self, size: PageSize) -> Leaf {
+        let writability = if self.read_only { Writability::ReadOnly } else { Writability::Writable };
+        let inside = self.gfn.number() & (self.size.pages() - 1) & !(size.pages() - 1);
+        let pfn = Pfn::new_truncate(self.block.number() + inside);
+        Leaf { pfn, size, writability, execute: true }
     }
 }
 

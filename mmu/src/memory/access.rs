@@ -66,7 +66,7 @@ impl<B: Backing> Shared<'_, B> {
     }
 
     /// Reads eight bytes at once; `gpa` is rounded down to a multiple of eight.
-    #[inline]
+    #[inline(always)]
     pub fn load_u64(&self, gpa: Gpa) -> Result<u64, NotRam> {
         let (gpa, refused) = aligned(gpa, 8);
         let ram = self.ram(gpa).ok_or(refused)?;
@@ -102,31 +102,25 @@ impl<B: Backing> Shared<'_, B> {
         }
     }
 
-    /// The place in RAM that `gpa` names.
-    #[inline]
-    fn ram(&self, gpa: Gpa) -> Option<RamAddr> {
-        let page = self.find_slot(gpa.gfn())?;
-        Some(RamAddr { page, offset: gpa.page_offset() })
-    }
-
     /// The place in writable RAM that `gpa` names.
     fn writable(&self, gpa: Gpa) -> Option<RamAddr> {
-        self.ram(gpa).filter(|ram| !ram.page.flags.contains(SlotFlags::READ_ONLY))
+        let found = self.memory().find_slot(gpa)?;
+        (!found.flags().contains(SlotFlags::READ_ONLY)).then(|| found.ram())
     }
 
-    /// Whether `len` bytes from `gpa` on lie in slots without any flag of `without`. Takes one step a slot.
+    /// Whether `len` bytes from `gpa` on (at least one) lie in slots without any flag of `without`. Takes one step a slot.
     fn check(&self, gpa: Gpa, len: usize, without: SlotFlags) -> Option<()> {
-        let last = gpa.checked_add((len as u64).saturating_sub(1))?.gfn().number();
-        let mut gfn = gpa.gfn().number();
+        let last = gpa.checked_add((len as u64).saturating_sub(1))?;
+        let mut at = gpa;
         loop {
-            let page = self.find_slot(crate::addr::Gfn::new_truncate(gfn))?;
-            if page.flags.intersects(without) {
+            let found = self.memory().find_slot(at)?;
+            if found.flags().intersects(without) {
                 return None;
             }
-            gfn += page.pages - page.page;
-            if gfn > last {
+            if found.slot_end() > last.bits() {
                 return Some(());
             }
+            at = Gpa::new(found.slot_end()).ok()?;
         }
     }
 }

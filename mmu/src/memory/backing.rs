@@ -1,8 +1,8 @@
 //! What a VM's memory consists of, as the kernel (or a test) provides it.
 use crate::access::AccessKind;
-use crate::addr::{Gpa, Pfn, PAGE_SIZE};
+use crate::addr::Pfn;
 use crate::level::PageSize;
-use crate::memory::SlotPage;
+use crate::memory::RamAddr;
 
 /// Host memory behind a guest page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,31 +20,6 @@ pub enum Resolved {
     Absent,
 }
 
-/// A place in guest RAM, inside one page of one slot.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct RamAddr {
-    /// The page.
-    pub page: SlotPage,
-    /// Offset inside the page.
-    ///
-    /// Invariant: with the length of the access, at most 4096.
-    pub offset: u64,
-}
-
-impl RamAddr {
-    /// Bytes from the start of the slot.
-    #[inline]
-    pub const fn slot_offset(&self) -> u64 {
-        self.page.page * PAGE_SIZE + self.offset
-    }
-
-    /// The guest-physical address.
-    #[inline]
-    pub const fn gpa(&self) -> Gpa {
-        Gpa::new_truncate(self.page.gfn.gpa().bits() | self.offset)
-    }
-}
-
 /// The backing cannot reach a page that a slot says is RAM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NoPage;
@@ -54,9 +29,9 @@ pub struct NoPage;
 /// Guest memory changes at any time under the host's hands, so access is by copy and by atomic operation, never by
 /// reference. Accesses never cross a page; the atomic ones are naturally aligned.
 pub trait Backing {
-    /// Host memory for `page`, allocated and zeroed now if need be; at most `want` of it, which is as much as the slot
-    /// and the existing tables allow. What it names stays the page's memory until an invalidation of the page begins.
-    fn resolve(&self, page: &SlotPage, want: PageSize, access: AccessKind) -> Resolved;
+    /// Host memory for the page of `at`, allocated and zeroed now if need be; at most `want` of it, which is as much as
+    /// the slot and the kind allow. What it names stays the page's memory until an invalidation of the page begins.
+    fn resolve(&self, at: &RamAddr, want: PageSize, access: AccessKind) -> Resolved;
     /// Copies out of guest memory.
     fn read(&self, at: &RamAddr, buf: &mut [u8]) -> Result<(), NoPage>;
     /// Copies into guest memory.

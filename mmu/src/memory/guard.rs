@@ -1,8 +1,8 @@
 //! Lock modes as types: what may run beside what is in each function's signature.
 use core::marker::PhantomData;
 
-use super::{Invalidation, InvalidationSeq, Slot, SlotError, SlotFlags, SlotPage, VmMemory};
-use crate::addr::{Gfn, GfnRange};
+use super::{Invalidation, InvalidationSeq, RamAddr, Slot, SlotError, SlotFlags, VmMemory};
+use crate::addr::{Gfn, GfnRange, Gpa};
 use crate::cpu::CpuId;
 use crate::kind::Sweep;
 
@@ -35,10 +35,10 @@ impl<'m, B> Shared<'m, B> {
         Self { memory, cpu, _not_send: PhantomData }
     }
 
-    /// The slot page that holds `gfn`.
-    #[inline]
-    pub fn find_slot(&self, gfn: Gfn) -> Option<SlotPage> {
-        self.memory.slots.find(gfn)
+    /// The place in RAM that `gpa` names.
+    #[inline(always)]
+    pub fn ram(&self, gpa: Gpa) -> Option<RamAddr> {
+        Some(self.memory.find_slot(gpa)?.ram())
     }
 
     /// All slots, lowest first.

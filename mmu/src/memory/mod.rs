@@ -10,15 +10,16 @@ mod slots;
 use core::sync::atomic::{AtomicU64, Ordering};
 
 pub use access::NotRam;
-pub use backing::{Backing, NoPage, RamAddr, Resolved};
+pub use backing::{Backing, NoPage, Resolved};
 pub use guard::{Exclusive, Held, Shared};
 pub use invalidation::{Invalidation, InvalidationSeq};
 pub use shootdown::{Generation, Shootdown};
-pub use slots::{Slot, SlotError, SlotFlags, SlotPage, MAX_SLOTS};
+pub use slots::{RamAddr, Slot, SlotError, SlotFlags, MAX_SLOTS};
 
-use crate::addr::Gfn;
+use crate::addr::Gpa;
 use crate::cpu::CpuId;
 use invalidation::Invalidations;
+pub(crate) use slots::SlotHit;
 use slots::Slots;
 
 /// Guest-physical memory of one VM.
@@ -57,8 +58,9 @@ impl<B> VmMemory<B> {
         &self.shootdown
     }
 
-    /// Takes the shared guard on `cpu`, the CPU that runs this. Waits while another CPU holds the exclusive one;
-    /// taking it on a CPU that holds the exclusive one never returns.
+    /// Takes the shared guard on `cpu`, the CPU that runs this. Waits while another CPU holds the exclusive one, or is
+    /// waiting for it; so a CPU that holds a guard passes that on instead of taking a second one, which might wait for
+    /// itself.
     #[inline]
     pub fn shared(&self, cpu: CpuId) -> Shared<'_, B> {
         Shared::take(self, cpu)
@@ -70,10 +72,10 @@ impl<B> VmMemory<B> {
         Exclusive::take(self, cpu)
     }
 
-    /// The slot page that holds `gfn`. Stable under a guard.
-    #[inline]
-    pub(crate) fn find_slot(&self, gfn: Gfn) -> Option<SlotPage> {
-        self.slots.find(gfn)
+    /// The slot that holds `gpa`. Stable under a guard.
+    #[inline(always)]
+    pub(crate) fn find_slot(&self, gpa: Gpa) -> Option<SlotHit<'_>> {
+        self.slots.find(gpa)
     }
 
     #[inline]

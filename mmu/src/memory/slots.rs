@@ -1,9 +1,9 @@
 //! Slots: which guest-physical ranges are RAM.
-use core::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use core::sync::atomic::{AtomicU64, Ordering};
 
 use bitflags::bitflags;
 
-use crate::addr::{Gfn, GfnRange};
+use crate::addr::{Gfn, GfnRange, Gpa, PAGE_SHIFT};
 
 /// Slots one VM can have.
 pub const MAX_SLOTS: usize = 32;
@@ -43,10 +43,12 @@ pub enum SlotError {
 
 /// Cells rather than fields, so that walks read them while holding no more than a shared guard. They change only under
 /// the exclusive guard, so relaxed accesses are enough: taking either guard orders them.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct SlotCells {
+    /// Address of the first byte.
     start: AtomicU64,
-    pages: AtomicU64,
+    /// Length in bytes; zero for a cell without slot.
+    bytes: AtomicU64,
     flags: AtomicU64,
     cookie: AtomicU64,
 }
@@ -55,88 +57,132 @@ impl SlotCells {
     const fn new() -> Self {
         Self {
             start: AtomicU64::new(0),
-            pages: AtomicU64::new(0),
+            bytes: AtomicU64::new(0),
             flags: AtomicU64::new(0),
             cookie: AtomicU64::new(0),
         }
     }
 
-    fn get(&self) -> Slot {
-        let start = Gfn::new_truncate(self.start.load(Ordering::Relaxed));
-        let range = GfnRange::new(start, self.pages.load(Ordering::Relaxed));
-        Slot {
-            range: range.unwrap_or(GfnRange::ALL),
-            flags: SlotFlags::from_bits_truncate(self.flags.load(Ordering::Relaxed)),
-            cookie: self.cookie.load(Ordering::Relaxed),
-        }
+    #[inline(always)]
+    fn find(&self, gpa: Gpa) -> Option<SlotHit<'_>> {
+        let slot_offset = gpa.bits().wrapping_sub(self.start.load(Ordering::Relaxed));
+        let slot_bytes = self.bytes.load(Ordering::Relaxed);
+        (slot_offset < slot_bytes).then_some(SlotHit { cells: self, gpa, slot_offset, slot_bytes })
     }
 
-    fn set(&self, slot: &Slot) {
-        self.start.store(slot.range.start(), Ordering::Relaxed);
-        self.pages.store(slot.range.pages(), Ordering::Relaxed);
-        self.flags.store(slot.flags.bits(), Ordering::Relaxed);
-        self.cookie.store(slot.cookie, Ordering::Relaxed);
+    fn get(&self) -> Option<Slot> {
+        let start = Gpa::new_truncate(self.start.load(Ordering::Relaxed)).gfn();
+        let range = GfnRange::new(start, self.bytes.load(Ordering::Relaxed) >> PAGE_SHIFT).ok()?;
+        let flags = SlotFlags::from_bits_truncate(self.flags.load(Ordering::Relaxed));
+        let slot = Slot { range, flags, cookie: self.cookie.load(Ordering::Relaxed) };
+        (!range.is_empty()).then_some(slot)
+    }
+
+    fn set(&self, slot: Option<&Slot>) {
+        let (start, pages) = slot.map_or((0, 0), |slot| (slot.range.start(), slot.range.pages()));
+        self.start.store(start << PAGE_SHIFT, Ordering::Relaxed);
+        self.bytes.store(pages << PAGE_SHIFT, Ordering::Relaxed);
+        self.flags.store(slot.map_or(0, |slot| slot.flags.bits()), Ordering::Relaxed);
+        self.cookie.store(slot.map_or(0, |slot| slot.cookie), Ordering::Relaxed);
     }
 }
 
-/// A guest frame that was found in a slot.
+/// A place in guest RAM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct SlotPage {
-    /// The frame.
-    pub gfn: Gfn,
-    /// Frames from the slot's first one to `gfn`.
-    pub page: u64,
-    /// Frames in the slot.
-    pub pages: u64,
-    /// The slot's flags.
-    pub flags: SlotFlags,
+pub struct RamAddr {
+    /// The guest-physical address.
+    pub gpa: Gpa,
+    /// Bytes from the start of the slot.
+    pub slot_offset: u64,
     /// The slot's cookie.
     pub cookie: u64,
 }
 
-impl SlotPage {
-    /// Whether the naturally aligned block of `pages` (a power of two) guest frames around this one lies in the slot.
+impl RamAddr {
+    /// The guest frame.
     #[inline]
-    pub(crate) fn block_fits(&self, pages: u64) -> bool {
-        let before = self.gfn.number() & (pages - 1);
-        before <= self.page && pages - before <= self.pages - self.page
+    pub const fn gfn(&self) -> Gfn {
+        self.gpa.gfn()
+    }
+
+    /// Frames from the slot's first one to this one.
+    #[inline]
+    pub const fn slot_page(&self) -> u64 {
+        self.slot_offset >> PAGE_SHIFT
     }
 }
 
-/// The slots of a VM: sorted, without overlap.
+/// An address that was found in a slot.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct SlotHit<'s> {
+    cells: &'s SlotCells,
+    gpa: Gpa,
+    slot_offset: u64,
+    slot_bytes: u64,
+}
+
+impl SlotHit<'_> {
+    /// The place as the backing sees it.
+    #[inline(always)]
+    pub(crate) fn ram(&self) -> RamAddr {
+        let cookie = self.cells.cookie.load(Ordering::Relaxed);
+        RamAddr { gpa: self.gpa, slot_offset: self.slot_offset, cookie }
+    }
+
+    /// The slot's flags.
+    #[inline(always)]
+    pub(crate) fn flags(&self) -> SlotFlags {
+        SlotFlags::from_bits_retain(self.cells.flags.load(Ordering::Relaxed))
+    }
+
+    /// The first address after the slot.
+    pub(crate) fn slot_end(&self) -> u64 {
+        self.gpa.bits() + (self.slot_bytes - self.slot_offset)
+    }
+
+    /// Whether the naturally aligned block of `bytes` (a power of two) around the address lies in the slot.
+    #[inline]
+    pub(crate) fn block_fits(&self, bytes: u64) -> bool {
+        let before = self.gpa.bits() & (bytes - 1);
+        before <= self.slot_offset && bytes - before <= self.slot_bytes - self.slot_offset
+    }
+}
+
+/// The slots of a VM: sorted, without overlap, then cells without slot.
 #[derive(Debug)]
 pub(crate) struct Slots {
-    count: AtomicUsize,
     cells: [SlotCells; MAX_SLOTS],
 }
 
 impl Slots {
     pub(crate) const fn new() -> Self {
-        Self { count: AtomicUsize::new(0), cells: [const { SlotCells::new() }; MAX_SLOTS] }
+        Self { cells: [const { SlotCells::new() }; MAX_SLOTS] }
     }
 
-    #[inline]
-    fn live(&self) -> &[SlotCells] {
-        self.cells.get(..self.count.load(Ordering::Relaxed)).unwrap_or(&self.cells)
-    }
-
-    /// The slot that holds `gfn`. Almost always one of the first two: a linear search of a sorted array.
-    #[inline]
-    pub(crate) fn find(&self, gfn: Gfn) -> Option<SlotPage> {
-        for cells in self.live() {
-            let page = gfn.number().wrapping_sub(cells.start.load(Ordering::Relaxed));
-            let pages = cells.pages.load(Ordering::Relaxed);
-            if page < pages {
-                let flags = SlotFlags::from_bits_retain(cells.flags.load(Ordering::Relaxed));
-                let cookie = cells.cookie.load(Ordering::Relaxed);
-                return Some(SlotPage { gfn, page, pages, flags, cookie });
-            }
+    /// The place in RAM that `gpa` names. RAM is almost always below the PCI hole or above it: the first two slots are
+    /// looked at on the spot.
+    #[inline(always)]
+    pub(crate) fn find(&self, gpa: Gpa) -> Option<SlotHit<'_>> {
+        let [first, second, rest @ ..] = &self.cells;
+        if let Some(found) = first.find(gpa) {
+            return Some(found);
         }
-        None
+        if let Some(found) = second.find(gpa) {
+            return Some(found);
+        }
+        Self::find_among(rest, gpa)
+    }
+
+    #[inline(never)]
+    fn find_among(cells: &[SlotCells], gpa: Gpa) -> Option<SlotHit<'_>> {
+        cells
+            .iter()
+            .take_while(|cells| cells.bytes.load(Ordering::Relaxed) != 0)
+            .find_map(|cells| cells.find(gpa))
     }
 
     pub(crate) fn iter(&self) -> impl Iterator<Item = Slot> + '_ {
-        self.live().iter().map(SlotCells::get)
+        self.cells.iter().map_while(SlotCells::get)
     }
 
     /// Adds a slot. The caller has the VM for itself.
@@ -147,27 +193,25 @@ impl Slots {
         if let Some(other) = self.iter().find(|other| other.range.overlaps(slot.range)) {
             return Err(SlotError::Overlap(other));
         }
-        let count = self.count.load(Ordering::Relaxed);
-        if count >= MAX_SLOTS {
+        let count = self.iter().count();
+        if count == MAX_SLOTS {
             return Err(SlotError::Full);
         }
         let place = self.iter().position(|other| other.range.start() > slot.range.start()).unwrap_or(count);
         for index in (place..count).rev() {
-            self.cells[index + 1].set(&self.cells[index].get());
+            self.cells[index + 1].set(self.cells[index].get().as_ref());
         }
-        self.cells[place].set(slot);
-        self.count.store(count + 1, Ordering::Relaxed);
+        self.cells[place].set(Some(slot));
         Ok(())
     }
 
     /// Removes the slot that starts at `start`. The caller has the VM for itself.
     pub(crate) fn remove(&self, start: Gfn) -> Result<Slot, SlotError> {
         let (place, slot) = self.at(start)?;
-        let count = self.live().len();
-        for index in place + 1..count {
-            self.cells[index - 1].set(&self.cells[index].get());
+        for index in place..MAX_SLOTS {
+            let next = self.cells.get(index + 1).and_then(SlotCells::get);
+            self.cells[index].set(next.as_ref());
         }
-        self.count.store(count - 1, Ordering::Relaxed);
         Ok(slot)
     }
 
@@ -195,6 +239,10 @@ mod tests {
         Slot { range, flags: SlotFlags::empty(), cookie: start }
     }
 
+    fn gpa(gfn: u64) -> Gpa {
+        Gfn::new_truncate(gfn).gpa()
+    }
+
     #[test]
     fn slots_stay_sorted_and_never_overlap() {
         let slots = Slots::new();
@@ -209,9 +257,9 @@ mod tests {
         assert_eq!(starts, [0, 50, 60, 100, 200]);
         assert_eq!(slots.remove(Gfn::new_truncate(60)), Ok(slot(60, 1)));
         assert_eq!(slots.remove(Gfn::new_truncate(61)), Err(SlotError::NotFound(Gfn::new_truncate(61))));
-        assert_eq!(slots.find(Gfn::new_truncate(60)), None);
-        assert_eq!(slots.find(Gfn::new_truncate(109)).unwrap().page, 9);
-        assert_eq!(slots.find(Gfn::new_truncate(110)), None);
+        assert!(slots.find(gpa(60)).is_none());
+        assert_eq!(slots.find(gpa(109)).unwrap().ram().slot_page(), 9);
+        assert!(slots.find(gpa(110)).is_none());
     }
 
     #[test]
@@ -222,7 +270,8 @@ mod tests {
         }
         assert_eq!(slots.insert(&slot(1000, 1)), Err(SlotError::Full));
         assert_eq!(slots.iter().count(), MAX_SLOTS);
-        assert!(slots.find(Gfn::new_truncate(62)).is_some());
+        assert!(slots.find(gpa(1000)).is_none());
+        assert!(slots.find(gpa(62)).is_some());
     }
 
     /// CVE-2024-26991 and the huge page outside its slot: a block is judged against both ends of the slot.
@@ -230,7 +279,7 @@ mod tests {
     fn cve_2024_26991_block_straddling_a_slot_boundary_does_not_fit() {
         let slots = Slots::new();
         slots.insert(&slot(0x201, 0x400)).unwrap();
-        let fits = |gfn| slots.find(Gfn::new_truncate(gfn)).unwrap().block_fits(512);
+        let fits = |gfn| slots.find(gpa(gfn)).unwrap().block_fits(512 * 4096);
         assert!(!fits(0x201), "the head of its block is outside");
         assert!(fits(0x400) && fits(0x5ff));
         assert!(!fits(0x600), "the tail of its block is outside");

@@ -5,29 +5,11 @@ use super::fault::{Cause, Fault, Place, WalkError};
 use super::permission::{forbids, index, permissions, Permissions};
 use super::reserved::{reserved, Reserved};
 use super::source::TableSource;
+use super::walker::{marked, Walker};
 use crate::access::{Access, AccessKind, Agent, Prot};
-use crate::addr::{Address, MAX_PHYSICAL_BITS, PAGE_SHIFT};
+use crate::addr::Address;
 use crate::level::Level;
 use crate::role::{CpuRole, PagingMode, RoleFlags};
-
-/// P: present.
-const PRESENT: u64 = 1 << 0;
-/// R/W: writable.
-const WRITE: u64 = 1 << 1;
-/// U/S: user.
-const USER: u64 = 1 << 2;
-/// A: accessed.
-const ACCESSED: u64 = 1 << 5;
-/// D: dirty.
-const DIRTY: u64 = 1 << 6;
-/// PS: page size.
-const LARGE: u64 = 1 << 7;
-/// NX: no execute.
-const NO_EXECUTE: u64 = 1 << 63;
-/// Frame number field of an 8-byte entry.
-const FRAME: u64 = ((1 << MAX_PHYSICAL_BITS) - 1) & !((1 << PAGE_SHIFT) - 1);
-/// Lowest bit of the protection key in a leaf.
-const KEY_SHIFT: u32 = 59;
 
 /// Times a walk starts again because the guest changed an entry under it.
 const MAX_RESTARTS: usize = 8;
@@ -43,7 +25,8 @@ const MAX_RESTARTS: usize = 8;
 pub struct PagingContext<In, Out> {
     role: CpuRole,
     permissions: &'static Permissions,
-    reserved: Reserved,
+    /// Reserved bits, and bit 0 for entries that are not present.
+    pub(super) wrong: Reserved,
     stages: PhantomData<fn(In) -> Out>,
 }
 
@@ -72,20 +55,10 @@ pub struct Translation<Out> {
     pub prot: Prot,
 }
 
-/// A walk of 8-byte entries: where it is, and what it has seen.
-struct Walk {
-    table: u64,
-    level: Level,
-    /// AND of the entries, NX inverted.
-    permits: u64,
-    /// AND of the A bits.
-    accessed: u64,
-}
-
 impl<In: Address, Out: Address> PagingContext<In, Out> {
     /// The context of a role.
     pub const fn new(role: CpuRole) -> Self {
-        Self { role, permissions: permissions(role.flags()), reserved: reserved(&role), stages: PhantomData }
+        Self { role, permissions: permissions(role.flags()), wrong: reserved(&role), stages: PhantomData }
     }
 
     /// The role the context was made for: while it stays the same, so does the context.
@@ -99,6 +72,8 @@ impl<In: Address, Out: Address> PagingContext<In, Out> {
     ///
     /// Canonical form is the caller's matter (a violation is #GP or #SS, not #PF); in long mode bits above the width are
     /// ignored, in the other modes bits 63:32.
+    ///
+    /// Four levels with all bits set are walked on the spot; everything else is rare and far away.
     #[inline]
     pub fn translate<S: TableSource<Out>>(
         &self,
@@ -107,14 +82,18 @@ impl<In: Address, Out: Address> PagingContext<In, Out> {
         address: In,
         access: Access,
     ) -> Result<Translation<Out>, WalkError> {
-        match self.walk(tables, regs, address, access, &mut |_, _| {})? {
-            (translation, true) => Ok(translation),
-            (_, false) => self.translate_and_mark(tables, regs, address, access),
+        if self.role.mode() == PagingMode::FourLevel {
+            let mut walker = Walker::new(self, tables, regs, address, access, |_, _| {});
+            let translation = walker.four_levels();
+            if !walker.unmarked {
+                return translation;
+            }
         }
+        self.translate_and_mark(tables, regs, address, access)
     }
 
-    /// Repeats the walk, this time setting accessed and dirty bits.
-    #[cold]
+    /// The general case of [`translate`](Self::translate): any mode, bits to be set.
+    #[inline(never)]
     fn translate_and_mark<S: TableSource<Out>>(
         &self,
         tables: &S,
@@ -124,10 +103,10 @@ impl<In: Address, Out: Address> PagingContext<In, Out> {
     ) -> Result<Translation<Out>, WalkError> {
         for _ in 0..MAX_RESTARTS {
             let mut trail = Trail::default();
-            let (translation, _) = self.walk(tables, regs, address, access, &mut |at, entry| {
-                trail.push(at, entry);
-            })?;
-            if self.mark(tables, &trail, address, access)? {
+            let mut walker =
+                Walker::new(self, tables, regs, address, access, |at, entry| trail.push(at, entry));
+            let translation = walker.any_mode()?;
+            if !walker.unmarked || self.mark(tables, &trail, address, access)? {
                 return Ok(translation);
             }
         }
@@ -144,9 +123,8 @@ impl<In: Address, Out: Address> PagingContext<In, Out> {
     ) -> Result<bool, WalkError> {
         let steps = trail.steps();
         for (position, &(at, entry)) in steps.iter().enumerate() {
-            let leaf = position + 1 == steps.len();
-            let dirty = if leaf && access.kind == AccessKind::Write { DIRTY } else { 0 };
-            let marked = entry | ACCESSED | dirty;
+            let below = steps.len() - 1 - position;
+            let marked = marked(entry, below == 0 && access.kind == AccessKind::Write);
             if marked == entry {
                 continue;
             }
@@ -155,216 +133,33 @@ impl<In: Address, Out: Address> PagingContext<In, Out> {
                 PagingMode::TwoLevel => tables.update_u32(at, entry as u32, marked as u32),
                 _ => tables.update_u64(at, entry, marked),
             };
-            let level = LEVELS[(steps.len() - 1 - position) % LEVELS.len()];
-            let done = done.map_err(|error| {
-                error.into_walk(address, access, level, Prot::all(), self.role.reports_fetches())
-            })?;
-            if !done {
+            let level = Level::ALL[below % Level::ALL.len()];
+            let failed = self.fault_at(address, access, level, Prot::all());
+            if !done.map_err(|error| error.into_walk(failed))? {
                 return Ok(false);
             }
         }
         Ok(true)
     }
 
-    /// Walks without changing anything. Calls `visit` with address and value of each entry that has an accessed bit, from
-    /// the top. The second value says whether all bits that the access sets are set already.
+    /// Whether a translation with `prot` and protection key `key`, from a leaf at `level`, permits the access.
     #[inline(always)]
-    fn walk<S: TableSource<Out>>(
-        &self,
-        tables: &S,
-        regs: &WalkRegs,
-        address: In,
-        access: Access,
-        visit: &mut impl FnMut(u64, u64),
-    ) -> Result<(Translation<Out>, bool), WalkError> {
-        let walk = match self.role.mode() {
-            PagingMode::FourLevel => Walk::from(regs.cr3 & FRAME, Level::L4),
-            PagingMode::FiveLevel => Walk::from(regs.cr3 & FRAME, Level::L5),
-            PagingMode::Pae => {
-                let address = In::from_bits_truncate(address.bits() & u64::from(u32::MAX));
-                let walk = self.pae_directory(tables, regs, address, access)?;
-                return self.walk_long(walk, tables, regs, address, access, visit);
-            }
-            PagingMode::TwoLevel => {
-                let address = In::from_bits_truncate(address.bits() & u64::from(u32::MAX));
-                return self.walk_short(tables, regs, address, access, visit);
-            }
-            PagingMode::Unpaged => {
-                let address = Out::from_bits_truncate(address.bits() & u64::from(u32::MAX));
-                return Ok((Translation { address, page_bytes: 1 << 32, prot: Prot::all() }, true));
-            }
-        };
-        self.walk_long(walk, tables, regs, address, access, visit)
-    }
-
-    /// 8-byte entries, from a table of level 2 to 5 on.
-    #[inline(always)]
-    fn walk_long<S: TableSource<Out>>(
-        &self,
-        mut walk: Walk,
-        tables: &S,
-        regs: &WalkRegs,
-        address: In,
-        access: Access,
-        visit: &mut impl FnMut(u64, u64),
-    ) -> Result<(Translation<Out>, bool), WalkError> {
-        let frame = address.bits() >> PAGE_SHIFT;
-        loop {
-            let at = walk.table | (walk.level.index(frame) as u64) << 3;
-            let entry = match tables.read_u64(Out::from_bits_truncate(at)) {
-                Ok(entry) => entry,
-                Err(error) => {
-                    return Err(error.into_walk(
-                        address,
-                        access,
-                        walk.level,
-                        walk.prot(),
-                        self.role.reports_fetches(),
-                    ))
-                }
-            };
-            if entry & PRESENT == 0 {
-                return Err(self.fault(address, access, walk.level, Cause::NotPresent, walk.prot()));
-            }
-            walk.permits &= entry ^ NO_EXECUTE;
-            walk.accessed &= entry;
-            let large = entry & LARGE != 0;
-            if entry & self.reserved[walk.level.ordinal()][usize::from(large)] != 0 {
-                return Err(self.fault(address, access, walk.level, Cause::Reserved, walk.prot()));
-            }
-            visit(at, entry);
-            // Above level 3 bit 7 is reserved, so it ended the walk already.
-            let below = match walk.level.down() {
-                Some(below) if !large => below,
-                _ => return self.finish(&walk, entry, regs, address, access),
-            };
-            walk.table = entry & FRAME;
-            walk.level = below;
-        }
-    }
-
-    /// The end of a walk of 8-byte entries: `entry` is the leaf.
-    #[inline(always)]
-    fn finish(
-        &self,
-        walk: &Walk,
-        entry: u64,
-        regs: &WalkRegs,
-        address: In,
-        access: Access,
-    ) -> Result<(Translation<Out>, bool), WalkError> {
-        let prot = walk.prot();
-        self.check(regs, address, access, walk.level, prot, (entry >> KEY_SHIFT & 15) as u32)?;
-        let page_bytes = 1 << walk.level.shift();
-        let inside = page_bytes - 1;
-        let out = Out::from_bits_truncate((entry & FRAME & !inside) | (address.bits() & inside));
-        let dirty = access.kind != AccessKind::Write || entry & DIRTY != 0;
-        let marked = walk.accessed & ACCESSED != 0 && dirty;
-        Ok((Translation { address: out, page_bytes, prot }, marked))
-    }
-
-    /// PAE's first step: the PDPTE, which restricts nothing and has no accessed bit.
-    fn pae_directory<S: TableSource<Out>>(
-        &self,
-        tables: &S,
-        regs: &WalkRegs,
-        address: In,
-        access: Access,
-    ) -> Result<Walk, WalkError> {
-        let index = (address.bits() >> Level::L3.shift()) & 3;
-        let pdpte = match regs.pdptes {
-            Some(pdptes) => pdptes[index as usize],
-            None => {
-                let at = (regs.cr3 & 0xffff_ffe0) + index * 8;
-                tables.read_u64(Out::from_bits_truncate(at)).map_err(|error| {
-                    let reports_fetches = self.role.reports_fetches();
-                    error.into_walk(address, access, Level::L3, Prot::all(), reports_fetches)
-                })?
-            }
-        };
-        if pdpte & PRESENT == 0 {
-            return Err(self.fault(address, access, Level::L3, Cause::NotPresent, Prot::all()));
-        }
-        if pdpte & self.reserved[Level::L3.ordinal()][0] != 0 {
-            return Err(self.fault(address, access, Level::L3, Cause::Reserved, Prot::all()));
-        }
-        Ok(Walk::from(pdpte & FRAME, Level::L2))
-    }
-
-    /// Two levels of 4-byte entries.
-    fn walk_short<S: TableSource<Out>>(
-        &self,
-        tables: &S,
-        regs: &WalkRegs,
-        address: In,
-        access: Access,
-        visit: &mut impl FnMut(u64, u64),
-    ) -> Result<(Translation<Out>, bool), WalkError> {
-        let bits = address.bits();
-        let mut walk = Walk::from(regs.cr3 & 0xffff_f000, Level::L2);
-        loop {
-            let shift = if walk.level == Level::L2 { 22 } else { 12 };
-            let at = walk.table | ((bits >> shift) & 0x3ff) << 2;
-            let entry = match tables.read_u32(Out::from_bits_truncate(at)) {
-                Ok(entry) => u64::from(entry),
-                Err(error) => {
-                    let reports_fetches = self.role.reports_fetches();
-                    return Err(error.into_walk(address, access, walk.level, walk.prot(), reports_fetches));
-                }
-            };
-            if entry & PRESENT == 0 {
-                return Err(self.fault(address, access, walk.level, Cause::NotPresent, walk.prot()));
-            }
-            walk.permits &= entry ^ NO_EXECUTE;
-            walk.accessed &= entry;
-            let pse = self.role.flags().contains(RoleFlags::PSE);
-            let large = walk.level == Level::L2 && pse && entry & LARGE != 0;
-            if large && entry & self.reserved[Level::L2.ordinal()][1] != 0 {
-                return Err(self.fault(address, access, walk.level, Cause::Reserved, walk.prot()));
-            }
-            visit(at, entry);
-            if walk.level == Level::L2 && !large {
-                walk.table = entry & 0xffff_f000;
-                walk.level = Level::L1;
-                continue;
-            }
-            let prot = walk.prot();
-            self.check(regs, address, access, walk.level, prot, 0)?;
-            let page_bytes: u64 = 1 << shift;
-            let frame = if large {
-                // PSE-36: bits 20:13 are address bits 39:32; without it they were found to be zero.
-                entry & 0xffc0_0000 | (entry >> 13 & 0xff) << 32
-            } else {
-                entry & 0xffff_f000
-            };
-            let out = Out::from_bits_truncate(frame | bits & (page_bytes - 1));
-            let dirty = access.kind != AccessKind::Write || entry & DIRTY != 0;
-            let marked = walk.accessed & ACCESSED != 0 && dirty;
-            return Ok((Translation { address: out, page_bytes, prot }, marked));
-        }
-    }
-
-    /// Whether a translation with `prot` and protection key `key` permits the access.
-    #[inline(always)]
-    fn check(
+    pub(super) fn check(
         &self,
         regs: &WalkRegs,
         address: In,
         access: Access,
         level: Level,
-        prot: Prot,
-        key: u32,
+        (prot, key): (Prot, u32),
     ) -> Result<(), WalkError> {
         let forbidden = forbids(self.permissions, index(access, regs.ac), prot);
         let key_denied =
             self.role.flags().contains(RoleFlags::PKE) && self.key_denies(regs, access, prot, key);
-        if !forbidden && !key_denied {
-            return Ok(());
+        if forbidden || key_denied {
+            let fault = self.fault_at(address, access, level, prot);
+            return Err(WalkError::Fault(Fault { cause: Cause::Protection, key_denied, ..fault }));
         }
-        let WalkError::Fault(fault) = self.fault(address, access, level, Cause::Protection, prot) else {
-            return Err(WalkError::Contended);
-        };
-        Err(WalkError::Fault(Fault { key_denied, ..fault }))
+        Ok(())
     }
 
     /// Protection keys restrict data accesses to user pages, supervisor writes only with CR0.WP (Intel SDM vol. 3,
@@ -381,45 +176,22 @@ impl<In: Address, Out: Address> PagingContext<In, Out> {
         no_access || no_write
     }
 
+    /// A fault at `level`, of an entry that is not present unless the caller knows better.
     #[cold]
-    fn fault(&self, address: In, access: Access, level: Level, cause: Cause, found: Prot) -> WalkError {
-        WalkError::Fault(Fault {
+    pub(super) fn fault_at(&self, address: In, access: Access, level: Level, found: Prot) -> Fault {
+        Fault {
             stage: In::STAGE,
             address: address.bits(),
             level,
             access,
             place: Place::Final,
-            cause,
+            cause: Cause::NotPresent,
             found,
             key_denied: false,
             reports_fetches: self.role.reports_fetches(),
-        })
+        }
     }
 }
-
-/// Levels by position, the lowest first.
-const LEVELS: [Level; 5] = [Level::L1, Level::L2, Level::L3, Level::L4, Level::L5];
-
-impl Walk {
-    #[inline(always)]
-    const fn from(table: u64, level: Level) -> Self {
-        Self { table, level, permits: WRITE | USER | NO_EXECUTE, accessed: ACCESSED }
-    }
-
-    /// What the entries so far permit.
-    #[inline(always)]
-    const fn prot(&self) -> Prot {
-        let data = (self.permits & (WRITE | USER)) >> 1;
-        let execute = (self.permits & NO_EXECUTE) >> 61;
-        Prot::from_bits_truncate((data | execute) as u8)
-    }
-}
-
-const _: () = assert!(
-    Prot::WRITE.bits() as u64 == WRITE >> 1
-        && Prot::USER.bits() as u64 == USER >> 1
-        && Prot::EXECUTE.bits() as u64 == NO_EXECUTE >> 61
-);
 
 /// The entries of a walk, top first.
 #[derive(Default)]

@@ -4,6 +4,7 @@ mod fault;
 mod permission;
 mod reserved;
 mod source;
+mod walker;
 
 pub use context::{PagingContext, Translation, WalkRegs};
 pub use fault::{Cause, Fault, NpfInfo, PageFaultCode, Place, WalkError};

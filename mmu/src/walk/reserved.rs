@@ -7,7 +7,7 @@ const LARGE: u64 = 1 << 7;
 /// Bit 63.
 const NO_EXECUTE: u64 = 1 << 63;
 
-/// Reserved bits by level (from 0) and by bit 7.
+/// Reserved bits by level (from 0) and by bit 7; bit 0, always set, stands for entries that are not present.
 pub(super) type Reserved = [[u64; 2]; 5];
 
 /// Bits `high` down to `low`.
@@ -19,7 +19,20 @@ const fn bits(high: u32, low: u32) -> u64 {
 }
 
 /// The reserved bits in a role.
+///
+/// An entry is wrong if `(entry ^ 1) & mask` is not zero.
 pub(super) const fn reserved(role: &CpuRole) -> Reserved {
+    let mut masks = role_bits(role);
+    let mut level = 0;
+    while level < masks.len() {
+        masks[level][0] |= 1;
+        masks[level][1] |= 1;
+        level += 1;
+    }
+    masks
+}
+
+const fn role_bits(role: &CpuRole) -> Reserved {
     let address = bits(MAX_PHYSICAL_BITS - 1, role.max_phys_addr());
     let no_execute = if role.flags().contains(RoleFlags::NX) { 0 } else { NO_EXECUTE };
     match role.mode() {

@@ -1,9 +1,8 @@
 //! The stage below a walk: where the entries of a guest's tables are read and marked.
 use super::context::{PagingContext, WalkRegs};
 use super::fault::{Cause, Fault, Place, WalkError};
-use crate::access::{Access, AccessKind, Prot};
+use crate::access::{Access, AccessKind};
 use crate::addr::{Address, Gpa, NGpa};
-use crate::level::Level;
 use crate::memory::{Backing, NotRam, Shared};
 
 /// Why an entry cannot be reached.
@@ -102,29 +101,12 @@ impl<S: TableSource<Gpa>> TableSource<NGpa> for NestedTables<'_, S> {
 }
 
 impl BelowError {
-    /// The error of a walk from `address` that could not reach its entry at `level`.
+    /// The error of a walk that could not reach an entry; `fault` says where it was.
     #[cold]
-    pub(super) fn into_walk<In: Address>(
-        self,
-        address: In,
-        access: Access,
-        level: Level,
-        found: Prot,
-        reports_fetches: bool,
-    ) -> WalkError {
+    pub(super) fn into_walk(self, fault: Fault) -> WalkError {
         match self {
-            Self::NotRam => WalkError::Fault(Fault {
-                stage: In::STAGE,
-                address: address.bits(),
-                level,
-                access,
-                place: Place::Final,
-                cause: Cause::NoTable,
-                found,
-                key_denied: false,
-                reports_fetches,
-            }),
-            Self::Fault(fault) => WalkError::Fault(fault),
+            Self::NotRam => WalkError::Fault(Fault { cause: Cause::NoTable, ..fault }),
+            Self::Fault(below) => WalkError::Fault(below),
             Self::Contended => WalkError::Contended,
         }
     }

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::Mutex;
 
-use mmu::{AccessKind, Backing, NoPage, PageSize, Pfn, RamAddr, Resolved, SlotPage};
+use mmu::{AccessKind, Backing, NoPage, PageSize, Pfn, RamAddr, Resolved};
 
 /// How far a block moves each time.
 pub const MOVE: u64 = 1 << 20;
@@ -48,8 +48,8 @@ impl Blocks {
 }
 
 impl Backing for Blocks {
-    fn resolve(&self, page: &SlotPage, want: PageSize, _: AccessKind) -> Resolved {
-        let gfn = page.gfn.number();
+    fn resolve(&self, at: &RamAddr, want: PageSize, _: AccessKind) -> Resolved {
+        let gfn = at.gfn().number();
         let mut state = self.state.lock().unwrap();
         if state.retries > 0 {
             state.retries -= 1;
@@ -63,7 +63,7 @@ impl Backing for Blocks {
         drop(state);
         let first = gfn & !(size.pages() - 1);
         let inside = gfn - first;
-        let pfn = self.frame(page.cookie, page.page, gfn) - inside;
+        let pfn = self.frame(at.cookie, at.slot_page(), gfn) - inside;
         Resolved::Ram { pfn: Pfn::new_truncate(pfn), size }
     }
 

@@ -1,7 +1,7 @@
 //! Guest memory with contents, for walks: one array of words; a slot's cookie is the word its first byte is in.
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
-use mmu::{AccessKind, Backing, NoPage, PageSize, Pfn, RamAddr, Resolved, SlotPage};
+use mmu::{AccessKind, Backing, NoPage, PageSize, Pfn, RamAddr, Resolved};
 
 pub struct FlatRam {
     words: Vec<AtomicU64>,
@@ -39,7 +39,7 @@ impl FlatRam {
     }
 
     fn word(&self, at: &RamAddr) -> Result<&AtomicU64, NoPage> {
-        self.words.get((at.page.cookie + at.slot_offset() / 8) as usize).ok_or(NoPage)
+        self.words.get((at.cookie + at.slot_offset / 8) as usize).ok_or(NoPage)
     }
 
     fn before_exchange(&self) {
@@ -51,47 +51,47 @@ impl FlatRam {
 }
 
 impl Backing for FlatRam {
-    fn resolve(&self, page: &SlotPage, _: PageSize, _: AccessKind) -> Resolved {
-        let pfn = Pfn::new_truncate(page.cookie / 512 + page.page);
+    fn resolve(&self, at: &RamAddr, _: PageSize, _: AccessKind) -> Resolved {
+        let pfn = Pfn::new_truncate(at.cookie / 512 + at.slot_page());
         Resolved::Ram { pfn, size: PageSize::Size4K }
     }
 
     fn read(&self, at: &RamAddr, buf: &mut [u8]) -> Result<(), NoPage> {
-        assert!(at.offset as usize + buf.len() <= 4096, "an access stays in its page");
+        assert!(at.gpa.page_offset() as usize + buf.len() <= 4096, "an access stays in its page");
         for (index, byte) in buf.iter_mut().enumerate() {
-            let at = RamAddr { offset: at.offset + index as u64, ..*at };
-            *byte = self.word(&at)?.load(Ordering::SeqCst).to_le_bytes()[at.offset as usize % 8];
+            let at = RamAddr { slot_offset: at.slot_offset + index as u64, ..*at };
+            *byte = self.word(&at)?.load(Ordering::SeqCst).to_le_bytes()[at.slot_offset as usize % 8];
         }
         Ok(())
     }
 
     fn write(&self, at: &RamAddr, data: &[u8]) -> Result<(), NoPage> {
-        assert!(at.offset as usize + data.len() <= 4096, "an access stays in its page");
+        assert!(at.gpa.page_offset() as usize + data.len() <= 4096, "an access stays in its page");
         for (index, byte) in data.iter().enumerate() {
-            let at = RamAddr { offset: at.offset + index as u64, ..*at };
+            let at = RamAddr { slot_offset: at.slot_offset + index as u64, ..*at };
             let word = self.word(&at)?;
             let mut bytes = word.load(Ordering::SeqCst).to_le_bytes();
-            bytes[at.offset as usize % 8] = *byte;
+            bytes[at.slot_offset as usize % 8] = *byte;
             word.store(u64::from_le_bytes(bytes), Ordering::SeqCst);
         }
         Ok(())
     }
 
     fn load_u32(&self, at: &RamAddr) -> Result<u32, NoPage> {
-        assert_eq!(at.offset % 4, 0);
-        Ok((self.word(at)?.load(Ordering::SeqCst) >> ((at.offset & 4) * 8)) as u32)
+        assert_eq!(at.slot_offset % 4, 0);
+        Ok((self.word(at)?.load(Ordering::SeqCst) >> ((at.slot_offset & 4) * 8)) as u32)
     }
 
     fn load_u64(&self, at: &RamAddr) -> Result<u64, NoPage> {
-        assert_eq!(at.offset % 8, 0);
+        assert_eq!(at.slot_offset % 8, 0);
         Ok(self.word(at)?.load(Ordering::SeqCst))
     }
 
     fn compare_exchange_u32(&self, at: &RamAddr, current: u32, new: u32) -> Result<u32, NoPage> {
-        assert_eq!(at.offset % 4, 0);
+        assert_eq!(at.slot_offset % 4, 0);
         self.before_exchange();
         let word = self.word(at)?;
-        let shift = (at.offset & 4) * 8;
+        let shift = (at.slot_offset & 4) * 8;
         let old = word.load(Ordering::SeqCst);
         let found = (old >> shift) as u32;
         if found == current {
@@ -101,7 +101,7 @@ impl Backing for FlatRam {
     }
 
     fn compare_exchange_u64(&self, at: &RamAddr, current: u64, new: u64) -> Result<u64, NoPage> {
-        assert_eq!(at.offset % 8, 0);
+        assert_eq!(at.slot_offset % 8, 0);
         self.before_exchange();
         match self.word(at)?.compare_exchange(current, new, Ordering::SeqCst, Ordering::SeqCst) {
             Ok(found) | Err(found) => Ok(found),
