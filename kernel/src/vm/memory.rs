@@ -14,7 +14,7 @@ use core::fmt;
 use core::hint::spin_loop;
 use core::sync::atomic::{AtomicU32, AtomicU64, AtomicU8, Ordering};
 use mmu::{
-    AccessKind, Backing, GfnRange, Gpa, Hpa, NoPage, PageSize, RamAddr, Resolved, Slot, SlotFlags, SlotPage,
+    AccessKind, Backing, GfnRange, Gpa, Hpa, NoPage, PageSize, RamAddr, Resolved, Slot, SlotFlags,
 };
 use x86_64::PhysAddr;
 
@@ -264,8 +264,8 @@ impl HostMemory {
     /// Pointer to a place that a slot named, good up to the end of its page.
     #[inline]
     fn at(&self, at: &RamAddr) -> Result<*mut u8, NoPage> {
-        let range = self.ranges.get(at.page.cookie as usize).ok_or(NoPage)?;
-        let offset = at.slot_offset();
+        let range = self.ranges.get(at.cookie as usize).ok_or(NoPage)?;
+        let offset = at.slot_offset;
         if offset >= range.bytes {
             return Err(NoPage);
         }
@@ -298,9 +298,9 @@ impl HostMemory {
 
 impl Backing for HostMemory {
     #[inline]
-    fn resolve(&self, page: &SlotPage, want: PageSize, _: AccessKind) -> Resolved {
-        let Some(range) = self.ranges.get(page.cookie as usize) else { return Resolved::Absent };
-        let offset = page.page * PAGE_SIZE;
+    fn resolve(&self, at: &RamAddr, want: PageSize, _: AccessKind) -> Resolved {
+        let Some(range) = self.ranges.get(at.cookie as usize) else { return Resolved::Absent };
+        let offset = at.slot_offset;
         if offset >= range.bytes {
             return Resolved::Absent;
         }

@@ -229,7 +229,7 @@ impl Paging {
     /// Where guest-physical address `gpa` leads.
     #[inline]
     pub fn place<V: Vendor>(&self, memory: &GuestMemory<V>, gpa: u64) -> Place {
-        match memory.shared().find_slot(Gpa::new_truncate(gpa).gfn()) {
+        match memory.shared().ram(Gpa::new_truncate(gpa)) {
             Some(_) => Place::Ram(gpa),
             None => Place::Device(gpa),
         }

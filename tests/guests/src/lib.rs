@@ -20,7 +20,6 @@ pub mod dev;
 pub mod entry;
 pub mod frames;
 pub mod machine;
-pub mod modes;
 pub mod multiboot;
 pub mod paging;
 pub mod platform;
