@@ -468,9 +468,13 @@ fn rtc_cases() {
         rtc::read(rtc::C);
         sti();
         wait_until(LONG, || trap::count(pic::BASE + 8) >= 1);
+        // One more may be latched in the 8259: the periodic flag may have been set before its enable bit was.
+        acpi_wait(10_000);
+        let settled = trap::count(pic::BASE + 8);
         acpi_wait(50_000);
         cli();
-        t.eq("interrupts while register C is not read", trap::count(pic::BASE + 8), 1u32);
+        t.yes("at most the latched interrupt and one more", settled <= 2);
+        t.eq("interrupts while register C is not read", trap::count(pic::BASE + 8), settled);
         rtc::write(rtc::B, b);
         rtc::read(rtc::C);
     });
