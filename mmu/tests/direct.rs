@@ -8,7 +8,7 @@ use mmu::{
 };
 use support::blocks::{Blocks, MOVE};
 use support::hardware::{Tally, Walker};
-use support::tables::HostTables;
+use support::tables::{interfere, HostTables};
 
 const CPU: CpuId = CpuId::BOOT;
 const HOST: NptHost =
@@ -481,6 +481,59 @@ fn d8_a_leaf_that_disagrees_with_its_slot_is_zapped_not_changed() {
     assert!(vm.memory.shootdown().requested() > before);
     assert_eq!(vm.hit(3), Some((8 * GIB + 3, 512)));
     vm.finish();
+}
+
+/// Another CPU maps a page of the same 1 GiB between this fault's look and its compare-exchange. What this fault had
+/// prepared in its table pages does not stay there, to turn up at another address.
+#[test]
+fn a_lost_race_leaves_nothing_in_the_cache() {
+    let vm: &'static Vm = Box::leak(Box::new(Vm::new(HOST, &[(0, 2 * GIB, RW, 8 * GIB)])));
+    vm.memory.backing().set_largest(PageSize::Size4K);
+    let (mut mine, mut next) = (TableCache::new(), TableCache::new());
+    vm.tables.fill(&mut mine);
+    vm.tables.fill(&mut next);
+    let fault = |cpu, cache: &mut TableCache, gfn| {
+        vm.kind.fault(&vm.memory.shared(CpuId::new(cpu).unwrap()), cache, gpa(gfn), AccessKind::Write)
+    };
+    for (gfn, theirs) in [(3, 5), (GIB + 700, GIB + 700)] {
+        interfere(move || {
+            let mut cache = TableCache::new();
+            vm.tables.fill(&mut cache);
+            let shared = vm.memory.shared(CpuId::new(1).unwrap());
+            assert_eq!(
+                vm.kind.fault(&shared, &mut cache, gpa(theirs), AccessKind::Write),
+                FaultOutcome::Mapped
+            );
+            drop(shared);
+            vm.tables.drain(&mut cache);
+        });
+        let outcome = if gfn == theirs { FaultOutcome::Spurious } else { FaultOutcome::Mapped };
+        assert_eq!(fault(0, &mut mine, gfn), outcome);
+        vm.tables.drain(&mut mine);
+        vm.tables.fill(&mut mine); // A page that is allocated again must be empty.
+    }
+    assert_eq!(fault(0, &mut next, 600), FaultOutcome::Mapped);
+    let hits = [3, 5, 600, GIB + 700].map(|gfn| vm.hit(gfn));
+    assert_eq!(hits, [3, 5, 600, GIB + 700].map(|gfn| Some((8 * GIB + gfn, 1))));
+    assert_eq!(vm.check().leaves, [4, 0, 0]);
+}
+
+/// The same for a split: the huge page is zapped while its small pages are being prepared.
+#[test]
+fn a_split_that_loses_a_race_leaves_nothing_in_the_cache() {
+    let vm: &'static Vm = Box::leak(Box::new(Vm::new(HOST, &[(0, GIB, RW, 8 * GIB)])));
+    let mut cache = TableCache::new();
+    vm.tables.fill(&mut cache);
+    let shared = vm.memory.shared(CPU);
+    assert_eq!(vm.kind.fault(&shared, &mut cache, gpa(0), AccessKind::Write), FaultOutcome::Mapped);
+    interfere(move || vm.zap(0, 1));
+    let mut sweep = Sweep::over(range(0, GIB));
+    while !sweep.is_done() {
+        assert_eq!(vm.kind.split(&shared, &mut cache, &mut sweep, PageSize::Size4K), SplitProgress::Batch);
+    }
+    assert_eq!(vm.check().leaves, [0; 3]);
+    vm.tables.drain(&mut cache);
+    vm.tables.fill(&mut cache); // A page that is allocated again must be empty.
 }
 
 #[test]

@@ -141,6 +141,34 @@ fn populate_against_zap_and_reclaim() {
     vm.finish(std::iter::empty());
 }
 
+/// The exclusive guard waits for the shared ones, and shared ones for it.
+#[test]
+fn the_exclusive_guard_excludes() {
+    let memory = VmMemory::new(Blocks::default());
+    let (first, second) = (CpuId::new(0).unwrap(), CpuId::new(1).unwrap());
+    let moment = || std::thread::sleep(std::time::Duration::from_millis(50));
+    let taken = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let shared = memory.shared(first);
+        scope.spawn(|| {
+            let exclusive = memory.exclusive(second);
+            taken.store(true, Ordering::SeqCst);
+            moment();
+            taken.store(false, Ordering::SeqCst);
+            drop(exclusive);
+        });
+        moment();
+        assert!(!taken.load(Ordering::SeqCst), "taken beside a shared guard");
+        drop(shared);
+        while !taken.load(Ordering::SeqCst) {
+            std::thread::yield_now();
+        }
+        let shared = memory.shared(first);
+        assert!(!taken.load(Ordering::SeqCst), "shared beside the exclusive one");
+        drop(shared);
+    });
+}
+
 /// The exclusive guard really is: slots come and go under faulting threads, and no fault sees a half-made change.
 #[test]
 fn slots_change_under_faulting_threads() {

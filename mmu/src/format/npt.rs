@@ -340,6 +340,7 @@ mod tests {
                     let found = format.leaf(small, smaller.level()).unwrap();
                     let execute = leaf.execute || !format.no_execute;
                     assert_eq!(found, Leaf { pfn, size: smaller, execute, ..leaf });
+                    assert_eq!(small & LARGE != 0, smaller != PageSize::Size4K, "bit 7 of a PTE is PAT");
                 }
             }
         }

@@ -112,6 +112,9 @@ impl Walker<'_> {
             assert!(self.is_sane(entry, level), "B1: level {level}, entry {entry:#x}");
             assert_eq!(entry >> 11 & 1, 1, "B5: present entries carry the MMU-present bit");
             if level == 1 || entry & 0x80 != 0 {
+                // PWT, PCD and PAT choose the first memory type, write-back.
+                let pat = if level == 1 { 0x80 } else { 0x1000 };
+                assert_eq!(entry & (0x18 | pat), 0, "level {level}, entry {entry:#x}");
                 let triple = (entry >> 9 & 1, entry >> 10 & 1, entry >> 1 & 1);
                 let legal = [(1, 1, 1), (1, 1, 0), (1, 0, 0), (0, 0, 0)];
                 assert!(legal.contains(&triple), "B2: {triple:?}");

@@ -1,6 +1,7 @@
 //! Table memory on the host that knows which frames are table pages at the moment, and stops at any other.
 #![allow(unsafe_code)] // Table pages are made here, as a kernel's frame allocator makes them.
 
+use std::cell::RefCell;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -9,8 +10,41 @@ use mmu::{EntryCell, HwEntry, Pfn, TableCache, TableFrame, TableMemory, TablePag
 /// Frame number of the first page: not zero, so that a lost base shows.
 pub const FIRST_PFN: u64 = 0x7_0000;
 
+thread_local! {
+    static INTERFERE: RefCell<Option<Box<dyn FnOnce()>>> = const { RefCell::new(None) };
+}
+
+/// Runs `action` just before this thread's next compare-exchange of an entry: another CPU at the worst moment.
+pub fn interfere(action: impl FnOnce() + 'static) {
+    INTERFERE.set(Some(Box::new(action)));
+}
+
+/// An entry whose compare-exchange can be interfered with.
+pub struct Cell(HwEntry);
+
+impl EntryCell for Cell {
+    fn load(&self) -> u64 {
+        self.0.load()
+    }
+    fn store(&self, entry: u64) {
+        self.0.store(entry);
+    }
+    fn swap(&self, entry: u64) -> u64 {
+        self.0.swap(entry)
+    }
+    fn compare_exchange(&self, current: u64, new: u64) -> Result<(), u64> {
+        if let Some(action) = INTERFERE.take() {
+            action();
+        }
+        self.0.compare_exchange(current, new)
+    }
+    fn fence(order: Ordering) {
+        HwEntry::fence(order);
+    }
+}
+
 struct Page {
-    entries: [HwEntry; ENTRIES],
+    entries: [Cell; ENTRIES],
     in_use: AtomicBool,
 }
 
@@ -23,7 +57,8 @@ pub struct HostTables {
 
 impl HostTables {
     pub fn new(count: usize) -> Self {
-        let page = || Page { entries: [const { HwEntry::new(0) }; ENTRIES], in_use: AtomicBool::new(false) };
+        let page =
+            || Page { entries: [const { Cell(HwEntry::new(0)) }; ENTRIES], in_use: AtomicBool::new(false) };
         Self {
             pages: Arc::new((0..count).map(|_| page()).collect()),
             free: Arc::new(Mutex::new((0..count as u64).rev().collect())),
@@ -80,9 +115,9 @@ impl HostTables {
 }
 
 impl TableMemory for HostTables {
-    type Cell = HwEntry;
+    type Cell = Cell;
 
-    fn cell<'a>(&'a self, table: &'a TableFrame, index: usize) -> &'a HwEntry {
+    fn cell<'a>(&'a self, table: &'a TableFrame, index: usize) -> &'a Cell {
         let page = &self.pages[(table.pfn().number() - FIRST_PFN) as usize];
         assert!(page.in_use.load(Ordering::SeqCst), "an entry of a page that was given back");
         &page.entries[index]
