@@ -30,7 +30,7 @@ impl HwVcpu for FakeVcpu {
     fn gprs_mut(&mut self) -> &mut [u64; 16] {
         &mut self.gprs
     }
-    fn run(&mut self) -> Exit {
+    fn run(&mut self, _: usize) -> Exit {
         self.injected = None;
         Exit::HostInterrupt
     }

@@ -308,8 +308,9 @@ pub trait HwVcpu: Send {
     /// General-purpose registers, to be changed.
     fn gprs_mut(&mut self) -> &mut [u64; 16];
 
-    /// Runs the guest on this CPU until it exits. Host interrupts must be off; they end the run, and stay pending.
-    fn run(&mut self) -> Exit;
+    /// Runs the guest until it exits, on the CPU with index `cpu`, which is the one that calls. Host interrupts must
+    /// be off; they end the run, and stay pending.
+    fn run(&mut self, cpu: usize) -> Exit;
 
     /// RIP.
     fn rip(&self) -> u64;

@@ -14,7 +14,7 @@ use super::view::View;
 use crate::cpu::tsc;
 use crate::devices::apic_bus::{ApicSink, Requests};
 use crate::devices::chipset::ChipsetEvent;
-use crate::devices::lapic::{ApicAction, X2APIC_MSR_FIRST, X2APIC_MSR_LAST};
+use crate::devices::lapic::{ApicAction, Deadline, X2APIC_MSR_FIRST, X2APIC_MSR_LAST};
 use crate::hw::extended;
 use crate::hw::gpr::{RAX, RBX, RCX, RDX};
 use crate::hw::{CpuState, Exit, HwVcpu, PortAccess, SecondStageFault, SegmentName, Vendor};
@@ -26,11 +26,11 @@ const RFLAGS_TF: u64 = 1 << 8;
 const RFLAGS_RF: u64 = 1 << 16;
 
 /// Instruction bytes at RIP, as far as they could be fetched.
-pub(super) type InsnBytes = ([u8; 15], usize);
+pub(super) type InsnBytes = ([u8; 16], usize);
 
 impl<V: Vendor> Vcpu<V> {
     /// Handles an exit. Whatever cannot be handled ends the VM.
-    #[inline]
+    #[inline(always)]
     pub(super) fn handle(&mut self, guest: &Guest<V>, exit: Exit) {
         match exit {
             Exit::Cpuid => self.cpuid(guest),
@@ -256,7 +256,7 @@ impl<V: Vendor> Vcpu<V> {
 
     /// Emulates the instruction at RIP. `known` is what the fault said about its operand.
     fn emulate(&mut self, guest: &Guest<V>, known: Option<KnownOperand>) {
-        let mut bytes = [0; 15];
+        let mut bytes = [0; 16];
         let saved = self.core.hw.exit_insn_bytes();
         let len = if saved.is_empty() {
             match self.core.fetch(guest) {
@@ -369,7 +369,7 @@ impl<V: Vendor> Vcpu<V> {
 
 impl<V: Vendor> Core<V> {
     /// Runs the guest until it exits, with this CPU's translations up to date.
-    #[inline]
+    #[inline(always)]
     pub(super) fn enter(&mut self, guest: &Guest<V>) -> Exit {
         let exit = self.paging.run(&guest.memory, &mut self.hw);
         self.exits += 1;
@@ -410,9 +410,12 @@ impl<V: Vendor> Core<V> {
     fn with_msrs<R>(
         &mut self,
         guest: &Guest<V>,
+        msr: u32,
         access: impl FnOnce(&mut MsrState, &mut MsrContext<'_>) -> R,
     ) -> R {
-        self.lapic.set_cr8(self.hw.cr8());
+        if matches!(msr, X2APIC_MSR_FIRST..=X2APIC_MSR_LAST) {
+            self.lapic.set_cr8(self.hw.cr8());
+        }
         let now = tsc::read();
         let mut context = MsrContext {
             caps: guest.cpuid.caps(),
@@ -430,7 +433,7 @@ impl<V: Vendor> Core<V> {
     fn read_msr(&mut self, guest: &Guest<V>, msr: u32) -> Result<u64, Gp> {
         match self.hw.switched_msr(msr) {
             Some(value) => Ok(value),
-            None => self.with_msrs(guest, |msrs, context| msrs.read(msr, context)),
+            None => self.with_msrs(guest, msr, |msrs, context| msrs.read(msr, context)),
         }
     }
 
@@ -439,7 +442,7 @@ impl<V: Vendor> Core<V> {
         if self.hw.set_switched_msr(msr, value) {
             return Ok(());
         }
-        match self.with_msrs(guest, |msrs, context| msrs.write(msr, value, context))? {
+        match self.with_msrs(guest, msr, |msrs, context| msrs.write(msr, value, context))? {
             MsrEffect::None => {
                 // A deadline may have been set.
                 self.attention |= msr == index::TSC_DEADLINE;
@@ -448,7 +451,8 @@ impl<V: Vendor> Core<V> {
             MsrEffect::Pat(pat) => self.hw.set_pat(pat),
             MsrEffect::TscOffset(_) => {
                 self.hw.set_tsc_offset(guest.clock.tsc_offset(self.msrs.tsc_adjust));
-                self.attention = true;
+                // A deadline on the guest's TSC has moved in time.
+                self.attention |= matches!(self.lapic.next_event(), Some(Deadline::Tsc(_)));
             }
             MsrEffect::TscAux(value) => self.extended.set_tsc_aux(u64::from(value)),
             MsrEffect::ApicBase => self.attention = true,
@@ -473,25 +477,22 @@ impl<V: Vendor> Core<V> {
     }
 
     /// Instruction bytes at RIP, as the processor would fetch them.
-    #[inline]
+    #[inline(always)]
     pub(super) fn fetch(&mut self, guest: &Guest<V>) -> Result<InsnBytes, Fault> {
-        let mut bytes = [0; 15];
         let linear = self.linear_rip(0);
-        let len = self.paging.fetch(&guest.memory, &self.hw, linear, &mut bytes)?;
-        Ok((bytes, len))
+        self.paging.fetch(&guest.memory, &self.hw, linear)
     }
 
     /// Whether the byte `ahead` of RIP can be fetched.
     fn probe_fetch(&mut self, guest: &Guest<V>, ahead: u64) -> Result<(), Fault> {
-        let mut byte = [0; 15];
         let linear = self.linear_rip(ahead);
-        self.paging.fetch(&guest.memory, &self.hw, linear, &mut byte).map(|_| ())
+        self.paging.fetch(&guest.memory, &self.hw, linear).map(|_| ())
     }
 
     /// Instruction bytes for a report; none if they cannot be read.
     pub(super) fn fetch_for_report(&mut self, guest: &Guest<V>) -> ([u8; 15], u8) {
         match self.fetch(guest) {
-            Ok((bytes, len)) => (bytes, len as u8),
+            Ok((bytes, len)) => (core::array::from_fn(|index| bytes[index]), len as u8),
             Err(_) => ([0; 15], 0),
         }
     }

@@ -273,6 +273,11 @@ impl HostMemory {
         Ok(mm::phys_to_virt(PhysAddr::new(range.host(offset))))
     }
 
+    /// The same, for readers that keep it while the backing stays the same.
+    pub fn pointer(&self, at: &RamAddr) -> Option<*const u8> {
+        self.at(at).ok().map(<*mut u8>::cast_const)
+    }
+
     /// The same as an atomic; the caller keeps to natural alignment.
     #[inline]
     fn atomic_u64(&self, at: &RamAddr) -> Result<&AtomicU64, NoPage> {

@@ -17,6 +17,8 @@ pub mod report;
 #[cfg(target_os = "none")]
 mod exits;
 #[cfg(target_os = "none")]
+mod fetch;
+#[cfg(target_os = "none")]
 pub mod guest;
 #[cfg(target_os = "none")]
 pub mod instance;

@@ -2,6 +2,7 @@
 #![allow(unsafe_code)] // Frames become table pages here, and the physical map becomes table memory.
 
 use super::emulate::{Exception, Fault};
+use super::fetch::{FetchCache, Recorder};
 use super::memory::HostMemory;
 use crate::hw::{Exit, HwVcpu, OutOfMemory, SecondStageFault, Vendor};
 use crate::mm::{self, FrameSize, Zone};
@@ -14,6 +15,8 @@ use x86_64::PhysAddr;
 
 /// Times that a fault is tried again while another CPU is in the way, before the guest runs on and faults anew.
 const FAULT_TRIES: usize = 4;
+/// Longest instruction (APM vol. 3, 1.1).
+const MAX_INSN_BYTES: usize = 15;
 
 /// Guest-physical memory of a VM and the tables that map it: the sketch's `direct_mmu` lives here.
 pub struct GuestMemory<V: Vendor> {
@@ -78,27 +81,22 @@ impl<V: Vendor> GuestMemory<V> {
         self.direct().page_counts()
     }
 
+    /// Copies out of guest RAM. `cpu` is the CPU that runs this, here and below.
     #[inline]
-    fn shared(&self) -> Shared<'_, HostMemory> {
-        self.vm.shared(this_cpu())
-    }
-
-    /// Copies out of guest RAM.
-    #[inline]
-    pub fn read(&self, gpa: u64, buf: &mut [u8]) -> Result<(), NotRam> {
-        self.shared().read(Gpa::new_truncate(gpa), buf)
+    pub fn read(&self, cpu: CpuId, gpa: u64, buf: &mut [u8]) -> Result<(), NotRam> {
+        self.vm.shared(cpu).read(Gpa::new_truncate(gpa), buf)
     }
 
     /// Copies into guest RAM.
     #[inline]
-    pub fn write(&self, gpa: u64, data: &[u8]) -> Result<(), NotRam> {
-        self.shared().write(Gpa::new_truncate(gpa), data)
+    pub fn write(&self, cpu: CpuId, gpa: u64, data: &[u8]) -> Result<(), NotRam> {
+        self.vm.shared(cpu).write(Gpa::new_truncate(gpa), data)
     }
 
     /// Atomically replaces `old` by `new` in guest RAM, inside one page; false if something else was there. None
     /// where this needs an atomic operation that the stage below has not got: the guest can do it itself.
-    pub fn compare_exchange(&self, gpa: u64, size: u8, old: u64, new: u64) -> Option<bool> {
-        let shared = self.shared();
+    pub fn compare_exchange(&self, cpu: CpuId, gpa: u64, size: u8, old: u64, new: u64) -> Option<bool> {
+        let shared = self.vm.shared(cpu);
         let at = |gpa| Gpa::new_truncate(gpa);
         match size {
             8 if gpa % 8 == 0 => shared.compare_exchange_u64(at(gpa), old, new).ok().map(|found| found == old),
@@ -158,6 +156,10 @@ pub struct Paging {
     /// CR0, CR4 and EFER that the context was made from.
     registers: (u64, u64, u64),
     cpu: GuestCpu,
+    /// The last instruction fetch.
+    fetches: FetchCache,
+    /// The CPU that the vCPU runs on.
+    host_cpu: CpuId,
 }
 
 impl Paging {
@@ -173,9 +175,22 @@ impl Paging {
             context: PagingContext::new(role),
             registers: (0, 0, 0),
             cpu,
+            fetches: FetchCache::new(),
+            host_cpu: this_cpu(),
         };
         paging.top_up()?;
         Ok(paging)
+    }
+
+    /// The CPU that the vCPU runs on.
+    #[inline]
+    pub fn host_cpu(&self) -> CpuId {
+        self.host_cpu
+    }
+
+    /// The vCPU runs on this CPU from now on.
+    pub fn move_here(&mut self) {
+        self.host_cpu = CpuId::new(crate::cpu::this().index()).unwrap_or(CpuId::BOOT);
     }
 
     /// Fills the table cache.
@@ -191,13 +206,13 @@ impl Paging {
     }
 
     /// Runs the vCPU until it exits, its translations up to date.
-    #[inline]
+    #[inline(always)]
     pub fn run<V: Vendor>(&mut self, memory: &GuestMemory<V>, hw: &mut V::Vcpu) -> Exit {
-        let entered = self.mmu.enter(&memory.vm, this_cpu());
+        let entered = self.mmu.enter(&memory.vm, self.host_cpu);
         if entered.flush() == TagFlush::All {
             hw.flush_tlb();
         }
-        hw.run()
+        hw.run(self.host_cpu.number())
     }
 
     /// Handles a second-stage fault.
@@ -210,7 +225,7 @@ impl Paging {
             _ => AccessKind::Read,
         };
         for _ in 0..FAULT_TRIES {
-            match memory.direct().fault(&memory.shared(), &mut self.cache, gpa, access) {
+            match memory.direct().fault(&memory.vm.shared(self.host_cpu), &mut self.cache, gpa, access) {
                 FaultOutcome::Mapped | FaultOutcome::Spurious => break,
                 FaultOutcome::Retry => {}
                 FaultOutcome::Mmio(_) | FaultOutcome::ReadOnly(_) | FaultOutcome::OutOfRange(_) => {
@@ -229,7 +244,7 @@ impl Paging {
     /// Where guest-physical address `gpa` leads.
     #[inline]
     pub fn place<V: Vendor>(&self, memory: &GuestMemory<V>, gpa: u64) -> Place {
-        match memory.shared().ram(Gpa::new_truncate(gpa)) {
+        match memory.vm.shared(self.host_cpu).ram(Gpa::new_truncate(gpa)) {
             Some(_) => Place::Ram(gpa),
             None => Place::Device(gpa),
         }
@@ -247,37 +262,52 @@ impl Paging {
         self.refresh(hw);
         let regs = walk_regs(hw);
         self.context
-            .translate(&memory.shared(), &regs, Gva::new(linear), access)
+            .translate(&memory.vm.shared(self.host_cpu), &regs, Gva::new(linear), access)
             .map(|translation| translation.address.bits())
             .map_err(into_fault)
     }
 
     /// Copies instruction bytes at linear address `linear`: up to fifteen, fewer if the next page cannot be
-    /// fetched from. Fails if not even the first byte can be.
-    #[inline]
+    /// fetched from. Fails if not even the first byte can be. The sixteenth byte is not meant to be used.
+    #[inline(always)]
     pub fn fetch<V: Vendor>(
         &mut self,
         memory: &GuestMemory<V>,
         hw: &V::Vcpu,
         linear: u64,
-        bytes: &mut [u8; 15],
-    ) -> Result<usize, Fault> {
+    ) -> Result<([u8; 16], usize), Fault> {
         self.refresh(hw);
+        let shared = memory.vm.shared(self.host_cpu);
+        match self.fetches.read(&shared, linear, hw.cr3(), hw.cpl()) {
+            Some(bytes) => Ok((bytes, MAX_INSN_BYTES)),
+            None => self.fetch_by_walk(&shared, hw, linear),
+        }
+    }
+
+    #[cold]
+    fn fetch_by_walk<H: HwVcpu>(
+        &mut self,
+        shared: &Shared<'_, HostMemory>,
+        hw: &H,
+        linear: u64,
+    ) -> Result<([u8; 16], usize), Fault> {
         let regs = walk_regs(hw);
         let access = Access::at_cpl(AccessKind::Execute, hw.cpl());
-        let shared = memory.shared();
-        let first = self.context.translate(&shared, &regs, Gva::new(linear), access).map_err(into_fault)?;
-        let room = (0x1000 - (linear & 0xfff)).min(15) as usize;
-        let (now, later) = bytes.split_at_mut(room);
-        // Code in device memory has no bytes; the access that finds no RAM is answered by its caller.
+        let recorder = Recorder::new(shared);
+        let first = self.context.translate(&recorder, &regs, Gva::new(linear), access).map_err(into_fault)?;
+        self.fetches.keep(shared, &recorder, linear, regs.cr3, hw.cpl(), first.address.gfn().gpa());
+        let mut bytes = [0; 16];
+        let room = (0x1000 - (linear & 0xfff)).min(MAX_INSN_BYTES as u64) as usize;
+        let (now, later) = bytes[..MAX_INSN_BYTES].split_at_mut(room);
+        // Code in device memory has no bytes.
         shared.read(first.address, now).map_err(|NotRam { .. }| Fault::Unsupported("code outside RAM"))?;
         if later.is_empty() {
-            return Ok(15);
+            return Ok((bytes, MAX_INSN_BYTES));
         }
         let next = Gva::new(linear.wrapping_add(room as u64));
-        let second = self.context.translate(&shared, &regs, next, access);
+        let second = self.context.translate(shared, &regs, next, access);
         let have_all = second.is_ok_and(|second| shared.read(second.address, later).is_ok());
-        Ok(if have_all { 15 } else { room })
+        Ok((bytes, if have_all { MAX_INSN_BYTES } else { room }))
     }
 
     /// Makes the context that of the registers as they are now.
@@ -292,6 +322,7 @@ impl Paging {
     #[cold]
     fn rebuild(&mut self, registers: (u64, u64, u64)) {
         self.registers = registers;
+        self.fetches.clear();
         let (cr0, cr4, efer) = registers;
         let regs = PagingRegs {
             cr0: Cr0::from_bits_retain(cr0),

@@ -211,6 +211,7 @@ impl<V: Vendor> Vcpu<V> {
     /// Host interrupts are off.
     pub fn run(&mut self, guest: &Guest<V>, timer: &mut HostTimer, until: u64) -> Pause {
         self.core.attention = true;
+        self.core.paging.move_here();
         loop {
             if self.core.attention || guest.has_mail(self.core.index) {
                 if let Some(pause) = self.attend(guest, timer, until) {

@@ -41,6 +41,19 @@ impl<'m, B> Shared<'m, B> {
         Some(self.memory.find_slot(gpa)?.ram())
     }
 
+    /// The moment that slots and backing are in, if nothing is being invalidated: while it stays the same, what the
+    /// backing said of a page still holds.
+    #[inline]
+    pub fn settled(&self) -> Option<InvalidationSeq> {
+        self.memory.invalidations.settled()
+    }
+
+    /// What the kernel put behind the slots.
+    #[inline]
+    pub fn backing(&self) -> &'m B {
+        self.memory.backing()
+    }
+
     /// All slots, lowest first.
     pub fn slots(&self) -> impl Iterator<Item = Slot> + '_ {
         self.memory.slots.iter()

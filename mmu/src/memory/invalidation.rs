@@ -33,6 +33,12 @@ impl Invalidations {
         InvalidationSeq(self.sequence.load(Ordering::Acquire))
     }
 
+    /// The moment that the backing is in, if no invalidation is in progress anywhere.
+    #[inline]
+    pub(crate) fn settled(&self) -> Option<InvalidationSeq> {
+        (self.in_progress.load(Ordering::Acquire) == 0).then(|| self.sequence())
+    }
+
     /// Whether something that was resolved at `then` may no longer be mapped at `gfn`.
     #[inline]
     pub(crate) fn is_stale(&self, then: InvalidationSeq, gfn: Gfn) -> bool {
@@ -103,6 +109,20 @@ mod tests {
         drop(invalidation);
         assert!(all.is_stale(before, gfn(5)) && all.is_stale(during, gfn(5)));
         assert!(!all.is_stale(all.sequence(), gfn(5)));
+    }
+
+    #[test]
+    fn the_backing_is_settled_only_while_nothing_invalidates() {
+        let all = Invalidations::new();
+        let before = all.settled();
+        assert!(before.is_some());
+        let invalidation = all.begin(range(5, 1));
+        assert_eq!(all.settled(), None);
+        drop(invalidation);
+        assert!(all.settled().is_some() && all.settled() != before);
+        let now = all.settled();
+        all.advance();
+        assert_ne!(all.settled(), now, "a change of the slots counts, too");
     }
 
     #[test]

@@ -79,7 +79,7 @@ const ALIGNMENT_CHECK: u8 = 17;
 const MACHINE_CHECK: u8 = 18;
 
 /// Decodes an exit from its code and the two words of exit information.
-#[inline]
+#[inline(always)]
 pub fn decode(exit_code: u64, info_1: u64, info_2: u64) -> Exit {
     match exit_code as u32 {
         code::NPF => Exit::SecondStage(nested_page_fault(info_1, info_2)),

@@ -1,7 +1,7 @@
 //! A vCPU under SVM: its VMCB, the registers that the VMCB does not hold, its TLB tag.
 #![allow(unsafe_code)] // The VMCB is shared with the processor, and entering a guest is unsafe.
 
-use super::asid::Tag;
+use super::asid::{AsidAllocator, Tag};
 use super::cpu::{with_this_cpu, Svm};
 use super::entry;
 use super::exit::{decode, encode_event, interrupted_event, INTERCEPTED_EXCEPTIONS};
@@ -100,28 +100,31 @@ impl SvmVcpu {
         unsafe { self.vmcb.as_mut() }
     }
 
-    /// Gives the vCPU a valid tag on this CPU and decides what the next VMRUN flushes.
-    #[inline]
-    fn prepare_tag(&mut self, cpu: usize, asids: &mut super::asid::AsidAllocator) {
+    /// Moves to this CPU, or takes a new tag, or flushes the old one; says what the next VMRUN flushes.
+    #[cold]
+    fn retag(&mut self, cpu: usize, asids: &mut AsidAllocator) -> TlbControl {
         if self.cpu != cpu {
             self.cpu = cpu;
             self.tag = Tag::default();
             self.vmcb_mut().mark_all_dirty();
         }
-        let mut control = TlbControl::Nothing;
-        let current = asids.is_current(self.tag);
-        if current && self.flush && self.svm.flush_by_asid {
-            control = TlbControl::ThisGuest;
-        } else if !current || self.flush {
-            let allocation = asids.allocate();
-            self.tag = allocation.tag;
-            self.vmcb_mut().set_asid(allocation.tag.asid);
-            if allocation.flush_all {
-                control = TlbControl::All;
+        let flush = core::mem::take(&mut self.flush);
+        if asids.is_current(self.tag) {
+            if !flush {
+                return TlbControl::Nothing;
+            }
+            if self.svm.flush_by_asid {
+                return TlbControl::ThisGuest;
             }
         }
-        self.flush = false;
-        self.vmcb_mut().control.tlb_control = control as u8;
+        let allocation = asids.allocate();
+        self.tag = allocation.tag;
+        self.vmcb_mut().set_asid(allocation.tag.asid);
+        if allocation.flush_all {
+            TlbControl::All
+        } else {
+            TlbControl::Nothing
+        }
     }
 }
 
@@ -160,10 +163,12 @@ impl HwVcpu for SvmVcpu {
         &mut self.gprs
     }
 
-    fn run(&mut self) -> Exit {
-        let cpu = crate::cpu::number();
+    #[inline]
+    fn run(&mut self, cpu: usize) -> Exit {
         let host = with_this_cpu(cpu, |state| {
-            self.prepare_tag(cpu, &mut state.asids);
+            let settled = self.cpu == cpu && !self.flush && state.asids.is_current(self.tag);
+            let control = if settled { TlbControl::Nothing } else { self.retag(cpu, &mut state.asids) };
+            self.vmcb_mut().control.tlb_control = control as u8;
             state.host_state
         });
         let Some(host) = host else { return Exit::InvalidState("SVM is not enabled on this CPU") };
@@ -172,7 +177,7 @@ impl HwVcpu for SvmVcpu {
         save.rax = rax;
         save.rsp = rsp;
         // SAFETY: SVM is enabled here, since this CPU has its state; callers keep interrupts off; the VMCB, its
-        // tables and maps are this guest's; `prepare_tag` gave a flushed tag.
+        // tables and maps are this guest's; the tag was flushed as `retag` says.
         unsafe { entry::enter(&raw mut self.gprs, self.vmcb_pa.as_u64(), host.as_u64()) };
         let vmcb = self.vmcb_mut();
         vmcb.mark_all_clean();

@@ -1,0 +1,170 @@
+//! The walk of the last instruction fetch, kept so that the next one can repeat it in a few instructions.
+//!
+//! Without next-RIP and decode assists almost every exit reads the instruction that caused it, and mostly the same
+//! few pages of code. A cache of translations would be unsound: under nested paging a guest's INVLPG makes no exit.
+//! What is kept here is the walk itself: where each page-table entry is and what it was. A repeated walk reads every
+//! entry again and compares; it is as fresh as a walk from the root, for the same entries lead the same way.
+#![allow(unsafe_code)] // Page-table entries and code are read through pointers into guest memory.
+
+use super::memory::HostMemory;
+use core::cell::{Cell, RefCell};
+use core::sync::atomic::{AtomicU64, Ordering};
+use mmu::{BelowError, Gpa, InvalidationSeq, Shared, TableSource};
+
+/// Levels of the deepest walk.
+const MAX_LEVELS: usize = 5;
+
+/// An entry that a walk read.
+#[derive(Clone, Copy)]
+struct Step {
+    place: *const AtomicU64,
+    value: u64,
+}
+
+impl Step {
+    /// Whether the entry is what it was. Only while the walk's backing is settled as it was.
+    #[inline(always)]
+    fn is_fresh(&self) -> bool {
+        // SAFETY: the backing has not changed since the pointer was made, and its user holds the guard that keeps it
+        // so; aligned guest memory may be read atomically at any time.
+        unsafe { (*self.place).load(Ordering::Acquire) == self.value }
+    }
+}
+
+/// What a walk depends on beside the entries and the registers that make its context.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Key {
+    linear_page: u64,
+    cr3: u64,
+    cpl: u8,
+}
+
+/// The kept walk.
+pub(super) struct FetchCache {
+    key: Key,
+    /// The backing as it was: the pointers are good while it is the same.
+    seq: Option<InvalidationSeq>,
+    steps: [Step; MAX_LEVELS],
+    len: usize,
+    /// Host pointer to the page of code.
+    code: *const u8,
+}
+
+// SAFETY: the pointers are into the VM's memory, which is shared by all CPUs; they are only used under its guard.
+unsafe impl Send for FetchCache {}
+
+impl FetchCache {
+    /// Nothing kept.
+    pub(super) const fn new() -> Self {
+        const NONE: Step = Step { place: core::ptr::null(), value: 0 };
+        Self {
+            key: Key { linear_page: 0, cr3: 0, cpl: 0 },
+            seq: None,
+            steps: [NONE; MAX_LEVELS],
+            len: 0,
+            code: core::ptr::null(),
+        }
+    }
+
+    /// Forgets the walk: the registers make another context now.
+    pub(super) fn clear(&mut self) {
+        self.seq = None;
+    }
+
+    /// Sixteen bytes of code at `linear`, if the kept walk leads there and they lie in one page.
+    #[inline(always)]
+    pub(super) fn read(
+        &self,
+        shared: &Shared<'_, HostMemory>,
+        linear: u64,
+        cr3: u64,
+        cpl: u8,
+    ) -> Option<[u8; 16]> {
+        let key = Key { linear_page: linear >> 12, cr3, cpl };
+        let offset = (linear & 0xfff) as usize;
+        if key != self.key || offset > 0xff0 || self.seq.is_none() || shared.settled() != self.seq {
+            return None;
+        }
+        // Four levels are the rule, and unrolled.
+        let [first @ .., last] = &self.steps;
+        let fresh = match self.len {
+            4 => first.iter().all(Step::is_fresh),
+            5 => first.iter().all(Step::is_fresh) && last.is_fresh(),
+            len => first.iter().take(len).all(Step::is_fresh),
+        };
+        if !fresh {
+            return None;
+        }
+        // SAFETY: as above; the sixteen bytes lie inside the page.
+        Some(unsafe { self.code.add(offset).cast::<[u8; 16]>().read() })
+    }
+
+    /// Keeps a walk that `recorder` watched and that led to `page`, if all of it was recorded.
+    pub(super) fn keep(
+        &mut self,
+        shared: &Shared<'_, HostMemory>,
+        recorder: &Recorder<'_, '_>,
+        linear: u64,
+        cr3: u64,
+        cpl: u8,
+        page: Gpa,
+    ) {
+        self.seq = None;
+        let Some((steps, len)) = recorder.steps() else { return };
+        let Some(code) = shared.ram(page).and_then(|at| shared.backing().pointer(&at)) else { return };
+        (self.steps, self.len, self.code) = (steps, len, code);
+        self.key = Key { linear_page: linear >> 12, cr3, cpl };
+        self.seq = shared.settled();
+    }
+}
+
+/// A source of table entries that remembers where they were.
+pub(super) struct Recorder<'s, 'm> {
+    shared: &'s Shared<'m, HostMemory>,
+    steps: RefCell<([Step; MAX_LEVELS], usize)>,
+    /// Something happened that a repetition would have to do again: an entry was marked, or had four bytes.
+    spoilt: Cell<bool>,
+}
+
+impl<'s, 'm> Recorder<'s, 'm> {
+    pub(super) fn new(shared: &'s Shared<'m, HostMemory>) -> Self {
+        const NONE: Step = Step { place: core::ptr::null(), value: 0 };
+        Self { shared, steps: RefCell::new(([NONE; MAX_LEVELS], 0)), spoilt: Cell::new(false) }
+    }
+
+    fn steps(&self) -> Option<([Step; MAX_LEVELS], usize)> {
+        (!self.spoilt.get()).then(|| *self.steps.borrow())
+    }
+}
+
+impl TableSource<Gpa> for Recorder<'_, '_> {
+    fn read_u64(&self, at: Gpa) -> Result<u64, BelowError> {
+        let value = self.shared.read_u64(at)?;
+        let place = self.shared.ram(at).and_then(|at| self.shared.backing().pointer(&at));
+        let mut steps = self.steps.borrow_mut();
+        let (places, len) = &mut *steps;
+        match (place, places.get_mut(*len)) {
+            (Some(place), Some(step)) => {
+                *step = Step { place: place.cast(), value };
+                *len += 1;
+            }
+            _ => self.spoilt.set(true),
+        }
+        Ok(value)
+    }
+
+    fn read_u32(&self, at: Gpa) -> Result<u32, BelowError> {
+        self.spoilt.set(true);
+        self.shared.read_u32(at)
+    }
+
+    fn update_u64(&self, at: Gpa, current: u64, new: u64) -> Result<bool, BelowError> {
+        self.spoilt.set(true);
+        self.shared.update_u64(at, current, new)
+    }
+
+    fn update_u32(&self, at: Gpa, current: u32, new: u32) -> Result<bool, BelowError> {
+        self.spoilt.set(true);
+        self.shared.update_u32(at, current, new)
+    }
+}
