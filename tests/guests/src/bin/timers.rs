@@ -28,7 +28,9 @@ fn close(t: &mut Case, what: &str, want: u64, percent: u64, mut attempt: impl Fn
     let slack = want * percent / 100;
     let mut last = 0;
     for _ in 0..8 {
-        let Some(got) = attempt() else { return t.check(false, format_args!("{what}, got no end of the wait")) };
+        let Some(got) = attempt() else {
+            return t.check(false, format_args!("{what}, got no end of the wait"));
+        };
         last = got;
         if got.abs_diff(want) <= slack {
             break;
@@ -224,7 +226,15 @@ fn lapic_cases() {
             acpi_wait(50_000);
             u64::from(start - lapic::read(lapic::TMCCT))
         };
-        for (divide, by) in [(0b0000, 2u64), (0b0001, 4), (0b0010, 8), (0b0011, 16), (0b1000, 32), (0b1001, 64), (0b1010, 128)] {
+        for (divide, by) in [
+            (0b0000, 2u64),
+            (0b0001, 4),
+            (0b0010, 8),
+            (0b0011, 16),
+            (0b1000, 32),
+            (0b1001, 64),
+            (0b1010, 128),
+        ] {
             close(t, "a hundred times the divider", 100 * by, 15, || {
                 let base = ticks(lapic::DIVIDE_1);
                 Some(base * 100 / ticks(divide).max(1))
@@ -408,7 +418,11 @@ fn rtc_cases() {
         t.within("seconds of the day", now.unwrap_or(u32::MAX).into(), 0, 86_399);
         let number = |index| {
             let raw = rtc::read(index);
-            if rtc::read(rtc::B) & 4 != 0 { raw } else { (raw >> 4) * 10 + (raw & 15) }
+            if rtc::read(rtc::B) & 4 != 0 {
+                raw
+            } else {
+                (raw >> 4) * 10 + (raw & 15)
+            }
         };
         t.within("day", number(7).into(), 1, 31);
         t.within("month", number(8).into(), 1, 12);
