@@ -26,6 +26,7 @@ pub mod paging;
 pub mod platform;
 pub mod report;
 pub mod serial;
+pub mod smp;
 pub mod trap;
 pub mod user;
 

@@ -374,7 +374,8 @@ extern "C" fn dispatch(frame: &mut Frame) {
         handler(frame);
         eoi(EOIS[vector].load(SeqCst));
     } else if vector < 32 {
-        if !unwind(frame) {
+        // A `catch` belongs to the first processor; a fault of another is nobody's.
+        if (crate::smp::started() && crate::smp::index() != 0) || !unwind(frame) {
             let fault = Fault {
                 vector: vector as u8,
                 error: frame.error,
