@@ -7,6 +7,7 @@
 #![no_main]
 // Everything here is unsafe on purpose.
 #![allow(unsafe_code)]
+use core::sync::atomic::{AtomicU32, Ordering::SeqCst};
 use guests::cpu::*;
 use guests::dev::{ioapic, lapic, pit};
 use guests::frames::{self, PAGE};
@@ -74,6 +75,8 @@ fn triple() {
     exec!("ud2", options(noreturn));
 }
 
+static NMIS: AtomicU32 = AtomicU32::new(0);
+
 fn wild() {
     let (seed, rounds) = (number("seed", 1), number("rounds", 2000));
     println!("running pseudo-random bytes, seed {seed}");
@@ -84,12 +87,20 @@ fn wild() {
         // Whatever interrupt comes ends the round.
         trap::on(vector, Eoi::Lapic, |frame| _ = trap::unwind(frame));
     }
-    // An NMI from time to time ends loops with interrupts off.
-    trap::on(trap::NMI, Eoi::None, |frame| _ = trap::unwind(frame));
+    // An NMI from time to time ends loops with interrupts off. Many of them in one round say that the round has
+    // overwritten what brings us back: that is the usual end.
+    trap::on(trap::NMI, Eoi::None, |frame| {
+        if NMIS.fetch_add(1, SeqCst) > 40 {
+            println!("lost control");
+            report::exit(0);
+        }
+        trap::unwind(frame);
+    });
     for vector in [trap::NMI, trap::PF, trap::GP, trap::UD, trap::SS, trap::DB] {
         trap::ist(vector, 2);
     }
     for round in 0..rounds {
+        NMIS.store(0, SeqCst);
         for word in 0..32 {
             poke(page + word * 8, random.next());
         }
@@ -315,13 +326,15 @@ fn hostile() {
             let skipped = if two {
                 matches!(
                     byte,
-                    0x05 | 0x07 | 0x20..=0x26 | 0x30 | 0x34 | 0x35 | 0x01 | 0x00 | 0x08 | 0x09 | 0x0b | 0xaa
+                    0x05 | 0x07 | 0x80..=0x8f | 0xc8..=0xcf | 0x20..=0x26 | 0x30 | 0x34 | 0x35 | 0x01 | 0x00 | 0x08 | 0x09 | 0x0b | 0xaa
                 )
             } else {
-                matches!(byte, 0x9a | 0xc2 | 0xc3 | 0xca..=0xcf | 0xe8..=0xeb | 0xe0..=0xe3 | 0x70..=0x7f | 0xf4 | 0xfb
-                    | 0x8e | 0xe6 | 0xe7 | 0xee | 0xef | 0x9d | 0x50..=0x61 | 0xc8 | 0xc9 | 0xcd | 0xff | 0x8f | 0x6a | 0x68
-                    | 0x0f | 0x40..=0x4f | 0x62 | 0xc4 | 0xc5 | 0x9c | 0xf8..=0xfa | 0xfc | 0xfd | 0x94 | 0xbc | 0xb4
-                    | 0xf0 | 0xf2 | 0xf3 | 0x2e | 0x36 | 0x3e | 0x26 | 0x64..=0x67 | 0x6e | 0x6f | 0xa0..=0xa3)
+                matches!(
+                    byte,
+                    0x0f | 0x26 | 0x2e | 0x36 | 0x3e | 0x40..=0x68 | 0x6a | 0x6e..=0x7f | 0x8e | 0x8f | 0x94 | 0x9a
+                        | 0x9c | 0x9d | 0xa0..=0xa3 | 0xb4 | 0xbc | 0xc2..=0xc5 | 0xc8..=0xcf | 0xe0..=0xe3
+                        | 0xe6..=0xeb | 0xee..=0xf0 | 0xf2..=0xf4 | 0xf8..=0xfd | 0xff
+                )
             };
             if skipped {
                 continue;
