@@ -14,6 +14,8 @@
 #![no_std]
 // Entry code, descriptor tables and raw memory are what this library is about.
 #![allow(unsafe_code)]
+// Taking any assembly is what `exec!` is for.
+#![allow(clippy::macro_metavars_in_unsafe)]
 
 pub mod cpu;
 pub mod dev;
@@ -29,6 +31,11 @@ pub mod serial;
 pub mod smp;
 pub mod trap;
 pub mod user;
+
+/// The processor's instructions and registers, which nearly every case is about.
+pub mod prelude {
+    pub use crate::cpu::*;
+}
 
 mod racy;
 pub use racy::Racy;

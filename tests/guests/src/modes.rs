@@ -479,7 +479,7 @@ fn tables(mode: Mode) -> u64 {
             let devices = 0xfec0_0000u32;
             for page in 0..1024u32 {
                 poke(table(1) + u64::from(page) * 4, page << 12 | FLAGS);
-                poke(table(2) + u64::from(page) * 4, devices + (page << 12) | FLAGS | 0x10);
+                poke(table(2) + u64::from(page) * 4, (devices + (page << 12)) | FLAGS | 0x10);
             }
             poke(table(0), table(1) as u32 | FLAGS);
             poke(table(0) + u64::from(devices >> 22) * 4, table(2) as u32 | FLAGS);
@@ -493,7 +493,7 @@ fn tables(mode: Mode) -> u64 {
                 for page in 0..512u64 {
                     poke(
                         table(1 + quarter) + page * 8,
-                        (quarter << 30) + (page << 21) | u64::from(FLAGS) | 0x80,
+                        ((quarter << 30) + (page << 21)) | u64::from(FLAGS) | 0x80,
                     );
                 }
             }

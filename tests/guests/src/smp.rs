@@ -1,7 +1,7 @@
 //! Starts the other processors and gives them work.
-use crate::cpu::*;
 use crate::dev::lapic;
 use crate::machine::{self, CODE32, CODE64, DATA};
+use crate::prelude::*;
 use crate::{exec, frames, trap};
 use core::arch::global_asm;
 use core::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering::SeqCst};
@@ -13,10 +13,8 @@ const STACK_SIZE: u64 = 16 << 10;
 const TRAMPOLINE: u64 = 0x8000;
 const LONG: u64 = 20_000_000_000;
 
-const ZERO: AtomicUsize = AtomicUsize::new(0);
-const ZERO32: AtomicU32 = AtomicU32::new(0);
-static JOBS: [AtomicUsize; MAX] = [ZERO; MAX];
-static APIC_IDS: [AtomicU32; MAX] = [ZERO32; MAX];
+static JOBS: [AtomicUsize; MAX] = [const { AtomicUsize::new(0) }; MAX];
+static APIC_IDS: [AtomicU32; MAX] = [const { AtomicU32::new(0) }; MAX];
 static ONLINE: AtomicUsize = AtomicUsize::new(0);
 static STARTED: AtomicBool = AtomicBool::new(false);
 

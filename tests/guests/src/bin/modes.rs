@@ -3,12 +3,12 @@
 #![no_main]
 // Payloads are assembled into statics whose addresses are taken.
 #![allow(unsafe_code)]
-use guests::cpu::*;
 use guests::dev::{fw_cfg, ioapic, pic, pit};
 use guests::frames;
 use guests::machine;
 use guests::modes::{self, Mode, Outcome, Payload, Registers, PAYLOAD, SCRATCH};
 use guests::paging::{Space, ADDRESS, P, W};
+use guests::prelude::*;
 use guests::report::{case, Case};
 use guests::trap::{self, catch, BP, DE, GP, OF, PF, UD};
 use guests::{main, payload};

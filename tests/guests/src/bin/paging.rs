@@ -3,11 +3,11 @@
 #![no_main]
 // Cases execute code that they wrote into pages.
 #![allow(unsafe_code)]
-use guests::cpu::*;
 use guests::dev::fw_cfg;
 use guests::frames::{self, PAGE, PAGE_2M};
 use guests::multiboot::boot;
-use guests::paging::*;
+use guests::paging::{has_1g, Space, A, D, E_I, E_P, E_PK, E_RSVD, E_U, E_W, G, NX, P, PLAYGROUND, PS, U, W};
+use guests::prelude::*;
 use guests::report::{case, Case};
 use guests::trap::{self, catch, Eoi, PF, UD};
 use guests::user::{self, Start};

@@ -4,9 +4,9 @@
 // Locked instructions on shared memory.
 #![allow(unsafe_code)]
 use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering::SeqCst};
-use guests::cpu::*;
 use guests::dev::{fw_cfg, ioapic, lapic, pit};
 use guests::paging::{Space, P, PLAYGROUND, W};
+use guests::prelude::*;
 use guests::report::{case, Case};
 use guests::trap::{self, Eoi};
 use guests::{exec, frames, main, smp};
@@ -16,10 +16,9 @@ main!(run);
 const VECTOR: u8 = 0x50;
 const ANSWER: u8 = 0x51;
 const LONG: u64 = 20_000_000_000;
-const ZERO: AtomicU32 = AtomicU32::new(0);
 
 /// What each processor counted, by index.
-static HITS: [AtomicU32; smp::MAX] = [ZERO; smp::MAX];
+static HITS: [AtomicU32; smp::MAX] = [const { AtomicU32::new(0) }; smp::MAX];
 static STOP: AtomicBool = AtomicBool::new(false);
 static READY: AtomicUsize = AtomicUsize::new(0);
 static SHARED: AtomicU64 = AtomicU64::new(0);

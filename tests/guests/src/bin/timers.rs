@@ -2,9 +2,9 @@
 //! what a second of the outside world is.
 #![no_std]
 #![no_main]
-use guests::cpu::*;
 use guests::dev::{acpi_timer, lapic, pic, pit, rtc};
 use guests::main;
+use guests::prelude::*;
 use guests::report::{case, Case};
 use guests::trap::{self, Eoi};
 
@@ -23,11 +23,11 @@ fn run() {
     hlt_cases();
 }
 
-/// Measures until `attempt` is within `percent` of `want`, eight times at most: an emulator's host may be busy.
+/// Measures until `attempt` is within `percent` of `want`, twenty times at most: an emulator's host may be busy.
 fn close(t: &mut Case, what: &str, want: u64, percent: u64, mut attempt: impl FnMut() -> Option<u64>) {
     let slack = want * percent / 100;
     let mut last = 0;
-    for _ in 0..8 {
+    for _ in 0..20 {
         let Some(got) = attempt() else {
             return t.check(false, format_args!("{what}, got no end of the wait"));
         };

@@ -1,7 +1,7 @@
 //! Single step and hardware breakpoints, also over instructions that a hypervisor emulates.
 use core::sync::atomic::{AtomicU64, AtomicUsize, Ordering::SeqCst};
-use guests::cpu::*;
 use guests::dev::{ioapic, lapic};
+use guests::prelude::*;
 use guests::report::{case, Case};
 use guests::trap::{self, Eoi, DB};
 use guests::{exec, machine, Racy};
@@ -10,8 +10,7 @@ use guests::{exec, machine, Racy};
 const B0: u64 = 1;
 const BS: u64 = 1 << 14;
 
-const ZERO: AtomicU64 = AtomicU64::new(0);
-static STEPS: [AtomicU64; 32] = [ZERO; 32];
+static STEPS: [AtomicU64; 32] = [const { AtomicU64::new(0) }; 32];
 static STEP_COUNT: AtomicUsize = AtomicUsize::new(0);
 static LAST_DR6: AtomicU64 = AtomicU64::new(0);
 static WATCHED: Racy<[u32; 4]> = Racy::new([0; 4]);
