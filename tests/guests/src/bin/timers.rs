@@ -198,6 +198,14 @@ fn acpi_timer_cases() {
     });
 }
 
+/// Local APIC timer ticks in 100000 of the ACPI timer.
+fn lapic_rate() -> u32 {
+    lapic::timer(lapic::MASKED, lapic::DIVIDE_1, !0);
+    let start = lapic::read(lapic::TMCCT);
+    acpi_wait(100_000);
+    start - lapic::read(lapic::TMCCT)
+}
+
 fn lapic_cases() {
     case("lapic_timer.counts_down_to_zero", |t| {
         lapic::timer(lapic::MASKED, lapic::DIVIDE_1, 5_000_000);
@@ -209,14 +217,8 @@ fn lapic_cases() {
         t.eq("initial count", lapic::read(lapic::TMICT), 5_000_000u32);
     });
     case("lapic_timer.steady_against_the_acpi_timer", |t| {
-        let rate = || {
-            lapic::timer(lapic::MASKED, lapic::DIVIDE_1, !0);
-            let start = lapic::read(lapic::TMCCT);
-            acpi_wait(100_000);
-            u64::from(start - lapic::read(lapic::TMCCT))
-        };
-        let first = rate();
-        close(t, "timer ticks for 100000 of the ACPI timer", first, 10, || Some(rate()));
+        let first = u64::from(lapic_rate());
+        close(t, "timer ticks for 100000 of the ACPI timer", first, 10, || Some(lapic_rate().into()));
     });
     case("lapic_timer.divide_configurations", |t| {
         // Intel SDM vol. 3, figure 11-10: 2, 4, 8, 16, 32, 64, 128, 1.
@@ -243,17 +245,13 @@ fn lapic_cases() {
         }
     });
     case("lapic_timer.one_shot_duration", |t| {
-        // How many timer ticks one ACPI tick has, then a shot against it.
-        lapic::timer(lapic::MASKED, lapic::DIVIDE_1, !0);
-        let start = lapic::read(lapic::TMCCT);
-        acpi_wait(100_000);
-        let rate = u64::from(start - lapic::read(lapic::TMCCT));
         close(t, "ACPI ticks for a shot of 100000 of them", 100_000, 10, || {
+            let rate = lapic_rate();
             trap::reset();
             trap::expect(VECTOR, Eoi::Lapic);
             sti();
             let got = acpi_ticks(|| {
-                lapic::timer(VECTOR.into(), lapic::DIVIDE_1, rate as u32);
+                lapic::timer(VECTOR.into(), lapic::DIVIDE_1, rate);
                 wait_until(LONG, || trap::count(VECTOR) >= 1)
             });
             cli();
@@ -261,14 +259,11 @@ fn lapic_cases() {
         });
     });
     case("lapic_timer.periodic_rate", |t| {
-        lapic::timer(lapic::MASKED, lapic::DIVIDE_1, !0);
-        let start = lapic::read(lapic::TMCCT);
-        acpi_wait(100_000);
-        let rate = u64::from(start - lapic::read(lapic::TMCCT));
         close(t, "ACPI ticks for 20 periods of 10000 of them", 200_000, 10, || {
+            let rate = lapic_rate();
             trap::reset();
             trap::expect(VECTOR, Eoi::Lapic);
-            lapic::timer(lapic::PERIODIC | u32::from(VECTOR), lapic::DIVIDE_1, (rate / 10) as u32);
+            lapic::timer(lapic::PERIODIC | u32::from(VECTOR), lapic::DIVIDE_1, rate / 10);
             sti();
             let got = acpi_ticks(|| wait_until(LONG, || trap::count(VECTOR) >= 20));
             cli();

@@ -88,7 +88,13 @@ fn steps() {
         exec!("lea r12, [rip + 3f]", "lea r13, [rip + 4f]", "pushfq", "or qword ptr [rsp], 0x100", "popfq",
             "3: rep outsb", "4: nop", "pushfq", "and qword ptr [rsp], ~0x100", "popfq",
             out("r12") instruction, out("r13") after, inout("rcx") 3u64 => _, inout("rsi") &bytes => _, in("dx") 0x80u16);
-        check_steps(t, &[instruction, instruction, after]);
+        // TCG with an instruction counter looks at RCX once more before it goes on.
+        let extra = guests::platform::tcg() && STEPS[2].load(SeqCst) == instruction;
+        if extra {
+            check_steps(t, &[instruction, instruction, instruction, after]);
+        } else {
+            check_steps(t, &[instruction, instruction, after]);
+        }
     });
     case("step.mov_ss_holds_it_back", |t| {
         record();
