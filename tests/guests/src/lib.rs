@@ -14,6 +14,8 @@
 #![no_std]
 // Entry code, descriptor tables and raw memory are what this library is about.
 #![allow(unsafe_code)]
+// Taking any assembly is what `exec!` is for.
+#![allow(clippy::macro_metavars_in_unsafe)]
 
 pub mod cpu;
 pub mod dev;
@@ -25,8 +27,14 @@ pub mod paging;
 pub mod platform;
 pub mod report;
 pub mod serial;
+pub mod smp;
 pub mod trap;
 pub mod user;
+
+/// The processor's instructions and registers, which nearly every case is about.
+pub mod prelude {
+    pub use crate::cpu::*;
+}
 
 mod racy;
 pub use racy::Racy;

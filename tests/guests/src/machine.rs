@@ -1,7 +1,8 @@
 //! The machine's standard state: descriptor tables, control registers, quiet interrupt controllers. Each case starts
 //! from it and leaves the way back to `baseline`.
-use crate::cpu::{self, *};
+use crate::cpu;
 use crate::dev::{ioapic, lapic, pic};
+use crate::prelude::*;
 use crate::trap::{self, catch, pseudo_descriptor};
 use crate::{exec, Racy};
 use core::sync::atomic::{AtomicU64, Ordering::Relaxed};

@@ -11,6 +11,7 @@ pub const EXIT_PORT: u16 = 0xf4;
 
 static PASSED: AtomicU32 = AtomicU32::new(0);
 static FAILED: AtomicU32 = AtomicU32::new(0);
+static SKIPPED: AtomicU32 = AtomicU32::new(0);
 
 /// Text of bounded length; what does not fit is cut off.
 struct Note {
@@ -156,6 +157,7 @@ pub fn case(name: &str, run: impl FnOnce(&mut Case)) {
         FAILED.fetch_add(1, SeqCst);
         println!("FAIL {name}: expected {}", case.note.as_str());
     } else if case.skipped {
+        SKIPPED.fetch_add(1, SeqCst);
         println!("skip {name}: {}", case.note.as_str());
     } else if case.checks == 0 {
         FAILED.fetch_add(1, SeqCst);
@@ -170,7 +172,8 @@ pub fn case(name: &str, run: impl FnOnce(&mut Case)) {
 pub fn finish() -> ! {
     let (passed, failed) = (PASSED.load(SeqCst), FAILED.load(SeqCst));
     println!("done {passed} passed, {failed} failed");
-    exit(u8::from(failed != 0 || passed == 0))
+    // A program that found nothing to do, by a wrong `only=` for example, has not shown anything.
+    exit(u8::from(failed != 0 || passed + SKIPPED.load(SeqCst) == 0))
 }
 
 /// Ends the program at once because something happened that no case can own.

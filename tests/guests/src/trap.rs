@@ -140,13 +140,10 @@ pub enum Eoi {
 /// A handler runs with interrupts off, after the arrival was counted and before the EOI.
 pub type Handler = fn(&mut Frame);
 
-const NO_HANDLER: AtomicUsize = AtomicUsize::new(0);
-const NO_EOI: AtomicU8 = AtomicU8::new(0);
-const NO_COUNT: AtomicU32 = AtomicU32::new(0);
-static HANDLERS: [AtomicUsize; 256] = [NO_HANDLER; 256];
-static EOIS: [AtomicU8; 256] = [NO_EOI; 256];
-static COUNTS: [AtomicU32; 256] = [NO_COUNT; 256];
-static ORDER: [AtomicU8; 64] = [NO_EOI; 64];
+static HANDLERS: [AtomicUsize; 256] = [const { AtomicUsize::new(0) }; 256];
+static EOIS: [AtomicU8; 256] = [const { AtomicU8::new(0) }; 256];
+static COUNTS: [AtomicU32; 256] = [const { AtomicU32::new(0) }; 256];
+static ORDER: [AtomicU8; 64] = [const { AtomicU8::new(0) }; 64];
 static ORDER_LEN: AtomicUsize = AtomicUsize::new(0);
 
 /// Installs a handler for `vector` until the next `reset`.
@@ -374,7 +371,8 @@ extern "C" fn dispatch(frame: &mut Frame) {
         handler(frame);
         eoi(EOIS[vector].load(SeqCst));
     } else if vector < 32 {
-        if !unwind(frame) {
+        // A `catch` belongs to the first processor; a fault of another is nobody's.
+        if (crate::smp::started() && crate::smp::index() != 0) || !unwind(frame) {
             let fault = Fault {
                 vector: vector as u8,
                 error: frame.error,

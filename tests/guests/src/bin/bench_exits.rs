@@ -8,10 +8,10 @@
 // The operations are instructions.
 #![allow(unsafe_code)]
 use core::arch::global_asm;
-use guests::cpu::*;
 use guests::dev::{ioapic, lapic};
 use guests::machine;
 use guests::platform::MSR_EXIT_COUNT;
+use guests::prelude::*;
 use guests::report;
 use guests::trap::{self, Gate};
 use guests::{exec, frames, main, println, Racy};

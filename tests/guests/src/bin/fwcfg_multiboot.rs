@@ -4,11 +4,11 @@
 //! repeated text `umbra module`, possibly cut.
 #![no_std]
 #![no_main]
-use guests::cpu::*;
 use guests::dev::fw_cfg;
 use guests::entry::MULTIBOOT_MAGIC;
 use guests::main;
 use guests::multiboot::boot;
+use guests::prelude::*;
 use guests::report::{case, Case};
 
 main!(run);

@@ -3,11 +3,11 @@
 #![no_main]
 // Cases execute code that they wrote into pages.
 #![allow(unsafe_code)]
-use guests::cpu::*;
 use guests::dev::fw_cfg;
 use guests::frames::{self, PAGE, PAGE_2M};
 use guests::multiboot::boot;
-use guests::paging::*;
+use guests::paging::{has_1g, Space, A, D, E_I, E_P, E_PK, E_RSVD, E_U, E_W, G, NX, P, PLAYGROUND, PS, U, W};
+use guests::prelude::*;
 use guests::report::{case, Case};
 use guests::trap::{self, catch, Eoi, PF, UD};
 use guests::user::{self, Start};
@@ -40,7 +40,9 @@ const RET: u8 = 0xc3;
 
 fn error_codes() {
     let space = Space::current();
-    for (name, level) in [("not_present.pml4e", 4), ("not_present.pdpte", 3), ("not_present.pde", 2), ("not_present.pte", 1)] {
+    for (name, level) in
+        [("not_present.pml4e", 4), ("not_present.pdpte", 3), ("not_present.pde", 2), ("not_present.pte", 1)]
+    {
         case(name, |t| {
             // An address whose walk ends at `level`.
             let address = match level {
@@ -78,10 +80,19 @@ fn error_codes() {
         let address = area(2) + PAGE;
         space.map_new(address, P);
         t.faults("ADD", catch(|| exec!("add dword ptr [{}], 0", in(reg) address)), PF, Some(E_P | E_W));
-        t.faults("XCHG", catch(|| exec!("xchg [{}], eax", in(reg) address, out("eax") _)), PF, Some(E_P | E_W));
+        t.faults(
+            "XCHG",
+            catch(|| exec!("xchg [{}], eax", in(reg) address, out("eax") _)),
+            PF,
+            Some(E_P | E_W),
+        );
         // CMPXCHG writes even when the comparison fails. AMD APM vol. 3, CMPXCHG.
-        t.faults("CMPXCHG that would not store", catch(|| exec!("cmpxchg [{}], ecx", in(reg) address, inout("eax") 1 => _)),
-            PF, Some(E_P | E_W));
+        t.faults(
+            "CMPXCHG that would not store",
+            catch(|| exec!("cmpxchg [{}], ecx", in(reg) address, inout("eax") 1 => _)),
+            PF,
+            Some(E_P | E_W),
+        );
         t.faults("STOS", catch(|| exec!("stosb", inout("rdi") address => _)), PF, Some(E_P | E_W));
         t.faults("BTS", catch(|| exec!("bts dword ptr [{}], 1", in(reg) address)), PF, Some(E_P | E_W));
         t.works("BT", catch(|| exec!("bt dword ptr [{}], 1", in(reg) address)));
@@ -122,7 +133,9 @@ fn reserved_bits() {
     // TCG leaves P out of the code although the entry is present.
     let code = if guests::platform::tcg() { E_RSVD } else { E_RSVD | E_P };
     let wide = machine::physical_bits();
-    for (name, level) in [("reserved.pml4e", 4), ("reserved.pdpte", 3), ("reserved.pde", 2), ("reserved.pte", 1)] {
+    for (name, level) in
+        [("reserved.pml4e", 4), ("reserved.pdpte", 3), ("reserved.pde", 2), ("reserved.pte", 1)]
+    {
         case(name, |t| {
             if wide == 52 {
                 return t.skip("all 52 address bits exist");
@@ -673,7 +686,8 @@ fn memory() {
         }
     });
     case("memory.beyond_ram", |t| {
-        let top = boot().ranges().iter().filter(|range| range.kind == 1).map(|range| range.start + range.len).max();
+        let top =
+            boot().ranges().iter().filter(|range| range.kind == 1).map(|range| range.start + range.len).max();
         let Some(top) = top else { return t.skip("no memory map") };
         // A GiB after the last RAM: outside everything, still within the physical address width.
         let beyond = (top.max(1 << 32) + (1 << 30)) & !(PAGE_2M - 1);

@@ -1,6 +1,6 @@
 //! Control and debug registers: what reads back, and what is #GP.
-use guests::cpu::*;
 use guests::dev::lapic;
+use guests::prelude::*;
 use guests::report::{case, fault_case};
 use guests::trap::{catch, DB, GP, UD};
 use guests::{exec, machine, platform};

@@ -1,6 +1,6 @@
 //! Is CPUID coherent with itself and with the machine?
-use guests::cpu::*;
 use guests::dev::{fw_cfg, lapic};
+use guests::prelude::*;
 use guests::report::{case, Case};
 use guests::{exec, platform};
 

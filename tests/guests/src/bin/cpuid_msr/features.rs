@@ -1,6 +1,6 @@
 //! A feature that CPUID advertises can be used.
-use guests::cpu::*;
 use guests::paging::{Space, P, PLAYGROUND, W};
+use guests::prelude::*;
 use guests::report::case;
 use guests::trap::catch;
 use guests::{exec, frames};

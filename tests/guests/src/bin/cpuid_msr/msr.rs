@@ -1,6 +1,6 @@
 //! Model-specific registers: what is modelled reads and writes as documented, all else is #GP.
-use guests::cpu::*;
 use guests::dev::lapic;
+use guests::prelude::*;
 use guests::report::{case, Case};
 use guests::trap::GP;
 use guests::{exec, machine, platform};

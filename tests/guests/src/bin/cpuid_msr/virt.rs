@@ -1,6 +1,6 @@
 //! Instructions of SVM, VMX and relatives: a guest that is offered none of them gets #UD.
-use guests::cpu::*;
 use guests::exec;
+use guests::prelude::*;
 use guests::report::{case, fault_case};
 use guests::trap::{catch, GP, UD};
 use guests::{platform, user};

@@ -1,6 +1,6 @@
 //! XCR0, XSETBV and the XSAVE leaf.
-use guests::cpu::*;
 use guests::exec;
+use guests::prelude::*;
 use guests::report::{case, Case};
 use guests::trap::{catch, GP, UD};
 use guests::user;

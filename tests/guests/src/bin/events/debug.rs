@@ -1,7 +1,7 @@
 //! Single step and hardware breakpoints, also over instructions that a hypervisor emulates.
 use core::sync::atomic::{AtomicU64, AtomicUsize, Ordering::SeqCst};
-use guests::cpu::*;
 use guests::dev::{ioapic, lapic};
+use guests::prelude::*;
 use guests::report::{case, Case};
 use guests::trap::{self, Eoi, DB};
 use guests::{exec, machine, Racy};
@@ -10,8 +10,7 @@ use guests::{exec, machine, Racy};
 const B0: u64 = 1;
 const BS: u64 = 1 << 14;
 
-const ZERO: AtomicU64 = AtomicU64::new(0);
-static STEPS: [AtomicU64; 32] = [ZERO; 32];
+static STEPS: [AtomicU64; 32] = [const { AtomicU64::new(0) }; 32];
 static STEP_COUNT: AtomicUsize = AtomicUsize::new(0);
 static LAST_DR6: AtomicU64 = AtomicU64::new(0);
 static WATCHED: Racy<[u32; 4]> = Racy::new([0; 4]);
@@ -89,7 +88,13 @@ fn steps() {
         exec!("lea r12, [rip + 3f]", "lea r13, [rip + 4f]", "pushfq", "or qword ptr [rsp], 0x100", "popfq",
             "3: rep outsb", "4: nop", "pushfq", "and qword ptr [rsp], ~0x100", "popfq",
             out("r12") instruction, out("r13") after, inout("rcx") 3u64 => _, inout("rsi") &bytes => _, in("dx") 0x80u16);
-        check_steps(t, &[instruction, instruction, after]);
+        // TCG with an instruction counter looks at RCX once more before it goes on.
+        let extra = guests::platform::tcg() && STEPS[2].load(SeqCst) == instruction;
+        if extra {
+            check_steps(t, &[instruction, instruction, instruction, after]);
+        } else {
+            check_steps(t, &[instruction, instruction, after]);
+        }
     });
     case("step.mov_ss_holds_it_back", |t| {
         record();

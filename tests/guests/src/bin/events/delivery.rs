@@ -1,11 +1,11 @@
 //! Faults while an event is being delivered: pages missing under the stack or the IDT, and memory that a hypervisor has
 //! not backed yet.
-use guests::cpu::*;
 use guests::dev::lapic;
 use guests::exec;
 use guests::frames::{self, PAGE};
 use guests::machine;
 use guests::paging::{Space, E_P, E_W, P, PLAYGROUND, W};
+use guests::prelude::*;
 use guests::report::{case, Case};
 use guests::trap::{self, catch, Eoi, Gate, DF, GP, NMI, NP, PF, UD};
 

@@ -1,7 +1,7 @@
 //! Every exception that software can raise, with its error code and the RIP it reports.
-use guests::cpu::*;
 use guests::machine::{self, CODE32, CODE64, DATA, SCRATCH};
 use guests::paging::{Space, E_P, E_U, E_W, P, PLAYGROUND, W};
+use guests::prelude::*;
 use guests::report::{case, fault_case};
 use guests::trap::{self, catch, Eoi, Gate, AC, BP, DB, DE, GP, MF, NM, NP, OF, PF, SS, TS, UD, XM};
 use guests::user::{self, Start};

@@ -1,7 +1,7 @@
 //! HLT and what ends it.
-use guests::cpu::*;
 use guests::dev::{ioapic, lapic, pic, pit};
 use guests::exec;
+use guests::prelude::*;
 use guests::report::case;
 use guests::trap::{self, Eoi};
 

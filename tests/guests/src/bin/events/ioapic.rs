@@ -1,9 +1,9 @@
 //! Interrupts through the I/O APIC, edge and level.
 use crate::pic::{drop_uart, raise_uart, rtc_periodic};
 use core::sync::atomic::{AtomicU32, Ordering::SeqCst};
-use guests::cpu::*;
 use guests::dev::ioapic::{self, LEVEL, MASKED, REMOTE_IRR};
 use guests::dev::{lapic, pit, rtc};
+use guests::prelude::*;
 use guests::report::case;
 use guests::trap::{self, Eoi};
 

@@ -1,6 +1,6 @@
 //! The local APIC: self-IPIs, priorities, the interrupt shadow, the timer as an interrupt source.
-use guests::cpu::*;
 use guests::dev::lapic::{self, IRR, PPR, TPR};
+use guests::prelude::*;
 use guests::report::{case, Case};
 use guests::trap::{self, Eoi};
 use guests::{exec, Racy};

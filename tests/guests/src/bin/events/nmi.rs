@@ -1,8 +1,8 @@
 //! NMIs: sent to oneself, blocked until IRET, waking HLT.
 use core::sync::atomic::{AtomicU32, Ordering::SeqCst};
-use guests::cpu::*;
 use guests::dev::{ioapic, lapic, pit};
 use guests::exec;
+use guests::prelude::*;
 use guests::report::case;
 use guests::trap::{self, Eoi, NMI};
 

@@ -1,6 +1,6 @@
 //! Interrupts through the 8259s: PIT on line 0, UART on line 4, RTC on line 8. LINT0 passes them through.
-use guests::cpu::*;
 use guests::dev::{lapic, pic, pit, rtc};
+use guests::prelude::*;
 use guests::report::{case, Case};
 use guests::trap::{self, Eoi};
 
@@ -175,7 +175,7 @@ pub(crate) fn run() {
             t.eq("mask", pic::mask(), mask);
         }
     });
-    case("pic.tpr_does_not_matter", |t| external_ignores_tpr(t));
+    case("pic.tpr_does_not_matter", external_ignores_tpr);
 }
 
 /// ExtINT goes past the local APIC's priorities. Intel SDM vol. 3, 11.5.1.

@@ -1,8 +1,8 @@
 //! Addressing modes: every way to name the same device register.
-use guests::cpu::*;
 use guests::dev::lapic;
 use guests::exec;
 use guests::paging::{Space, P, PCD, PLAYGROUND, W};
+use guests::prelude::*;
 use guests::report::{case, Case};
 
 const REGISTER: u64 = lapic::BASE + lapic::TMICT as u64;
@@ -90,10 +90,10 @@ pub(crate) fn run() {
         let run = |opcode: &[u8], immediate: &[u8]| -> u64 {
             let end = code + (opcode.len() + 4 + immediate.len()) as u64;
             let displacement = (code + 0x1380 - end) as u32;
-            let mut at = code;
-            for &byte in opcode.iter().chain(&displacement.to_le_bytes()).chain(immediate).chain(&[0xc3]) {
+            let displacement = displacement.to_le_bytes();
+            let bytes = opcode.iter().chain(&displacement).chain(immediate).chain(&[0xc3]);
+            for (at, &byte) in (code..).zip(bytes) {
                 poke(at, byte);
-                at += 1;
             }
             let value: u64;
             exec!("call {code}", code = in(reg) code, inout("rax") 0u64 => value);

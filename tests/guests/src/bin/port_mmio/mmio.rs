@@ -1,6 +1,6 @@
 //! Instructions on device registers against the same instructions on RAM.
-use guests::cpu::*;
 use guests::dev::{acpi, ioapic, lapic};
+use guests::prelude::*;
 use guests::report::{case, Case};
 use guests::{exec, Racy};
 

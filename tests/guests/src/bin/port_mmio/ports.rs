@@ -1,7 +1,7 @@
 //! IN and OUT.
-use guests::cpu::*;
 use guests::dev::{fw_cfg, pic, pit, rtc};
 use guests::exec;
+use guests::prelude::*;
 use guests::report::case;
 
 /// Ports where neither QEMU's q35 nor Umbra has anything.

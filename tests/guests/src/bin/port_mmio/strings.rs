@@ -1,8 +1,8 @@
 //! INS and OUTS: sizes, directions, segments, page boundaries, faults in the middle.
-use guests::cpu::*;
 use guests::dev::fw_cfg;
 use guests::frames::PAGE;
 use guests::paging::{Space, E_W, P, PLAYGROUND, W};
+use guests::prelude::*;
 use guests::report::{case, Case};
 use guests::trap::{self, Eoi, PF};
 use guests::{exec, Racy};
