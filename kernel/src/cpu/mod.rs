@@ -16,6 +16,8 @@ pub mod lapic;
 #[cfg(target_os = "none")]
 pub mod legacy_pic;
 #[cfg(target_os = "none")]
+pub mod machine_check;
+#[cfg(target_os = "none")]
 pub mod mailbox;
 #[cfg(target_os = "none")]
 pub mod msr;

@@ -15,6 +15,8 @@ const MSR_TSC_AUX: u32 = 0xc000_0103;
 /// Offset of MXCSR in the legacy region of the save area, and its value after reset (SDM vol. 1, 10.5.1.2).
 const MXCSR_OFFSET: usize = 24;
 const MXCSR_RESET: u32 = 0x1f80;
+/// What the x87 unit loads to forget its pointers.
+static ZERO: u32 = 0;
 /// Offset of FCW and its value after reset.
 const FCW_RESET: u16 = 0x40;
 
@@ -27,13 +29,23 @@ pub struct XsaveFacts {
     area_bytes: u32,
     /// RDTSCP, and so TSC_AUX, exists.
     pub tsc_aux: bool,
+    /// FXRSTOR and XRSTOR leave the last x87 instruction's pointers as they are unless an exception is pending
+    /// (CVE-2006-1056): AMD CPUs without CPUID 8000_0008h EBX[2].
+    leaks_x87_pointers: bool,
 }
 
 impl XsaveFacts {
     /// Takes them from CPUID.
     pub fn detect(features: &Features) -> Self {
         let (components, area_bytes) = features.xsave.map_or((0, 512), |xsave| (xsave.xcr0, xsave.area_bytes));
-        Self { components, area_bytes, tsc_aux: features.rdtscp }
+        let amd = matches!(features.vendor.as_str(), "AuthenticAMD" | "HygonGenuine");
+        let restores_pointers = core::arch::x86_64::__cpuid(0x8000_0008).ebx & 1 << 2 != 0;
+        Self {
+            components,
+            area_bytes,
+            tsc_aux: features.rdtscp,
+            leaks_x87_pointers: amd && !restores_pointers,
+        }
     }
 }
 
@@ -69,6 +81,16 @@ impl ExtendedState {
             let area = mm::phys_to_virt(self.area);
             area.cast::<u16>().write(FCW_RESET);
             area.add(MXCSR_OFFSET).cast::<u32>().write(MXCSR_RESET);
+        }
+    }
+
+    /// Clears DR0 to DR3 of the vCPU that is on this CPU, as INIT does.
+    pub fn clear_breakpoints(&mut self) {
+        self.debug = [0; 4];
+        // SAFETY: registers that the kernel does not use.
+        unsafe {
+            asm!("mov dr0, {0}", "mov dr1, {0}", "mov dr2, {0}", "mov dr3, {0}", in(reg) 0u64,
+                 options(nomem, nostack));
         }
     }
 
@@ -110,6 +132,10 @@ impl ExtendedState {
         // SAFETY: the area was written by `reset` or `save` with the same components enabled, so XRSTOR's checks
         // pass; nothing in the kernel lives in this state.
         unsafe {
+            if self.facts.leaks_x87_pointers {
+                // An x87 load of Umbra's own takes the place of the other vCPU's last instruction.
+                asm!("fnclex", "emms", "fild dword ptr [{}]", in(reg) &raw const ZERO, options(nostack, readonly));
+            }
             if self.facts.components == 0 {
                 asm!("fxrstor64 [{}]", in(reg) area, options(nostack, readonly));
             } else {

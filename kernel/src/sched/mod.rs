@@ -19,14 +19,26 @@ use terminal::Terminal;
 
 /// How long a vCPU runs while others wait.
 const SLICE_NS: u64 = 2_000_000;
+/// What a vCPU gets at least, however soon another one's timer is due: timers of one VM do not starve the others.
+const MIN_SLICE_NS: u64 = 300_000;
+/// A VM that resets itself starts again this much after its last start at the earliest.
+const RESTART_INTERVAL_NS: u64 = 1_000_000_000;
+/// How often what the VMs have used is halved, so that only the recent past counts.
+const DECAY_NS: u64 = 100_000_000;
 /// How often the console is looked at while nothing else happens.
 const POLL_NS: u64 = 10_000_000;
 
 /// A place for a VM: its specification outlives its restarts.
 struct Place<'a, V: Vendor> {
     specification: Specification<'a, V>,
-    /// None once it has ended for good.
+    /// None once it has ended for good, and between a reset and the start that follows.
     instance: Option<Instance<V>>,
+    /// The host's TSC at the last start.
+    started: u64,
+    /// When it starts again, if it was reset.
+    restart_at: Option<u64>,
+    /// CPU time used lately, in ticks of the TSC.
+    used: u64,
 }
 
 /// Everything that runs on this CPU.
@@ -38,8 +50,14 @@ pub struct Scheduler<'a, V: Vendor> {
     loaded: Option<(usize, usize)>,
     /// Where the search for the next vCPU begins.
     next: (usize, usize),
+    /// Times in ticks of the TSC, see the constants of these names.
     slice: u64,
+    min_slice: u64,
     poll: u64,
+    decay: u64,
+    restart_interval: u64,
+    /// When what the VMs have used is halved next.
+    decay_at: u64,
     status: u8,
 }
 
@@ -49,7 +67,13 @@ impl<'a, V: Vendor> Scheduler<'a, V> {
         let rate = tsc::rate();
         let places: Vec<_> = instances
             .into_iter()
-            .map(|(specification, instance)| Place { specification, instance: Some(instance) })
+            .map(|(specification, instance)| Place {
+                specification,
+                instance: Some(instance),
+                started: tsc::read(),
+                restart_at: None,
+                used: 0,
+            })
             .collect();
         let mut scheduler = Self {
             terminal: Terminal::new(places.len()),
@@ -58,7 +82,11 @@ impl<'a, V: Vendor> Scheduler<'a, V> {
             loaded: None,
             next: (0, 0),
             slice: rate.ticks(SLICE_NS),
+            min_slice: rate.ticks(MIN_SLICE_NS),
             poll: rate.ticks(POLL_NS),
+            decay: rate.ticks(DECAY_NS),
+            restart_interval: rate.ticks(RESTART_INTERVAL_NS),
+            decay_at: 0,
             status: 0,
         };
         scheduler.show_focus();
@@ -70,30 +98,36 @@ impl<'a, V: Vendor> Scheduler<'a, V> {
         loop {
             self.poll_console();
             self.settle_ends();
-            if self.places.iter().all(|place| place.instance.is_none()) {
+            self.restart_due();
+            if self.places.iter().all(|place| place.instance.is_none() && place.restart_at.is_none()) {
                 return self.status;
             }
             let now = tsc::read();
+            self.forget_the_past(now);
             self.wake_due(now);
             match self.pick() {
-                Some(chosen) => self.run_one(chosen, now),
+                Some(chosen) => self.run_one(chosen),
                 None => {
-                    let until = self.next_deadline(None).unwrap_or(u64::MAX).min(now.saturating_add(self.poll));
+                    let until = self.next_deadline(None, now).unwrap_or(u64::MAX).min(now.saturating_add(self.poll));
                     self.timer.idle_until(until);
                 }
             }
         }
     }
 
-    fn run_one(&mut self, (place, index): (usize, usize), now: u64) {
+    fn run_one(&mut self, (place, index): (usize, usize)) {
         let crowded = self.has_other_runnable((place, index));
         let slice = if crowded { self.slice } else { self.poll };
-        let others = self.next_deadline(Some((place, index))).unwrap_or(u64::MAX);
-        let until = now.saturating_add(slice).min(others.max(now + 1));
         self.load(place, index);
+        let now = tsc::read();
+        let others = self.next_deadline(Some((place, index)), now).unwrap_or(u64::MAX);
+        let until = now.saturating_add(slice).min(others.max(now.saturating_add(self.min_slice)));
         let Some(instance) = &mut self.places[place].instance else { return };
         let Some(vcpu) = instance.vcpus.get_mut(index) else { return };
         let pause = vcpu.run(&instance.guest, &mut self.timer, until);
+        self.places[place].used += tsc::read().saturating_sub(now);
+        let Some(instance) = &mut self.places[place].instance else { return };
+        let Some(vcpu) = instance.vcpus.get_mut(index) else { return };
         for woken in vcpu.take_woken() {
             if let Some(other) = instance.vcpus.get_mut(woken) {
                 other.kick();
@@ -152,9 +186,20 @@ impl<'a, V: Vendor> Scheduler<'a, V> {
         self.in_turn().any(|at| at != this && self.is_runnable(at))
     }
 
-    /// The earliest moment, in the host's TSC, at which a vCPU or a chipset wants to be looked at. The vCPU that is
-    /// about to run sees to its own deadline and to its VM's chipset.
-    fn next_deadline(&self, runs: Option<(usize, usize)>) -> Option<u64> {
+    /// Halves what each VM has used, now and then.
+    fn forget_the_past(&mut self, now: u64) {
+        if now >= self.decay_at {
+            self.decay_at = now.saturating_add(self.decay);
+            self.places.iter_mut().for_each(|place| place.used /= 2);
+        }
+    }
+
+    /// The earliest moment, in the host's TSC, at which a vCPU or a chipset wants to be looked at.
+    ///
+    /// If a vCPU is about to run, it sees to its own deadline and to its VM's chipset, what is runnable anyway has its
+    /// turn, and a VM that has used more than the one that is about to run waits for its turn, too.
+    fn next_deadline(&self, runs: Option<(usize, usize)>, now: u64) -> Option<u64> {
+        let used = runs.map_or(u64::MAX, |(place, _)| self.places[place].used);
         let mut earliest: Option<u64> = None;
         let mut consider = |deadline: Option<u64>| {
             earliest = match (earliest, deadline) {
@@ -163,13 +208,24 @@ impl<'a, V: Vendor> Scheduler<'a, V> {
             }
         };
         for (place, it) in self.places.iter().enumerate() {
+            consider(it.restart_at);
             let Some(instance) = &it.instance else { continue };
+            if it.used > used {
+                continue;
+            }
             for (index, vcpu) in instance.vcpus.iter().enumerate() {
-                if runs != Some((place, index)) {
-                    consider(vcpu.deadline(&instance.guest));
+                let waits = runs.is_none() || !vcpu.is_runnable(&instance.guest);
+                if runs != Some((place, index)) && waits {
+                    consider(vcpu.deadline(&instance.guest, now));
                 }
             }
-            if runs.is_none_or(|(running, _)| running != place) {
+            let chipset_waits = match runs {
+                None => true,
+                Some((running, _)) => {
+                    running != place && instance.vcpus.first().is_some_and(|first| !first.is_runnable(&instance.guest))
+                }
+            };
+            if chipset_waits {
                 consider(instance.guest.chipset_deadline());
             }
         }
@@ -182,7 +238,7 @@ impl<'a, V: Vendor> Scheduler<'a, V> {
         for instance in self.places.iter_mut().filter_map(|it| it.instance.as_mut()) {
             let chipset_due = due(instance.guest.chipset_deadline());
             for (index, vcpu) in instance.vcpus.iter_mut().enumerate() {
-                if due(vcpu.deadline(&instance.guest)) || index == 0 && chipset_due {
+                if due(vcpu.deadline(&instance.guest, now)) || index == 0 && chipset_due {
                     vcpu.kick();
                 }
             }
@@ -230,17 +286,30 @@ impl<'a, V: Vendor> Scheduler<'a, V> {
             }
             // The old instance goes first: its memory is what the new one is made of.
             self.places[place].instance = None;
-            let specification = &self.places[place].specification;
-            if end == End::Reset && specification.config.on_reset == OnReset::Restart {
-                match specification.create() {
-                    Ok(instance) => self.places[place].instance = Some(instance),
-                    Err(error) => {
-                        log::error!("vm \"{}\": {error}", specification.config.name);
-                        self.status = self.status.max(crate::power::VM_ERROR);
-                    }
-                }
+            let it = &mut self.places[place];
+            if end == End::Reset && it.specification.config.on_reset == OnReset::Restart {
+                // A VM that resets itself without end does not keep the others waiting.
+                it.restart_at = Some(tsc::read().max(it.started.saturating_add(self.restart_interval)));
             } else {
                 self.status = self.status.max(end.status());
+            }
+        }
+    }
+
+    /// Starts VMs again whose time after a reset has come.
+    fn restart_due(&mut self) {
+        for place in 0..self.places.len() {
+            let it = &mut self.places[place];
+            if it.restart_at.is_none_or(|at| tsc::read() < at) {
+                continue;
+            }
+            (it.restart_at, it.started) = (None, tsc::read());
+            match it.specification.create() {
+                Ok(instance) => it.instance = Some(instance),
+                Err(error) => {
+                    log::error!("vm \"{}\": {error}", it.specification.config.name);
+                    self.status = self.status.max(crate::power::VM_ERROR);
+                }
             }
             self.show_focus();
         }

@@ -3,8 +3,11 @@
 //! `Ctrl-A 1` to `Ctrl-A 9` give the focus to that VM, `Ctrl-A n` to the next one, `Ctrl-A Ctrl-A` sends one
 //! Ctrl-A, and any other key after Ctrl-A sends both.
 use crate::console;
+use arrayvec::ArrayVec;
 
 const PREFIX: u8 = 0x01;
+/// Bytes that wait for a VM that does not read its COM1; more are lost, for the chords must be seen behind them.
+const HELD_BYTES: usize = 1024;
 
 /// What a byte means after those before it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,13 +25,13 @@ pub(super) struct Terminal {
     focus: usize,
     after_prefix: bool,
     /// Bytes that the VM's UART had no room for yet.
-    held: [Option<u8>; 2],
+    held: ArrayVec<u8, HELD_BYTES>,
 }
 
 impl Terminal {
     /// A keyboard for `vms` VMs; the first has the focus.
-    pub(super) const fn new(vms: usize) -> Self {
-        Self { vms, focus: 0, after_prefix: false, held: [None; 2] }
+    pub(super) fn new(vms: usize) -> Self {
+        Self { vms, focus: 0, after_prefix: false, held: ArrayVec::new() }
     }
 
     /// Index of the VM with the focus.
@@ -39,32 +42,36 @@ impl Terminal {
     /// Hands what was typed to `give`, which answers whether it took the byte.
     pub(super) fn poll(&mut self, mut give: impl FnMut(usize, u8) -> bool) {
         loop {
-            while let [Some(byte), next] = self.held {
-                if !give(self.focus, byte) {
-                    return;
-                }
-                self.held = [next, None];
-            }
+            let given = self.held.iter().take_while(|&&byte| give(self.focus, byte)).count();
+            self.held.drain(..given);
             let Some(byte) = console::read_byte() else { return };
-            match self.interpret(byte) {
+            let mut hold = |byte| _ = self.held.try_push(byte);
+            match interpret(byte, &mut self.after_prefix, self.focus, self.vms) {
                 Meaning::Nothing => {}
-                Meaning::One(byte) => self.held = [Some(byte), None],
-                Meaning::Two(first, second) => self.held = [Some(first), Some(second)],
-                Meaning::Focus(vm) => self.focus = vm,
+                Meaning::One(byte) => hold(byte),
+                Meaning::Two(first, second) => {
+                    hold(first);
+                    hold(second);
+                }
+                Meaning::Focus(vm) => {
+                    self.focus = vm;
+                    self.held.clear();
+                }
             }
         }
     }
+}
 
-    fn interpret(&mut self, byte: u8) -> Meaning {
-        if !core::mem::take(&mut self.after_prefix) {
-            self.after_prefix = byte == PREFIX;
-            return if self.after_prefix { Meaning::Nothing } else { Meaning::One(byte) };
-        }
-        match byte {
-            PREFIX => Meaning::One(PREFIX),
-            b'n' => Meaning::Focus((self.focus + 1) % self.vms),
-            b'1'..=b'9' if usize::from(byte - b'1') < self.vms => Meaning::Focus(usize::from(byte - b'1')),
-            other => Meaning::Two(PREFIX, other),
-        }
+/// What `byte` means to a keyboard of `vms` VMs, `focus` the one that has it.
+fn interpret(byte: u8, after_prefix: &mut bool, focus: usize, vms: usize) -> Meaning {
+    if !core::mem::take(after_prefix) {
+        *after_prefix = byte == PREFIX;
+        return if *after_prefix { Meaning::Nothing } else { Meaning::One(byte) };
+    }
+    match byte {
+        PREFIX => Meaning::One(PREFIX),
+        b'n' => Meaning::Focus((focus + 1) % vms),
+        b'1'..=b'9' if usize::from(byte - b'1') < vms => Meaning::Focus(usize::from(byte - b'1')),
+        other => Meaning::Two(PREFIX, other),
     }
 }

@@ -1,5 +1,6 @@
 //! The host's one-shot timer, armed only when the deadline changes.
-use crate::cpu::{interrupts, lapic, tsc};
+use crate::cpu::{self, interrupts, lapic, tsc};
+use core::sync::atomic::Ordering;
 
 /// This CPU's timer.
 #[derive(Debug)]
@@ -17,8 +18,10 @@ impl HostTimer {
     /// Makes the timer interrupt at `deadline`, in the host's TSC, or at once if that has passed.
     #[inline]
     pub fn arm(&mut self, deadline: u64) {
-        // A deadline that has passed has fired, so the hardware no longer has it.
-        if deadline != self.armed || deadline <= tsc::read() {
+        // The hardware has the deadline no more when it has passed, or when it fired early, as a counter that was
+        // calibrated may.
+        let fired = cpu::this().timer_fired.swap(false, Ordering::Relaxed);
+        if fired || deadline != self.armed || deadline <= tsc::read() {
             lapic::arm(deadline);
             self.armed = deadline;
         }

@@ -45,20 +45,14 @@ impl VmClock {
         self.base.saturating_add(self.rate.ticks(ns).saturating_add(1))
     }
 
-    /// The host's TSC at a deadline of a vCPU with this TSC_ADJUST.
+    /// The host's TSC at a deadline of a vCPU with this TSC_ADJUST, seen from the host's TSC `now`.
     #[inline]
-    pub const fn host_tsc_of(&self, deadline: Deadline, adjust: u64) -> u64 {
+    pub const fn host_tsc_of(&self, deadline: Deadline, adjust: u64, now: u64) -> u64 {
         match deadline {
             Deadline::Ns(ns) => self.host_tsc_of_ns(ns),
-            Deadline::Tsc(tsc) => {
-                let since_reset = tsc.wrapping_sub(adjust);
-                // A deadline before the reset, or in another age of the counter: as the guest's comparison
-                // is on its own TSC, the nearest end is right.
-                match self.base.checked_add(since_reset) {
-                    Some(host) => host,
-                    None => u64::MAX,
-                }
-            }
+            // The same unsigned comparison by which the local APIC decides that the deadline has passed: a guest can
+            // set its TSC to anything, and what is due here must expire there.
+            Deadline::Tsc(tsc) => now.saturating_add(tsc.saturating_sub(self.guest_tsc(now, adjust))),
         }
     }
 }
@@ -81,7 +75,7 @@ mod tests {
         for ns in [0, 1, 2, 399, 400, 1_000_000_007, 1 << 50] {
             assert!(CLOCK.ns(CLOCK.host_tsc_of_ns(ns)) >= ns);
         }
-        assert_eq!(CLOCK.host_tsc_of(Deadline::Ns(u64::MAX), 0), u64::MAX);
+        assert_eq!(CLOCK.host_tsc_of(Deadline::Ns(u64::MAX), 0, 0), u64::MAX);
     }
 
     #[test]
@@ -89,7 +83,19 @@ mod tests {
         for adjust in [0, 5_000, u64::MAX - 10] {
             let host = 7_000_000;
             let deadline = Deadline::Tsc(CLOCK.guest_tsc(host, adjust));
-            assert_eq!(CLOCK.host_tsc_of(deadline, adjust), host);
+            assert_eq!(CLOCK.host_tsc_of(deadline, adjust, 6_000_000), host);
+        }
+    }
+
+    #[test]
+    fn a_deadline_is_due_exactly_when_the_guests_tsc_has_reached_it() {
+        let now = 9_000_000;
+        for adjust in [0, 1 << 40, 1000u64.wrapping_neg(), u64::MAX / 2] {
+            for deadline in [1, 500, 1 << 50, u64::MAX - 500, u64::MAX] {
+                let due = CLOCK.guest_tsc(now, adjust) >= deadline;
+                let host = CLOCK.host_tsc_of(Deadline::Tsc(deadline), adjust, now);
+                assert_eq!(host <= now, due, "adjust {adjust:#x}, deadline {deadline:#x}");
+            }
         }
     }
 }

@@ -42,8 +42,10 @@ pub struct TripleFault;
 pub struct Events {
     /// What the next entry delivers before anything else: an interrupted delivery, or an exception.
     next: Option<Event>,
-    /// An event from outside that an exception overtook.
+    /// An interrupt, acknowledged already, that an exception overtook.
     later: Option<Event>,
+    /// `next` is an event whose delivery the last exit interrupted.
+    interrupted: bool,
     nmi_pending: bool,
     nmi_block: NmiBlock,
 }
@@ -70,12 +72,21 @@ impl Events {
             // It will block again when it is injected again.
             self.nmi_block = NmiBlock::Open;
         }
-        self.next = Some(event);
+        // What was not delivered yet goes after it.
+        if let Some(waiting @ Event::Interrupt(_)) = self.next.replace(event) {
+            self.later.get_or_insert(waiting);
+        }
+        self.interrupted = true;
     }
 
     /// Whether an event's delivery was interrupted by the last exit.
     pub fn delivery_was_interrupted(&self) -> bool {
-        self.next.is_some()
+        self.interrupted
+    }
+
+    /// Whether an exception waits for the next entry.
+    pub fn exception_waits(&self) -> bool {
+        matches!(self.next, Some(Event::Exception(..)))
     }
 
     /// Raises an exception, which may meet an interrupted delivery.
@@ -84,7 +95,11 @@ impl Events {
             None => Event::Exception(vector, error_code),
             Some(first) => {
                 let (now, later) = combine(first, (vector, error_code)).ok_or(TripleFault)?;
-                self.later = later.or(self.later);
+                match later {
+                    Some(Event::Nmi) => self.nmi_pending = true,
+                    Some(overtaken) => self.later = Some(overtaken),
+                    None => {}
+                }
                 now
             }
         };
@@ -114,20 +129,24 @@ impl Events {
     #[inline]
     pub fn prepare_entry<H: HwVcpu>(&mut self, hw: &mut H, interrupts: &mut impl InterruptSource) {
         self.settle(hw);
+        self.interrupted = false;
         if let Some(event) = self.next.take() {
             if event == Event::Nmi {
                 self.block_nmi(hw);
             }
             hw.inject(event);
-            self.next = self.later.take();
+        } else if self.later.is_some() && hw.interrupts_open() {
+            if let Some(event) = self.later.take() {
+                hw.inject(event);
+            }
         } else if self.nmi_pending && self.nmi_block == NmiBlock::Open && !hw.in_shadow() {
             self.nmi_pending = false;
             self.block_nmi(hw);
             hw.inject(Event::Nmi);
         }
-        let mut window = self.next.is_some() || (self.nmi_pending && self.nmi_block == NmiBlock::Open);
+        let mut window = self.later.is_some() || (self.nmi_pending && self.nmi_block == NmiBlock::Open);
         if interrupts.pending() {
-            if hw.interrupts_open() && self.next.is_none() {
+            if hw.interrupts_open() && self.later.is_none() {
                 if let Some(vector) = interrupts.acknowledge() {
                     hw.inject(Event::Interrupt(vector));
                 }
@@ -255,6 +274,36 @@ mod tests {
         events.raise(14, Some(2)).unwrap();
         events.prepare_entry(&mut hw, &mut Source::default());
         assert_eq!(hw.injected.take(), Some(Event::Exception(14, Some(2))));
+        events.prepare_entry(&mut hw, &mut Source::default());
+        assert_eq!(hw.injected, Some(Event::Interrupt(0x44)));
+    }
+
+    #[test]
+    fn an_overtaken_interrupt_waits_until_the_handler_opens() {
+        let (mut events, mut hw) = (Events::default(), open());
+        events.interrupted(Event::Interrupt(0x44));
+        events.raise(17, Some(0)).unwrap();
+        events.prepare_entry(&mut hw, &mut Source::default());
+        assert_eq!(hw.injected.take(), Some(Event::Exception(17, Some(0))));
+        assert!(!events.delivery_was_interrupted(), "an MMIO access of the handler is no delivery");
+        hw.rflags = 2;
+        events.prepare_entry(&mut hw, &mut Source::default());
+        assert!(hw.injected.is_none() && hw.window);
+        hw.rflags = 0x202;
+        events.prepare_entry(&mut hw, &mut Source::default());
+        assert_eq!(hw.injected, Some(Event::Interrupt(0x44)));
+    }
+
+    #[test]
+    fn an_overtaken_interrupt_survives_an_interrupted_exception() {
+        let (mut events, mut hw) = (Events::default(), open());
+        events.interrupted(Event::Interrupt(0x44));
+        events.raise(17, Some(0)).unwrap();
+        events.prepare_entry(&mut hw, &mut Source::default());
+        hw.injected = None;
+        events.interrupted(Event::Exception(17, Some(0)));
+        events.prepare_entry(&mut hw, &mut Source::default());
+        assert_eq!(hw.injected.take(), Some(Event::Exception(17, Some(0))));
         events.prepare_entry(&mut hw, &mut Source::default());
         assert_eq!(hw.injected, Some(Event::Interrupt(0x44)));
     }

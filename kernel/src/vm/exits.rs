@@ -1,6 +1,7 @@
 //! What each exit does. Vendor-neutral; the hot ones are CPUID, MSRs, ports, page faults, HLT.
 
 use super::breakpoints;
+use super::mov_cr;
 use super::cpuid::{CpuState as CpuidState, CpuidLeaf};
 use super::emulate::{Attributes, Fault, KnownOperand, Mode, Outcome};
 use super::events::{DR6_BS, SINGLE_STEP};
@@ -19,6 +20,7 @@ use crate::hw::extended;
 use crate::hw::gpr::{RAX, RBX, RCX, RDX};
 use crate::hw::{CpuState, Exit, HwVcpu, PortAccess, SecondStageFault, SegmentName, Vendor};
 
+const CR0_PE: u64 = 1 << 0;
 const CR0_PG: u64 = 1 << 31;
 const CR4_DE: u64 = 1 << 3;
 const CS_LONG: u16 = crate::hw::Segment::LONG;
@@ -75,7 +77,11 @@ impl<V: Vendor> Vcpu<V> {
                     self.raise(guest, vector, error_code);
                 }
             }
-            Exit::MachineCheck => panic!("machine check while a guest ran"),
+            Exit::MachineCheck => {
+                // The host's handler decides whether Umbra can go on; this VM cannot.
+                crate::cpu::machine_check::acknowledge();
+                self.stop(guest, StopReason::MachineCheck);
+            }
             Exit::Shutdown => self.stop(guest, StopReason::TripleFault),
             Exit::InvalidState(why) => self.stop(guest, StopReason::InvalidState(why)),
             Exit::WriteCr(_) => self.stop(guest, StopReason::UnknownExit(0)),
@@ -86,6 +92,8 @@ impl<V: Vendor> Vcpu<V> {
     /// Raises an exception in the guest.
     pub(super) fn raise(&mut self, guest: &Guest<V>, vector: u8, error_code: Option<u32>) {
         self.core.attention = true;
+        // Real mode pushes no error codes (APM vol. 2, 8.4.1).
+        let error_code = error_code.filter(|_| self.core.hw.cr0() & CR0_PE != 0);
         if self.core.events.raise(vector, error_code).is_err() {
             self.stop(guest, StopReason::TripleFault);
         }
@@ -228,14 +236,15 @@ impl<V: Vendor> Vcpu<V> {
         if hit != 0 {
             let dr6 = self.core.hw.dr6();
             self.core.hw.set_dr6(dr6 & !0xf | hit);
-            if !self.core.events.any() {
+            if !self.core.events.exception_waits() {
                 self.raise(guest, DB, None);
             }
         }
     }
 
     fn second_stage_fault(&mut self, guest: &Guest<V>, fault: SecondStageFault) {
-        if fault.reserved {
+        // An address beyond the guest's own width may be beyond what the tables can map, too: that is the guest's doing.
+        if fault.reserved && fault.gpa >> guest.cpuid.caps().phys_bits == 0 {
             return self.stop(guest, StopReason::CorruptTables { gpa: fault.gpa });
         }
         match self.core.paging.resolve(&guest.memory, &fault) {
@@ -343,22 +352,22 @@ impl<V: Vendor> Vcpu<V> {
                 return None;
             }
         };
-        let mode = self.core.mode();
-        let Ok(insn_len) = self.emulator.insn_len(mode, &bytes[..len]) else {
+        let long = self.core.mode() == Mode::Long64;
+        let Some((register, insn_len)) = mov_cr::parse(&bytes[..len], long) else {
+            // Another vCPU changed the code since the exit: let the guest run into what is there now.
             self.core.attention = true;
             return None;
         };
-        let insn = &bytes[..usize::from(insn_len).min(len)];
-        let register = super::mov_cr::source_register(insn, mode == Mode::Long64)?;
         let value = self.core.hw.gprs()[register];
-        let value = if mode == Mode::Long64 { value } else { value & 0xffff_ffff };
-        Some((value, self.core.hw.rip().wrapping_add(u64::from(insn_len))))
+        let value = if long { value } else { value & 0xffff_ffff };
+        Some((value, self.core.hw.rip().wrapping_add(insn_len as u64)))
     }
 
     fn xsetbv(&mut self, guest: &Guest<V>) {
         let gprs = self.core.hw.gprs();
         let (register, value) = (gprs[RCX] as u32, gprs[RDX] << 32 | gprs[RAX] & 0xffff_ffff);
-        if register != 0 || !guest.cpuid.caps().xcr0_is_valid(value) {
+        // The intercept may come before the check of the privilege level.
+        if self.core.hw.cpl() != 0 || register != 0 || !guest.cpuid.caps().xcr0_is_valid(value) {
             return self.raise(guest, GP, Some(0));
         }
         if self.skip(guest) {
@@ -455,12 +464,15 @@ impl<V: Vendor> Core<V> {
                 self.attention |= matches!(self.lapic.next_event(), Some(Deadline::Tsc(_)));
             }
             MsrEffect::TscAux(value) => self.extended.set_tsc_aux(u64::from(value)),
-            MsrEffect::ApicBase => self.attention = true,
+            MsrEffect::ApicBase => {
+                self.hw.set_cr8(self.lapic.cr8());
+                (self.apic_enabled, self.attention) = (true, true);
+            }
             MsrEffect::Apic(action) => self.apic_action(guest, action),
         }
         if matches!(msr, X2APIC_MSR_FIRST..=X2APIC_MSR_LAST) {
             self.hw.set_cr8(self.lapic.cr8());
-            self.attention = true;
+            (self.apic_enabled, self.attention) = (true, true);
         }
         Ok(())
     }
@@ -497,14 +509,17 @@ impl<V: Vendor> Core<V> {
         }
     }
 
-    /// Whether MOV to CR4 takes `value` (APM vol. 2, 3.1.3): existing bits only, PAE while in long mode, LA57 not
-    /// changed in it.
+    /// Whether MOV to CR4 takes `value` (APM vol. 2, 3.1.3; SDM vol. 3, 4.10.1): existing bits only, PAE while in
+    /// long mode, LA57 not changed in it, PCIDE set only in it and with PCID 0.
     fn cr4_is_valid(&self, guest: &Guest<V>, value: u64) -> bool {
         const PAE: u64 = 1 << 5;
         const LA57: u64 = 1 << 12;
+        const PCIDE: u64 = 1 << 17;
         let long = self.hw.efer() & EFER_LMA != 0;
+        let sets_pcide = value & !self.hw.cr4() & PCIDE != 0;
         value & !guest.cpuid.caps().cr4 == 0
             && !(long && (value & PAE == 0 || (value ^ self.hw.cr4()) & LA57 != 0))
+            && !(sets_pcide && (!long || self.hw.cr3() & 0xfff != 0))
     }
 
     /// Obeys what other CPUs ask of this one.
@@ -525,6 +540,7 @@ impl<V: Vendor> Core<V> {
     /// INIT (SDM vol. 3, table 9-1): registers reset, but not x87, SSE, MTRRs, TSC and the like.
     fn init(&mut self, guest: &Guest<V>) {
         self.hw.load_state(&CpuState::reset());
+        self.extended.clear_breakpoints();
         *self.hw.gprs_mut() = [0; 16];
         self.hw.gprs_mut()[RDX] = u64::from(guest.cpuid.lookup(1, 0, &self.cpuid_state(1)).eax);
         self.lapic.init_reset();
@@ -555,6 +571,8 @@ impl<V: Vendor> Core<V> {
         let event = board.chipset.port_write(port, size, value, now, guest.memory.ram());
         if board.chipset.com1_has_output() {
             board.chipset.com1_take_output(&mut |byte| guest.output.put(byte));
+            // The console takes its time; it is this vCPU's time.
+            self.attention = true;
         }
         guest.with_sink(&mut self.woken, |sink| board.update_lines(sink));
         self.notice(board.outlook(now) != before);

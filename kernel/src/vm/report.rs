@@ -32,6 +32,8 @@ pub enum StopReason {
         /// Guest-physical address.
         gpa: u64,
     },
+    /// The processor reported a hardware error while the guest ran.
+    MachineCheck,
     /// An exit that was not asked for.
     UnknownExit(u64),
 }
@@ -55,6 +57,7 @@ impl fmt::Display for StopReason {
             Self::CorruptTables { gpa } => {
                 write!(f, "reserved bit in a second-stage table of Umbra at guest-physical {gpa:#x}; please report this")
             }
+            Self::MachineCheck => f.write_str("machine check: the processor reported a hardware error"),
             Self::UnknownExit(code) => write!(f, "exit {code:#x}, which was not asked for; please report this"),
         }
     }

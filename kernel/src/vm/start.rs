@@ -34,6 +34,10 @@ fn enable_everywhere(svm: Svm) {
     enable(0);
     let mut enabled = 1;
     for cpu in cpu::all().iter().filter(|cpu| cpu.index() != cpu::number()) {
+        if cpu.index() >= mmu::MAX_CPUS {
+            log::warn!("CPU {}: Umbra runs guests on {} CPUs at most; it stays without", cpu.index(), mmu::MAX_CPUS);
+            continue;
+        }
         match smp::run_on_and_wait(cpu.index(), enable, 0) {
             Ok(()) => enabled += 1,
             Err(error) => log::warn!("CPU {}: {error:?}; it stays without guests", cpu.index()),

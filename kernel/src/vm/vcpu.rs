@@ -17,6 +17,8 @@ use crate::sched::HostTimer;
 use mmu::GuestCpu;
 
 const RFLAGS_IF: u64 = 1 << 9;
+/// Exits after which a vCPU looks whether its time is up, whatever the exits were.
+const ATTENTION_INTERVAL: u64 = 1024;
 
 /// What a vCPU is doing when it is not stopped by its VM's end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,6 +64,8 @@ pub struct Core<V: Vendor> {
     pub exits: u64,
     /// Something may be due before the next entry: an event, a timer, a request.
     pub(super) attention: bool,
+    /// Its local APIC may have been enabled since the last entry.
+    pub(super) apic_enabled: bool,
     /// It spins: let others run.
     pub(super) gives_way: bool,
     /// Other vCPUs of the VM that this one woke and that have not run since.
@@ -83,6 +87,7 @@ fn has_1g_pages(cpuid: &CpuidTable) -> bool {
 
 /// Interrupts of one vCPU: its local APIC, and for vCPU 0 the 8259 pair.
 struct Interrupts<'a, V: Vendor> {
+    index: usize,
     lapic: &'a mut LocalApic,
     guest: &'a Guest<V>,
 }
@@ -104,7 +109,9 @@ impl<V: Vendor> InterruptSource for Interrupts<'_, V> {
             let mut board = self.guest.board.lock();
             let vector = board.chipset.pic_ack();
             self.lapic.accept_extint();
-            self.lapic.set_lint(Lint::Lint0, board.chipset.pic_intr());
+            if self.index == 0 {
+                self.lapic.set_lint(Lint::Lint0, board.show_pic_intr());
+            }
             return Some(vector);
         }
         let vector = self.lapic.pending_interrupt()?;
@@ -139,9 +146,15 @@ impl<V: Vendor> Vcpu<V> {
             activity: Activity::WaitForSipi,
             exits: 0,
             attention: false,
+            apic_enabled: false,
             gives_way: false,
             woken: VcpuSet::EMPTY,
         };
+        let mut core = core;
+        if let Some(port) = guest.bus.port(index) {
+            // From now on the others can reach it: an INIT and a start-up message are what it waits for.
+            let _ = core.lapic.sync(port);
+        }
         let emulator = Emulator::new().map_err(|_| OutOfMemory)?;
         Ok(Self { core, emulator })
     }
@@ -192,9 +205,10 @@ impl<V: Vendor> Vcpu<V> {
         halted_for_good && !self.core.lapic.lint0_is_nmi() && !self.core.events.any() && !guest.has_mail(self.core.index)
     }
 
-    /// When, in the host's TSC, this vCPU's timer is due.
-    pub fn deadline(&self, guest: &Guest<V>) -> Option<u64> {
-        self.core.lapic.next_event().map(|deadline| guest.clock.host_tsc_of(deadline, self.core.msrs.tsc_adjust))
+    /// When, in the host's TSC, this vCPU's timer is due, seen from `now`.
+    pub fn deadline(&self, guest: &Guest<V>, now: u64) -> Option<u64> {
+        let adjust = self.core.msrs.tsc_adjust;
+        self.core.lapic.next_event().map(|deadline| guest.clock.host_tsc_of(deadline, adjust, now))
     }
 
     /// Makes the vCPU look at its timers and interrupts before it goes on.
@@ -220,6 +234,8 @@ impl<V: Vendor> Vcpu<V> {
             }
             let exit = self.core.enter(guest);
             self.handle(guest, exit);
+            // Whatever a guest finds to exit for without end, it does not keep the CPU.
+            self.core.attention |= self.core.exits % ATTENTION_INTERVAL == 0;
         }
     }
 
@@ -250,11 +266,16 @@ impl<V: Vendor> Vcpu<V> {
                 core.obey(guest, requests);
             }
         }
+        if core::mem::take(&mut core.apic_enabled) {
+            // A level interrupt that no APIC took may find one now.
+            let mut board = guest.board.lock();
+            guest.with_sink(&mut core.woken, |sink| board.ioapic.retry(sink));
+        }
         if guest.has_ended() {
             return Some(Pause::Ended);
         }
         core.events.settle(&mut core.hw);
-        let mut interrupts = Interrupts { lapic: &mut core.lapic, guest };
+        let mut interrupts = Interrupts { index: core.index, lapic: &mut core.lapic, guest };
         match core.activity {
             Activity::Running => {}
             Activity::WaitForSipi => return Some(Pause::Idle),
@@ -278,7 +299,7 @@ impl<V: Vendor> Vcpu<V> {
             deadline = deadline.min(guest.clock.host_tsc_of_ns(at));
         }
         if let Some(at) = core.lapic.next_event() {
-            deadline = deadline.min(guest.clock.host_tsc_of(at, core.msrs.tsc_adjust));
+            deadline = deadline.min(guest.clock.host_tsc_of(at, core.msrs.tsc_adjust, now));
         }
         timer.arm(deadline);
         None

@@ -10,6 +10,8 @@ use super::vcpu::Core;
 use crate::cpu::tsc;
 use crate::hw::{HwVcpu, SegmentName, Vendor};
 
+/// Offset of the local APIC's spurious-interrupt vector register, which holds its software enable bit.
+const SPURIOUS_VECTOR: u64 = 0xf0;
 /// CR4.LA57.
 const CR4_LA57: u64 = 1 << 12;
 
@@ -252,6 +254,7 @@ impl<V: Vendor> Core<V> {
             let tsc = self.guest_tsc(guest, now);
             let action = self.lapic.mmio_write((gpa & 0xfff) as u32, size, value, guest.clock.ns(now), tsc);
             self.hw.set_cr8(self.lapic.cr8());
+            self.apic_enabled |= gpa & 0xff0 == SPURIOUS_VECTOR;
             self.attention = true;
             self.apic_action(guest, action);
         } else if page == IOAPIC_START {

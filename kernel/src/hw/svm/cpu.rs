@@ -74,12 +74,13 @@ static CPUS: [CpuCell; MAX_CPUS] = [const { CpuCell(UnsafeCell::new(None)) }; MA
 
 /// Runs `f` on this CPU's state. None if SVM was not enabled here.
 ///
-/// Callers have interrupts off and do not nest, so the exclusive borrow is the only one.
+/// # Safety
+/// `index` is that of the CPU that calls, and interrupts are off.
 #[inline]
-pub(super) fn with_this_cpu<R>(index: usize, f: impl FnOnce(&mut SvmCpu) -> R) -> Option<R> {
-    // SAFETY: `index` is the caller's own CPU; interrupts are off and `f` cannot reach this function again
-    // (it sees only the `SvmCpu`), so no second reference exists.
-    unsafe { (*CPUS[index].0.get()).as_mut().map(f) }
+pub(super) unsafe fn with_this_cpu<R>(index: usize, f: impl FnOnce(&mut SvmCpu) -> R) -> Option<R> {
+    // SAFETY: the caller's promise; `f` cannot reach this function again (it sees only the `SvmCpu`), so no second
+    // reference exists.
+    unsafe { (*CPUS.get(index)?.0.get()).as_mut().map(f) }
 }
 
 impl Svm {
@@ -151,7 +152,9 @@ pub fn enable_on_this_cpu(svm: &Svm) {
     let index = crate::cpu::number();
     let state = SvmCpu { host_state, asids: AsidAllocator::new(svm.asid_count) };
     // SAFETY: as in `with_this_cpu`; this CPU runs no guest yet.
-    unsafe { *CPUS[index].0.get() = Some(state) };
+    if let Some(cell) = CPUS.get(index) {
+        unsafe { *cell.0.get() = Some(state) };
+    }
 }
 
 impl Vendor for Svm {

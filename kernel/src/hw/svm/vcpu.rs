@@ -165,12 +165,15 @@ impl HwVcpu for SvmVcpu {
 
     #[inline]
     fn run(&mut self, cpu: usize) -> Exit {
-        let host = with_this_cpu(cpu, |state| {
-            let settled = self.cpu == cpu && !self.flush && state.asids.is_current(self.tag);
-            let control = if settled { TlbControl::Nothing } else { self.retag(cpu, &mut state.asids) };
-            self.vmcb_mut().control.tlb_control = control as u8;
-            state.host_state
-        });
+        // SAFETY: the trait's contract: `cpu` is this CPU, and interrupts are off.
+        let host = unsafe {
+            with_this_cpu(cpu, |state| {
+                let settled = self.cpu == cpu && !self.flush && state.asids.is_current(self.tag);
+                let control = if settled { TlbControl::Nothing } else { self.retag(cpu, &mut state.asids) };
+                self.vmcb_mut().control.tlb_control = control as u8;
+                state.host_state
+            })
+        };
         let Some(host) = host else { return Exit::InvalidState("SVM is not enabled on this CPU") };
         let (rax, rsp) = (self.gprs[gpr::RAX], self.gprs[gpr::RSP]);
         let save = &mut self.vmcb_mut().save;
