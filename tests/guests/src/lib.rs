@@ -22,6 +22,7 @@ pub mod dev;
 pub mod entry;
 pub mod frames;
 pub mod machine;
+pub mod modes;
 pub mod multiboot;
 pub mod paging;
 pub mod platform;
