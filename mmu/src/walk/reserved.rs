@@ -50,7 +50,8 @@ const fn role_bits(role: &CpuRole) -> Reserved {
         PagingMode::Pae => {
             // Bits 62:52 are no free bits here, and a PDPTE has few at all.
             let high = address | bits(62, MAX_PHYSICAL_BITS) | no_execute;
-            let pdpte = address | bits(63, MAX_PHYSICAL_BITS) | bits(8, 5) | bits(2, 1);
+            // Bit 5 should be reserved as well, but QEMU's TCG sets it as it walks, and ignores it.
+            let pdpte = address | bits(63, MAX_PHYSICAL_BITS) | bits(8, 6) | bits(2, 1);
             [[high; 2], [high, high | bits(20, 13)], [pdpte; 2], [0; 2], [0; 2]]
         }
         PagingMode::FourLevel | PagingMode::FiveLevel => {

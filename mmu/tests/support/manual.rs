@@ -214,7 +214,8 @@ fn reserved_bit_set(
         return true;
     }
     if pae_pdpte {
-        return set(1, 2) || set(5, 8) || set(52, 63);
+        // The manuals reserve bit 5, too; QEMU's TCG sets it by itself and so it has to be let through.
+        return set(1, 2) || set(6, 8) || set(52, 63);
     }
     if !m.nxe && set(63, 63) {
         return true;

@@ -460,6 +460,9 @@ fn registers() {
         t.eq("high halves of RAX and RDX", (rax | rdx) >> 32, 0u64);
     });
     case("msr.wrmsr_ignores_high_halves", |t| {
+        if platform::umbra() && t.skip_on_tcg("it indexes the MSR permission map by all of RCX") {
+            return;
+        }
         let old = rdmsr(MSR_PAT);
         exec!("wrmsr", in("rcx") 0xffff_ffff_0000_0000u64 | u64::from(MSR_PAT),
             in("rax") 0xdead_beef_0007_0406u64, in("rdx") 0xdead_beef_0007_0506u64);
