@@ -2,33 +2,46 @@
 
 use std::fs;
 
-use anyhow::Result;
+use anyhow::{bail, ensure, Result};
 use xtask::bundle::Bundle;
 use xtask::paths;
 
-use crate::cases::Cases;
+use crate::cases::{is_failure, Cases};
 use crate::context::{is_tcg, Ctx};
 use crate::scenario::Scenario;
 
-/// Guests that hold a conversation or measure, and report no cases.
-const WITHOUT_CASES: [&str; 2] = ["demo", "bench_exits"];
+/// Guests that hold a conversation, measure or misbehave, and are not judged by their cases alone.
+const WITHOUT_CASES: [&str; 3] = ["demo", "bench_exits", "garbage"];
 
 /// What a guest writes to its exit port when all cases passed is 0, and comes back as isa-debug-exit's status.
 const ALL_PASSED: u8 = 1;
 
-/// One scenario for each guest, and for each kind of memory mapping that a virtual machine can have.
+/// Ways in which the guest `garbage` misbehaves: a name and its command line.
+const MISDEEDS: [(&str, &str); 8] = [
+    ("jump", "jump"),
+    ("jump_noise", "jump noise"),
+    ("triple_fault", "triple"),
+    ("wild_1", "wild seed=1"),
+    ("wild_2", "wild seed=2"),
+    ("wild_3", "wild seed=3"),
+    ("flood", "flood"),
+    ("hostile_npt", "hostile-npt"),
+];
+
+/// One scenario for each guest with cases and each largest page that may back its memory, one for each misdeed.
 pub(super) fn all() -> Vec<Scenario> {
-    names()
-        .into_iter()
-        .filter(|name| !WITHOUT_CASES.contains(&name.as_str()))
-        .flat_map(|name| {
-            ["4K", "auto"].map(|page_size| {
-                let guest = name.clone();
-                Scenario::new(format!("guest_{name}_{page_size}"), move |ctx| report(ctx, &guest, page_size))
-                    .limit(120)
-            })
-        })
-        .collect()
+    let mut all = Vec::new();
+    for name in names().into_iter().filter(|name| !WITHOUT_CASES.contains(&name.as_str())) {
+        for page_size in ["4K", "auto"] {
+            let guest = name.clone();
+            let scenario = move |ctx: &Ctx| report(ctx, &guest, page_size);
+            all.push(Scenario::new(format!("guest_{name}_{page_size}"), scenario).limit(240));
+        }
+    }
+    for (name, cmdline) in MISDEEDS {
+        all.push(Scenario::new(format!("garbage_{name}"), move |ctx| misdeed(ctx, cmdline)).limit(240));
+    }
+    all
 }
 
 /// The guests are the binaries of their crate.
@@ -46,19 +59,55 @@ fn names() -> Vec<String> {
 
 fn report(ctx: &Ctx, guest: &str, page_size: &str) -> Result<Cases> {
     let machine = ctx.machine();
-    let cmdline = if is_tcg(&machine) { "tcg" } else { "" };
-    let config = format!(
-        "[[vm]]\nname = \"{guest}\"\nmemory = \"64M\"\nkernel = \"{guest}\"\ncmdline = \"{cmdline}\"\n\
-         page_size = \"{page_size}\"\nexit_port = 0xf4\non_reset = \"stop\"\n"
-    );
-    let bundle = Bundle::new(config).file_from(guest, &ctx.images.guest(guest))?;
+    let mut words = String::from(if is_tcg(&machine) { "tcg" } else { "" });
+    let mut more = format!("page_size = \"{page_size}\"\n");
+    let mut bundle_files = Vec::new();
+    match guest {
+        // What this guest wants to find is described at its top.
+        "fwcfg_multiboot" => {
+            words.push_str(" cmdline-test key=value");
+            more.push_str("modules = [\"module-a first\", \"module-b second one\"]\n");
+            let text = b"umbra module".repeat(1000);
+            bundle_files = vec![("module-a", text[..5000].to_vec()), ("module-b", text[..12].to_vec())];
+        }
+        "smp" => more.push_str("vcpus = 4\n"),
+        _ => {}
+    }
+    let mut bundle = bundle(ctx, guest, &words, &more)?;
+    for (name, data) in bundle_files {
+        bundle = bundle.file(name, data);
+    }
     let outcome = ctx.boot(&machine, &bundle)?.end()?;
     let mut cases = Cases::reported_in(&outcome.log);
-    let failed = cases.count(crate::cases::is_failure) > 0;
+    let failed = cases.count(is_failure) > 0;
     cases.require(failed || outcome.status == Some(ALL_PASSED), || {
         format!("the run ended with {:?} instead of status {ALL_PASSED}", outcome.status)
     });
     Ok(cases)
+}
+
+fn bundle(ctx: &Ctx, guest: &str, cmdline: &str, more: &str) -> Result<Bundle> {
+    let config = format!(
+        "[[vm]]\nname = \"{guest}\"\nmemory = \"64M\"\nkernel = \"{guest}\"\ncmdline = \"{}\"\n\
+         exit_port = 0xf4\non_reset = \"stop\"\n{more}",
+        cmdline.trim()
+    );
+    Bundle::new(config).file_from(guest, &ctx.images.guest(guest))
+}
+
+/// Whatever the guest does and however it ends, Umbra lives to say so.
+fn misdeed(ctx: &Ctx, cmdline: &str) -> Result<Cases> {
+    let machine = ctx.machine();
+    let words = if is_tcg(&machine) { format!("tcg {cmdline}") } else { cmdline.to_owned() };
+    let outcome = ctx.boot(&machine, &bundle(ctx, "garbage", &words, "")?)?.end()?;
+    ensure!(!outcome.log.contains("umbra: panic"), "Umbra itself panicked");
+    let ended = outcome.log.lines().any(|line| line.starts_with("umbra: vm \"garbage\": "));
+    ensure!(ended, "Umbra does not say how the guest ended");
+    match outcome.status {
+        Some(0..=64) | Some(67..) => Ok(Cases::passed()),
+        Some(status) => bail!("Umbra ended with status {status}"),
+        None => bail!("the machine died with the guest"),
+    }
 }
 
 #[cfg(test)]

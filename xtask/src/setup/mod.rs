@@ -152,7 +152,11 @@ fn add_target(instead: &[&str], apt: &Apt) -> Result<()> {
     match added {
         Ok(()) if toolchain::target_is_installed() => Ok(()),
         Ok(()) => bail!("rustup has added the target, but the toolchain that runs here does not have it"),
-        Err(error) if instead.is_empty() => Err(error.context("the bare-metal target cannot be installed")),
+        Err(error) if instead.is_empty() => Err(error.context(format!(
+            "the bare-metal target cannot be installed; make `rustup target add {}` work, or on Debian run: {}",
+            toolchain::BARE_METAL,
+            PackageManager::Apt.install_command(&toolchain::DEBIAN_PACKAGES)
+        ))),
         Err(error) => {
             say!("{error:#}; Debian's compiler is taken instead");
             apt.install(instead)
