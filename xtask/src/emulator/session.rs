@@ -95,7 +95,8 @@ impl Session {
         while self.emulator.ended().is_none() && Instant::now() < deadline {
             self.pump(deadline)?;
         }
-        let powered_off = self.emulator.ended().is_some_and(|status| status.success());
+        let powered_off =
+            self.emulator.ended().is_some_and(|status| status.success() || self.bochs_powered_off());
         Ok(Outcome { status: self.text.end_status(), powered_off, log: self.log() })
     }
 
@@ -105,6 +106,12 @@ impl Session {
         self.file.write_all(&output).context("cannot write the console's log")?;
         self.text.push(&output);
         Ok(())
+    }
+
+    /// Bochs takes a power-off for a panic and fails, but says what it was.
+    fn bochs_powered_off(&self) -> bool {
+        let text = File::open(&self.messages).map(|mut file| exec::tail(&mut file, 10)).unwrap_or_default();
+        text.contains("soft power off") || text.contains("Shutdown")
     }
 
     /// What the emulator itself had to say.
@@ -172,6 +179,19 @@ mod tests {
         assert_eq!((outcome.status, outcome.powered_off), (None, false));
         assert_eq!(outcome.log, "umbra: hello\n");
         fs::remove_dir_all(&machine.dir).unwrap();
+    }
+
+    #[test]
+    fn bochs_fails_when_it_powers_off() {
+        for (complaint, powered_off) in
+            [("[ACPI  ] ACPI control: soft power off", true), ("[CPU0  ] triple fault", false)]
+        {
+            let machine =
+                machine("bochs", &format!("echo 'umbra: end: status 0'; echo '{complaint}' >&2; exit 1"));
+            let outcome = Session::start(&machine, &Bundle::new("")).unwrap().finish(SOON).unwrap();
+            assert_eq!(outcome.powered_off, powered_off);
+            fs::remove_dir_all(&machine.dir).unwrap();
+        }
     }
 
     #[test]
