@@ -371,6 +371,12 @@ impl Chipset {
         self.lines
     }
 
+    /// Whether [`take_edges`](Self::take_edges) has anything to take.
+    #[inline]
+    pub fn has_edges(&self) -> bool {
+        self.edges != 0
+    }
+
     /// Lines that rose since the last call, also if they fell again since.
     #[inline]
     pub fn take_edges(&mut self) -> u32 {

@@ -12,6 +12,7 @@ pub mod extended;
 pub(crate) mod fake;
 pub mod svm;
 
+use bitflags::bitflags;
 use core::fmt;
 use mmu::EntryFormat;
 
@@ -171,12 +172,21 @@ pub struct PortAccess {
     pub port: u16,
     /// Bytes: 1, 2 or 4.
     pub size: u8,
-    /// IN or INS.
-    pub is_in: bool,
-    /// INS or OUTS: to be emulated as an instruction.
-    pub string: bool,
+    /// What kind of access.
+    pub kind: PortKind,
     /// Address of the next instruction.
     pub next_rip: u64,
+}
+
+bitflags! {
+    /// Kinds of port accesses.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct PortKind: u8 {
+        /// IN or INS.
+        const IN = 1 << 0;
+        /// INS or OUTS: to be emulated as an instruction.
+        const STRING = 1 << 2;
+    }
 }
 
 /// A nested page fault or EPT violation.
@@ -184,16 +194,25 @@ pub struct PortAccess {
 pub struct SecondStageFault {
     /// Guest-physical address.
     pub gpa: u64,
-    /// The translation was present, but did not allow the access.
-    pub present: bool,
-    /// The access was a write. A walk that sets accessed or dirty bits counts as one.
-    pub write: bool,
-    /// The access was an instruction fetch.
-    pub execute: bool,
-    /// A reserved bit was set in an entry of ours.
-    pub reserved: bool,
-    /// The fault hit a read or write of the guest's own page tables, not the final address.
-    pub table_walk: bool,
+    /// What happened there.
+    pub cause: FaultCause,
+}
+
+bitflags! {
+    /// Causes of a second-stage fault; the first five are where a #PF error code has them.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct FaultCause: u8 {
+        /// The translation was present, but did not allow the access.
+        const PRESENT = 1 << 0;
+        /// The access was a write. A walk that sets accessed or dirty bits counts as one.
+        const WRITE = 1 << 1;
+        /// A reserved bit was set in an entry of ours.
+        const RESERVED = 1 << 3;
+        /// The access was an instruction fetch.
+        const EXECUTE = 1 << 4;
+        /// The fault hit a read or write of the guest's own page tables, not the final address.
+        const TABLE_WALK = 1 << 5;
+    }
 }
 
 /// Why the guest stopped running.

@@ -19,6 +19,10 @@ pub fn phys_to_virt(addr: PhysAddr) -> *mut u8 {
 #[inline]
 pub unsafe fn zero(addr: PhysAddr, len: u64) {
     debug_assert!(addr.is_aligned(8u64) && len.is_multiple_of(8));
+    if len == PAGE_BYTES && addr.is_aligned(PAGE_BYTES) {
+        // SAFETY: the caller's promise.
+        return unsafe { zero_page(addr) };
+    }
     // SAFETY: the physical map covers all RAM, and the caller owns the range.
     unsafe {
         asm!(
@@ -27,6 +31,44 @@ pub unsafe fn zero(addr: PhysAddr, len: u64) {
             inout("rdi") phys_to_virt(addr) => _,
             in("rax") 0u64,
             options(nostack, preserves_flags),
+        );
+    }
+}
+
+/// Size of the pages that most faults bring in.
+const PAGE_BYTES: u64 = 4096;
+
+/// Fills one page with zeros, sixteen bytes at a time: half the stores of REP STOSQ, and none of its start-up cost,
+/// which counts for a single page.
+///
+/// XMM0 may hold a guest's value, so it is put back. (The kernel is compiled without SSE; CR4.OSFXSR is set on every
+/// CPU, and CR0.TS and CR0.EM never are.)
+///
+/// # Safety
+/// The page is RAM that the caller owns.
+#[inline]
+unsafe fn zero_page(addr: PhysAddr) {
+    let mut xmm0 = [0u8; 16];
+    let start = phys_to_virt(addr);
+    // SAFETY: the physical map covers all RAM, the caller owns the page, and the register is as before.
+    unsafe {
+        asm!(
+            "movups [{save}], xmm0",
+            "xorps xmm0, xmm0",
+            "2:",
+            ".set step, 0",
+            ".rept 32",
+            "movaps [{at} + step], xmm0",
+            ".set step, step + 16",
+            ".endr",
+            "add {at}, 512",
+            "cmp {at}, {end}",
+            "jne 2b",
+            "movups xmm0, [{save}]",
+            at = inout(reg) start => _,
+            end = in(reg) start.add(PAGE_BYTES as usize),
+            save = in(reg) &raw mut xmm0,
+            options(nostack),
         );
     }
 }

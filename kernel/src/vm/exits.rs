@@ -6,7 +6,7 @@ use super::cpuid::{CpuState as CpuidState, CpuidLeaf};
 use super::emulate::{Attributes, Fault, KnownOperand, Mode, Outcome};
 use super::events::{DR6_BS, SINGLE_STEP};
 use super::exceptions::{DB, GP, UD};
-use super::guest::Guest;
+use super::guest::{Board, Guest};
 use super::msr::{index, Gp, MsrContext, MsrEffect, MsrState, EFER_LMA};
 use super::paging::Resolution;
 use super::report::{End, StopReason};
@@ -18,12 +18,16 @@ use crate::devices::chipset::ChipsetEvent;
 use crate::devices::lapic::{ApicAction, Deadline, X2APIC_MSR_FIRST, X2APIC_MSR_LAST};
 use crate::hw::extended;
 use crate::hw::gpr::{RAX, RBX, RCX, RDX};
-use crate::hw::{CpuState, Exit, HwVcpu, PortAccess, SecondStageFault, SegmentName, Vendor};
+use crate::hw::{
+    CpuState, Exit, FaultCause, HwVcpu, PortAccess, PortKind, SecondStageFault, SegmentName, Vendor,
+};
 
 const CR0_PE: u64 = 1 << 0;
 const CR0_PG: u64 = 1 << 31;
 const CR4_DE: u64 = 1 << 3;
 const CS_LONG: u16 = crate::hw::Segment::LONG;
+/// Exits after which a vCPU looks whether its time is up, whatever the exits were.
+const ATTENTION_INTERVAL: u64 = 1024;
 const RFLAGS_TF: u64 = 1 << 8;
 const RFLAGS_RF: u64 = 1 << 16;
 
@@ -38,7 +42,7 @@ impl<V: Vendor> Vcpu<V> {
             Exit::Cpuid => self.cpuid(guest),
             Exit::Msr { write: true } => self.wrmsr(guest),
             Exit::Msr { write: false } => self.rdmsr(guest),
-            Exit::Port(access) if access.string => self.emulate(guest, None),
+            Exit::Port(access) if access.kind.contains(PortKind::STRING) => self.emulate(guest, None),
             Exit::Port(access) => self.port(guest, access),
             Exit::SecondStage(fault) => self.second_stage_fault(guest, fault),
             Exit::Hlt => {
@@ -207,7 +211,7 @@ impl<V: Vendor> Vcpu<V> {
 
     #[inline]
     fn port(&mut self, guest: &Guest<V>, access: PortAccess) {
-        if access.is_in {
+        if access.kind.contains(PortKind::IN) {
             let value = u64::from(self.core.port_in(guest, access.port, access.size));
             let rax = &mut self.core.hw.gprs_mut()[RAX];
             *rax = match access.size {
@@ -244,7 +248,7 @@ impl<V: Vendor> Vcpu<V> {
 
     fn second_stage_fault(&mut self, guest: &Guest<V>, fault: SecondStageFault) {
         // An address beyond the guest's own width may be beyond what the tables can map, too: that is the guest's doing.
-        if fault.reserved && fault.gpa >> guest.cpuid.caps().phys_bits == 0 {
+        if fault.cause.contains(FaultCause::RESERVED) && fault.gpa >> guest.cpuid.caps().phys_bits == 0 {
             return self.stop(guest, StopReason::CorruptTables { gpa: fault.gpa });
         }
         match self.core.paging.resolve(&guest.memory, &fault) {
@@ -253,12 +257,13 @@ impl<V: Vendor> Vcpu<V> {
             Resolution::Device if self.core.events.delivery_was_interrupted() => {
                 self.stop(guest, StopReason::DeliveryOutsideRam { gpa: fault.gpa });
             }
-            Resolution::Device if fault.execute && !fault.table_walk => {
+            Resolution::Device if fault.cause & (FaultCause::EXECUTE | FaultCause::TABLE_WALK) == FaultCause::EXECUTE => {
                 self.stop(guest, StopReason::FetchOutsideRam { gpa: fault.gpa });
             }
             Resolution::Device => {
-                let known = KnownOperand { gpa: fault.gpa, linear: None, write: fault.write };
-                self.emulate(guest, (!fault.table_walk).then_some(known));
+                let write = fault.cause.contains(FaultCause::WRITE);
+                let known = KnownOperand { gpa: fault.gpa, linear: None, write };
+                self.emulate(guest, (!fault.cause.contains(FaultCause::TABLE_WALK)).then_some(known));
             }
         }
     }
@@ -382,6 +387,10 @@ impl<V: Vendor> Core<V> {
     pub(super) fn enter(&mut self, guest: &Guest<V>) -> Exit {
         let exit = self.paging.run(&guest.memory, &mut self.hw);
         self.exits += 1;
+        if self.exits % ATTENTION_INTERVAL == 0 {
+            // Whatever a guest finds to exit for without end, it does not keep the CPU.
+            self.attention = true;
+        }
         if let Some(event) = self.hw.take_interrupted_event() {
             self.events.interrupted(event);
             self.attention = true;
@@ -425,7 +434,8 @@ impl<V: Vendor> Core<V> {
         if matches!(msr, X2APIC_MSR_FIRST..=X2APIC_MSR_LAST) {
             self.lapic.set_cr8(self.hw.cr8());
         }
-        let now = tsc::read();
+        // TSC_ADJUST is written often and needs no time.
+        let now = if msr == index::TSC_ADJUST { 0 } else { tsc::read() };
         let mut context = MsrContext {
             caps: guest.cpuid.caps(),
             now_ns: guest.clock.ns(now),
@@ -555,10 +565,8 @@ impl<V: Vendor> Core<V> {
     pub(super) fn port_in(&mut self, guest: &Guest<V>, port: u16, size: u8) -> u32 {
         let now = guest.clock.ns(tsc::read());
         let mut board = guest.board.lock();
-        let before = board.outlook(now);
         let value = board.chipset.port_read(port, size, now);
-        guest.with_sink(&mut self.woken, |sink| board.update_lines(sink));
-        self.notice(board.outlook(now) != before);
+        self.notice(guest, &mut board, now);
         value
     }
 
@@ -567,25 +575,27 @@ impl<V: Vendor> Core<V> {
     pub(super) fn port_out(&mut self, guest: &Guest<V>, port: u16, size: u8, value: u32) {
         let now = guest.clock.ns(tsc::read());
         let mut board = guest.board.lock();
-        let before = board.outlook(now);
         let event = board.chipset.port_write(port, size, value, now, guest.memory.ram());
         if board.chipset.com1_has_output() {
             board.chipset.com1_take_output(&mut |byte| guest.output.put(byte));
             // The console takes its time; it is this vCPU's time.
             self.attention = true;
         }
-        guest.with_sink(&mut self.woken, |sink| board.update_lines(sink));
-        self.notice(board.outlook(now) != before);
+        self.notice(guest, &mut board, now);
         drop(board);
         if let Some(event) = event {
             self.chipset_event(guest, event);
         }
     }
 
-    /// The chipset's outlook changed: look again before the next entry. The 8259s' interrupt is vCPU 0's.
+    /// After an access to the chipset: its lines go to the I/O APIC, and if it looks different now, this vCPU looks
+    /// again before its next entry. The 8259s' interrupt is vCPU 0's.
     #[inline]
-    fn notice(&mut self, changed: bool) {
-        if changed {
+    fn notice(&mut self, guest: &Guest<V>, board: &mut Board, now: u64) {
+        if board.lines_changed() {
+            guest.with_sink(&mut self.woken, |sink| board.update_lines(sink));
+        }
+        if board.outlook_changed(now) {
             self.attention = true;
             if self.index != 0 {
                 self.woken.0 |= 1;

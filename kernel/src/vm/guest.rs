@@ -22,14 +22,16 @@ pub struct Board {
     pub ioapic: IoApic,
     /// Interrupt lines as the I/O APIC last saw them.
     lines: u32,
+    /// What the chipset last looked like.
+    outlook: Outlook,
     /// Interrupt request of the 8259 pair as vCPU 0 last saw it.
     pic_intr_shown: bool,
 }
 
 /// What a vCPU must look at again when it differs before and after an access: the interrupt that the 8259 pair
 /// asks for, and when the chipset next does something by itself.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub struct Outlook {
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
+struct Outlook {
     pic_intr: bool,
     next_event: Option<u64>,
 }
@@ -37,7 +39,7 @@ pub struct Outlook {
 impl Board {
     /// A board in reset state.
     pub fn new(chipset: Chipset) -> Self {
-        Self { chipset, ioapic: IoApic::new(), lines: 0, pic_intr_shown: false }
+        Self { chipset, ioapic: IoApic::new(), lines: 0, outlook: Outlook::default(), pic_intr_shown: false }
     }
 
     /// The interrupt request of the 8259 pair, for vCPU 0, whose LINT0 it is wired to.
@@ -53,10 +55,22 @@ impl Board {
         self.chipset.pic_intr() && !self.pic_intr_shown
     }
 
-    /// See [`Outlook`].
+    /// Whether the chipset's [`Outlook`] has changed since this was last asked.
     #[inline]
-    pub fn outlook(&self, now_ns: u64) -> Outlook {
-        Outlook { pic_intr: self.chipset.pic_intr(), next_event: self.chipset.next_event(now_ns) }
+    pub fn outlook_changed(&mut self, now_ns: u64) -> bool {
+        let outlook =
+            Outlook { pic_intr: self.chipset.pic_intr(), next_event: self.chipset.next_event(now_ns) };
+        let changed = outlook != self.outlook;
+        if changed {
+            self.outlook = outlook;
+        }
+        changed
+    }
+
+    /// Whether [`update_lines`](Self::update_lines) has anything to do.
+    #[inline]
+    pub fn lines_changed(&self) -> bool {
+        self.chipset.lines() != self.lines || self.chipset.has_edges()
     }
 
     /// Shows the I/O APIC the lines that changed, and the edges there were, since it last looked.

@@ -59,6 +59,8 @@ struct Range {
     /// Host address of each 2 MiB chunk; bit 0 marks a chunk that is part of a 1 GiB frame.
     chunks: Vec<u64>,
     granules: Vec<AtomicU8>,
+    /// log2 of the granule's size.
+    granule_shift: u32,
 }
 
 const IN_GIGA_FRAME: u64 = 1;
@@ -87,7 +89,13 @@ impl HostMemory {
         let mut memory = Self { ranges: Vec::new(), granule };
         for (start, bytes) in ram_ranges(bytes) {
             // Whatever was reserved so far is given back by `Drop` when a later step fails.
-            let range = Range { start, bytes, chunks: Vec::new(), granules: Vec::new() };
+            let range = Range {
+                start,
+                bytes,
+                chunks: Vec::new(),
+                granules: Vec::new(),
+                granule_shift: granule.bytes().trailing_zeros(),
+            };
             memory.ranges.push(range);
             let range = memory.ranges.last_mut().expect("just pushed");
             range.fill(page_size, granule).map_err(|OutOfFrames| refused)?;
@@ -102,7 +110,7 @@ impl HostMemory {
     fn zero_all(&self) {
         for range in &self.ranges {
             for offset in (0..range.bytes).step_by(CHUNK as usize) {
-                range.make_ready(offset, self.granule);
+                range.make_ready(offset);
             }
         }
     }
@@ -119,7 +127,7 @@ impl HostMemory {
     #[inline]
     pub fn host(&self, gpa: u64) -> Option<PhysAddr> {
         let (range, offset) = self.range(gpa)?;
-        range.make_ready(offset, self.granule);
+        range.make_ready(offset);
         Some(PhysAddr::new(range.host(offset)))
     }
 
@@ -179,26 +187,25 @@ impl Range {
     }
 
     /// Zeroes the granule of `offset` if nobody has; waits if somebody does so now.
-    #[inline]
-    fn make_ready(&self, offset: u64, granule: FrameSize) {
-        let state = &self.granules[(offset / granule.bytes()) as usize];
+    #[inline(always)]
+    fn make_ready(&self, offset: u64) {
+        let state = &self.granules[(offset >> self.granule_shift) as usize];
         if state.load(Ordering::Acquire) != READY {
-            self.zero(offset & !(granule.bytes() - 1), granule, state);
+            self.zero(offset, state);
         }
     }
 
-    fn zero(&self, offset: u64, granule: FrameSize, state: &AtomicU8) {
-        match state.compare_exchange(UNUSED, ZEROING, Ordering::Acquire, Ordering::Acquire) {
-            Ok(_) => {
-                // SAFETY: the granule lies in frames that this range owns, and ZEROING makes us its only user.
-                unsafe { mm::phys::zero(PhysAddr::new(self.host(offset)), granule.bytes()) };
-                state.store(READY, Ordering::Release);
-            }
+    #[inline(always)]
+    fn zero(&self, offset: u64, state: &AtomicU8) {
+        if state.compare_exchange(UNUSED, ZEROING, Ordering::Acquire, Ordering::Acquire).is_ok() {
+            let start = offset >> self.granule_shift << self.granule_shift;
+            // SAFETY: the granule lies in frames that this range owns, and ZEROING makes us its only user.
+            unsafe { mm::phys::zero(PhysAddr::new(self.host(start)), 1 << self.granule_shift) };
+            state.store(READY, Ordering::Release);
+        } else {
             // Another CPU zeroes it with interrupts off: at most some hundred microseconds.
-            Err(_) => {
-                while state.load(Ordering::Acquire) != READY {
-                    spin_loop();
-                }
+            while state.load(Ordering::Acquire) != READY {
+                spin_loop();
             }
         }
     }
@@ -269,7 +276,7 @@ impl HostMemory {
         if offset >= range.bytes {
             return Err(NoPage);
         }
-        range.make_ready(offset, self.granule);
+        range.make_ready(offset);
         Ok(mm::phys_to_virt(PhysAddr::new(range.host(offset))))
     }
 
@@ -309,7 +316,7 @@ impl Backing for HostMemory {
         if offset >= range.bytes {
             return Resolved::Absent;
         }
-        range.make_ready(offset, self.granule);
+        range.make_ready(offset);
         let size = match want {
             PageSize::Size1G if range.giga_is_ready(offset, self.granule) => PageSize::Size1G,
             PageSize::Size1G | PageSize::Size2M if self.granule == FrameSize::Size2M => PageSize::Size2M,

@@ -4,7 +4,7 @@
 use super::emulate::{Exception, Fault};
 use super::fetch::{FetchCache, Recorder};
 use super::memory::HostMemory;
-use crate::hw::{Exit, HwVcpu, OutOfMemory, SecondStageFault, Vendor};
+use crate::hw::{Exit, FaultCause, HwVcpu, OutOfMemory, SecondStageFault, Vendor};
 use crate::mm::{self, FrameSize, Zone};
 use mmu::{
     Access, AccessKind, Cr0, Cr4, CpuId, CpuRole, DirectMmu, Efer, FaultOutcome, Gpa, GuestCpu, Gva, Mmu, NotRam,
@@ -219,10 +219,12 @@ impl Paging {
     #[inline]
     pub fn resolve<V: Vendor>(&mut self, memory: &GuestMemory<V>, fault: &SecondStageFault) -> Resolution {
         let gpa = Gpa::new_truncate(fault.gpa);
-        let access = match fault {
-            SecondStageFault { write: true, .. } => AccessKind::Write,
-            SecondStageFault { execute: true, .. } => AccessKind::Execute,
-            _ => AccessKind::Read,
+        let access = if fault.cause.contains(FaultCause::WRITE) {
+            AccessKind::Write
+        } else if fault.cause.contains(FaultCause::EXECUTE) {
+            AccessKind::Execute
+        } else {
+            AccessKind::Read
         };
         for _ in 0..FAULT_TRIES {
             match memory.direct().fault(&memory.vm.shared(self.host_cpu), &mut self.cache, gpa, access) {

@@ -17,8 +17,6 @@ use crate::sched::HostTimer;
 use mmu::GuestCpu;
 
 const RFLAGS_IF: u64 = 1 << 9;
-/// Exits after which a vCPU looks whether its time is up, whatever the exits were.
-const ATTENTION_INTERVAL: u64 = 1024;
 
 /// What a vCPU is doing when it is not stopped by its VM's end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -234,8 +232,6 @@ impl<V: Vendor> Vcpu<V> {
             }
             let exit = self.core.enter(guest);
             self.handle(guest, exit);
-            // Whatever a guest finds to exit for without end, it does not keep the CPU.
-            self.core.attention |= self.core.exits % ATTENTION_INTERVAL == 0;
         }
     }
 

@@ -1,5 +1,5 @@
 //! From #VMEXIT codes to the vendor-neutral [`Exit`]. AMD APM vol. 2, appendix C.
-use crate::hw::{Event, Exit, PortAccess, SecondStageFault};
+use crate::hw::{Event, Exit, FaultCause, PortAccess, PortKind, SecondStageFault};
 
 /// Exit codes. APM table C-1.
 pub mod code {
@@ -119,25 +119,22 @@ fn exception(vector: u8, error_code: u64) -> Exit {
 }
 
 /// EXITINFO1 of a nested page fault: a #PF error code, bit 32 the final address, bit 33 a table walk. APM 15.25.6.
+#[inline(always)]
 fn nested_page_fault(info: u64, gpa: u64) -> SecondStageFault {
-    SecondStageFault {
-        gpa,
-        present: info & 1 << 0 != 0,
-        write: info & 1 << 1 != 0,
-        execute: info & 1 << 4 != 0,
-        reserved: info & 1 << 3 != 0,
-        table_walk: info & 1 << 33 != 0,
-    }
+    let table_walk = (info >> 33 & 1) as u8 * FaultCause::TABLE_WALK.bits();
+    let code = FaultCause::all().bits() & !FaultCause::TABLE_WALK.bits() & info as u8;
+    SecondStageFault { gpa, cause: FaultCause::from_bits_retain(code | table_walk) }
 }
 
 /// EXITINFO1 and EXITINFO2 of a port access. APM 15.10.2.
+#[inline(always)]
 fn port_access(info: u64, next_rip: u64) -> PortAccess {
     PortAccess {
         port: (info >> 16) as u16,
         // SZ32, SZ16, SZ8 are bits 6, 5, 4: as a number 4, 2, 1.
         size: (info >> 4 & 7) as u8,
-        is_in: info & 1 != 0,
-        string: info & 1 << 2 != 0,
+        // Bit 0 is the direction, bit 2 says string: where `PortKind` has them.
+        kind: PortKind::from_bits_truncate(info as u8),
         next_rip,
     }
 }
@@ -191,12 +188,12 @@ mod tests {
         let out = decode(0x7b, 0x03f8 << 16 | 1 << 4, 0x1001);
         assert_eq!(
             out,
-            Exit::Port(PortAccess { port: 0x3f8, size: 1, is_in: false, string: false, next_rip: 0x1001 })
+            Exit::Port(PortAccess { port: 0x3f8, size: 1, kind: PortKind::empty(), next_rip: 0x1001 })
         );
         let Exit::Port(input) = decode(0x7b, 0x0cfc << 16 | 1 << 6 | 1, 2) else { panic!() };
-        assert!(input.is_in && input.size == 4 && !input.string);
+        assert_eq!((input.kind, input.size), (PortKind::IN, 4));
         let Exit::Port(string) = decode(0x7b, 0xffff << 16 | 1 << 5 | 0b1101, 2) else { panic!() };
-        assert!(string.is_in && string.size == 2 && string.string && string.port == 0xffff);
+        assert_eq!((string.kind, string.size, string.port), (PortKind::all(), 2, 0xffff));
     }
 
     #[test]
@@ -213,15 +210,11 @@ mod tests {
             write_in_walk,
             Exit::SecondStage(SecondStageFault {
                 gpa: 0xfee0_0000,
-                present: true,
-                write: true,
-                execute: false,
-                reserved: false,
-                table_walk: true
+                cause: FaultCause::PRESENT | FaultCause::WRITE | FaultCause::TABLE_WALK,
             })
         );
         let Exit::SecondStage(fetch) = decode(0x400, 0x1_0000_0014, 0) else { panic!() };
-        assert!(fetch.execute && !fetch.present && !fetch.write && !fetch.table_walk);
+        assert_eq!(fetch.cause, FaultCause::EXECUTE);
     }
 
     #[test]

@@ -14,6 +14,8 @@ use x86_64::PhysAddr;
 /// EFER.SVME, always set while a guest runs and never shown to it (APM 15.5.1).
 const EFER_SVME: u64 = 1 << 12;
 const RFLAGS_IF: u64 = 1 << 9;
+/// SYSENTER_CS, the lowest MSR that VMLOAD and VMSAVE move.
+const FIRST_SWITCHED_MSR: u32 = 0x174;
 /// Bit of CR4 and CR8 in the set of intercepted control-register writes.
 const CR4: u16 = 1 << 4;
 const CR8: u16 = 1 << 8;
@@ -270,7 +272,11 @@ impl HwVcpu for SvmVcpu {
         })
     }
 
+    #[inline]
     fn switched_msr(&self, msr: u32) -> Option<u64> {
+        if msr < FIRST_SWITCHED_MSR {
+            return None;
+        }
         let save = &self.vmcb().save;
         Some(match msr {
             0x174 => save.sysenter_cs,
@@ -287,7 +293,12 @@ impl HwVcpu for SvmVcpu {
         })
     }
 
+    #[inline]
     fn set_switched_msr(&mut self, msr: u32, value: u64) -> bool {
+        // Most that are not switched lie below those that are.
+        if msr < FIRST_SWITCHED_MSR {
+            return false;
+        }
         let save = &mut self.vmcb_mut().save;
         *match msr {
             0x174 => &mut save.sysenter_cs,
