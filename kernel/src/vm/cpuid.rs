@@ -7,6 +7,7 @@
 //!
 //! - 4000_0000h: EAX = 4000_0001h, EBX, ECX, EDX = "UmbraUmbraUm".
 //! - 4000_0001h: EAX bit 0: the exit counter MSR 4000_0100h exists.
+//! - 4000_0100h, 4000_0101h: KVM's signature and, of its features, the clock alone (see `vm::pvclock`).
 //!
 //! Intel SDM vol. 2A, "CPUID"; AMD APM vol. 3, appendix E.
 mod policy;
@@ -158,7 +159,8 @@ struct Slot {
 
 const BASIC_SLOTS: usize = 0x20;
 const EXTENDED_SLOTS: usize = 0x22;
-const HYPERVISOR_SLOTS: usize = 2;
+/// Two leaves of Umbra's own and two of the paravirtual clock.
+const HYPERVISOR_SLOTS: usize = 4;
 const ENTRIES: usize = 64;
 
 /// The table of one VM, shared by its vCPUs.
@@ -249,7 +251,13 @@ impl CpuidTable {
             return self.extended.get((leaf - EXTENDED) as usize).copied().unwrap_or_default();
         }
         if leaf >> 28 == HYPERVISOR >> 28 {
-            return self.hypervisor.get((leaf - HYPERVISOR) as usize).copied().unwrap_or_default();
+            // The ranges lie 100h apart: Umbra's own, then that of the paravirtual clock.
+            let index = match leaf - HYPERVISOR {
+                index @ 0..=1 => index as usize,
+                index @ 0x100..=0x101 => index as usize - 0x100 + 2,
+                _ => return Slot::default(),
+            };
+            return self.hypervisor[index & (HYPERVISOR_SLOTS - 1)];
         }
         match self.caps.vendor {
             Vendor::Intel => self.basic[self.max_basic as usize & (BASIC_SLOTS - 1)],

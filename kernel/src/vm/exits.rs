@@ -2,6 +2,7 @@
 
 use super::breakpoints;
 use super::mov_cr;
+use super::pvclock;
 use super::cpuid::{CpuState as CpuidState, CpuidLeaf};
 use super::emulate::{Attributes, Fault, KnownOperand, Mode, Outcome};
 use super::events::{DR6_BS, SINGLE_STEP};
@@ -141,12 +142,19 @@ impl<V: Vendor> Vcpu<V> {
     /// What the processor does when an instruction completes: RIP, RF, the shadow, the single-step trap.
     #[inline]
     fn complete(&mut self, guest: &Guest<V>, next_rip: u64) {
-        let hw = &mut self.core.hw;
+        let hw = &self.core.hw;
         let next_rip = if hw.efer() & EFER_LMA != 0 && hw.segment(SegmentName::Cs).attributes & CS_LONG != 0 {
             next_rip
         } else {
             next_rip & 0xffff_ffff
         };
+        self.finish(guest, next_rip);
+    }
+
+    /// The same with a next RIP that is cut to the mode's width.
+    #[inline]
+    fn finish(&mut self, guest: &Guest<V>, next_rip: u64) {
+        let hw = &mut self.core.hw;
         hw.set_rip(next_rip);
         hw.clear_shadow();
         let rflags = hw.rflags();
@@ -223,7 +231,8 @@ impl<V: Vendor> Vcpu<V> {
             let value = self.core.hw.gprs()[RAX] as u32;
             self.core.port_out(guest, access.port, access.size, value);
         }
-        self.complete(guest, access.next_rip);
+        // The hardware's next RIP is already as wide as the mode.
+        self.finish(guest, access.next_rip);
         if self.core.hw.dr7() & breakpoints::ENABLED != 0 {
             self.trap_io_breakpoints(guest, access);
         }
@@ -435,11 +444,16 @@ impl<V: Vendor> Core<V> {
             self.lapic.set_cr8(self.hw.cr8());
         }
         // TSC_ADJUST is written often and needs no time.
-        let now = if msr == index::TSC_ADJUST { 0 } else { tsc::read() };
+        let (now_ns, tsc) = if msr == index::TSC_ADJUST {
+            (0, 0)
+        } else {
+            let now = tsc::read();
+            (guest.clock.ns(now), guest.clock.guest_tsc(now, self.msrs.tsc_adjust))
+        };
         let mut context = MsrContext {
             caps: guest.cpuid.caps(),
-            now_ns: guest.clock.ns(now),
-            tsc: guest.clock.guest_tsc(now, self.msrs.tsc_adjust),
+            now_ns,
+            tsc,
             efer: self.hw.efer(),
             paging: self.hw.cr0() & CR0_PG != 0,
             exits: self.exits,
@@ -452,6 +466,8 @@ impl<V: Vendor> Core<V> {
     fn read_msr(&mut self, guest: &Guest<V>, msr: u32) -> Result<u64, Gp> {
         match self.hw.switched_msr(msr) {
             Some(value) => Ok(value),
+            None if msr == pvclock::MSR_SYSTEM_TIME => Ok(self.system_time),
+            None if msr == pvclock::MSR_WALL_CLOCK => Ok(self.wall_clock),
             None => self.with_msrs(guest, msr, |msrs, context| msrs.read(msr, context)),
         }
     }
@@ -460,6 +476,9 @@ impl<V: Vendor> Core<V> {
     fn write_msr(&mut self, guest: &Guest<V>, msr: u32, value: u64) -> Result<(), Gp> {
         if self.hw.set_switched_msr(msr, value) {
             return Ok(());
+        }
+        if matches!(msr, pvclock::MSR_WALL_CLOCK | pvclock::MSR_SYSTEM_TIME) {
+            return self.write_clock_msr(guest, msr, value);
         }
         match self.with_msrs(guest, msr, |msrs, context| msrs.write(msr, value, context))? {
             MsrEffect::None => {
@@ -472,6 +491,10 @@ impl<V: Vendor> Core<V> {
                 self.hw.set_tsc_offset(guest.clock.tsc_offset(self.msrs.tsc_adjust));
                 // A deadline on the guest's TSC has moved in time.
                 self.attention |= matches!(self.lapic.next_event(), Some(Deadline::Tsc(_)));
+                if self.system_time & pvclock::ENABLE != 0 {
+                    // The memory was there when the guest named it; if it is gone, so is the clock.
+                    let _ = self.show_clock(guest, self.system_time);
+                }
             }
             MsrEffect::TscAux(value) => self.extended.set_tsc_aux(u64::from(value)),
             MsrEffect::ApicBase => {
@@ -485,6 +508,30 @@ impl<V: Vendor> Core<V> {
             (self.apic_enabled, self.attention) = (true, true);
         }
         Ok(())
+    }
+
+    /// Puts a structure of the paravirtual clock where the guest wants it; #GP where there is no RAM.
+    #[cold]
+    fn write_clock_msr(&mut self, guest: &Guest<V>, msr: u32, value: u64) -> Result<(), Gp> {
+        if msr == pvclock::MSR_WALL_CLOCK {
+            let info = pvclock::wall_clock(guest.epoch_s);
+            guest.memory.write(self.paging.host_cpu(), value, &info).map_err(|_| Gp)?;
+            self.wall_clock = value;
+            return Ok(());
+        }
+        self.show_clock(guest, value)?;
+        self.system_time = value;
+        Ok(())
+    }
+
+    /// Writes the vCPU's clock structure as `system_time` says.
+    fn show_clock(&self, guest: &Guest<V>, system_time: u64) -> Result<(), Gp> {
+        if system_time & pvclock::ENABLE == 0 {
+            return Ok(());
+        }
+        let info = pvclock::system_time(guest.clock.rate().khz(), self.msrs.tsc_adjust);
+        let at = system_time & !pvclock::ENABLE;
+        guest.memory.write(self.paging.host_cpu(), at, &info).map_err(|_| Gp)
     }
 
     /// Linear address of the next instruction byte plus `ahead`.

@@ -115,6 +115,8 @@ pub struct Guest<V: Vendor> {
     pub clock: VmClock,
     /// What CPUID says.
     pub cpuid: CpuidTable,
+    /// Wall-clock time at the VM's start, in seconds since 1970.
+    pub epoch_s: u64,
     /// COM1's way to the console.
     pub output: Output,
     ended: AtomicBool,
@@ -135,6 +137,8 @@ pub struct Parts<V: Vendor> {
     pub clock: VmClock,
     /// What CPUID says.
     pub cpuid: CpuidTable,
+    /// Wall-clock time at the VM's start, in seconds since 1970.
+    pub epoch_s: u64,
     /// Whether COM1 is wired to the console.
     pub console: bool,
 }
@@ -142,10 +146,10 @@ pub struct Parts<V: Vendor> {
 impl<V: Vendor> Guest<V> {
     /// A VM of these parts that has not ended.
     pub fn new(parts: Parts<V>) -> Self {
-        let Parts { name, memory, board, bus, clock, cpuid, console } = parts;
+        let Parts { name, memory, board, bus, clock, cpuid, epoch_s, console } = parts;
         let output = Output::new(&name, console);
         let (board, end) = (Mutex::new(board), Mutex::new(None));
-        Self { name, memory, board, bus, clock, cpuid, output, ended: AtomicBool::new(false), end }
+        Self { name, memory, board, bus, clock, cpuid, epoch_s, output, ended: AtomicBool::new(false), end }
     }
 
     /// Ends the VM. The first end counts.

@@ -132,11 +132,12 @@ impl<V: Vendor> Specification<'_, V> {
         let now = tsc::read();
         let (epoch, at) = self.wall_clock;
         let below = config.memory_bytes.min(PCI_HOLE_START);
+        let epoch_s = epoch + tsc::rate().ns(now - at) / 1_000_000_000;
         let chipset = Chipset::new(&ChipsetConfig {
             ram_below_4g: below,
             ram_above_4g: config.memory_bytes - below,
             cpus: config.vcpus as u16,
-            epoch_s: epoch + tsc::rate().ns(now - at) / 1_000_000_000,
+            epoch_s,
             exit_port: config.exit_port,
         });
         let guest = Guest::new(Parts {
@@ -146,6 +147,7 @@ impl<V: Vendor> Specification<'_, V> {
             bus,
             clock: VmClock::new(tsc::rate(), now),
             cpuid,
+            epoch_s,
             console: config.console,
         });
         let vcpus = self.vcpus(&guest, &entry)?;

@@ -11,6 +11,7 @@ pub mod layout;
 pub mod load;
 pub mod mov_cr;
 pub mod msr;
+pub mod pvclock;
 pub mod ram;
 pub mod report;
 

@@ -64,6 +64,9 @@ pub struct Core<V: Vendor> {
     pub(super) attention: bool,
     /// Its local APIC may have been enabled since the last entry.
     pub(super) apic_enabled: bool,
+    /// MSR_SYSTEM_TIME and MSR_WALL_CLOCK of the paravirtual clock.
+    pub(super) system_time: u64,
+    pub(super) wall_clock: u64,
     /// It spins: let others run.
     pub(super) gives_way: bool,
     /// Other vCPUs of the VM that this one woke and that have not run since.
@@ -145,6 +148,8 @@ impl<V: Vendor> Vcpu<V> {
             exits: 0,
             attention: false,
             apic_enabled: false,
+            system_time: 0,
+            wall_clock: 0,
             gives_way: false,
             woken: VcpuSet::EMPTY,
         };

@@ -9,6 +9,8 @@
 //! Speculation control (IBRS, IBPB, STIBP, SSBD in either vendor's place, ARCH_CAPABILITIES, L1D flush, virtual
 //! SSBD, automatic IBRS) is hidden as a whole: the guest sees a CPU of before 2018 and uses retpolines. MD_CLEAR,
 //! which is a property of VERW, passes.
+use crate::vm::pvclock;
+
 use super::{xsave, CpuidLeaf, CpuidTable, GuestCaps, HostCpuid, Kind, Slot, Vendor, VmShape};
 use super::{BASIC_SLOTS, ENTRIES, EXTENDED, EXTENDED_SLOTS, HYPERVISOR, HYPERVISOR_SLOTS, SIGNATURE};
 
@@ -442,11 +444,15 @@ impl CpuidTable {
     }
 
     fn add_hypervisor(&mut self) {
-        let [ebx, ecx, edx] =
-            [0, 4, 8].map(|at| u32::from_le_bytes(core::array::from_fn(|byte| SIGNATURE[at + byte])));
-        let max = HYPERVISOR + HYPERVISOR_SLOTS as u32 - 1;
-        self.hypervisor[0] = self.push(Kind::Plain, [CpuidLeaf::new(max, ebx, ecx, edx)]);
+        let signed = |base: u32, signature: [u8; 12]| {
+            let [ebx, ecx, edx] =
+                [0, 4, 8].map(|at| u32::from_le_bytes(core::array::from_fn(|byte| signature[at + byte])));
+            CpuidLeaf::new(base + 1, ebx, ecx, edx)
+        };
+        self.hypervisor[0] = self.push(Kind::Plain, [signed(HYPERVISOR, SIGNATURE)]);
         self.hypervisor[1] = self.push(Kind::Plain, [CpuidLeaf::new(1, 0, 0, 0)]);
+        self.hypervisor[2] = self.push(Kind::Plain, [signed(pvclock::CPUID_BASE, pvclock::SIGNATURE)]);
+        self.hypervisor[3] = self.push(Kind::Plain, [CpuidLeaf::new(pvclock::FEATURES, 0, 0, 0)]);
     }
 
     fn add_extended(
