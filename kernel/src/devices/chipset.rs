@@ -33,6 +33,9 @@ const COM1_LAST: u16 = COM1 + uart::PORTS - 1;
 const IRQ_PIT: u8 = 0;
 const IRQ_COM1: u8 = 4;
 const IRQ_RTC: u8 = 8;
+/// Shortest time between two interrupts of the PIT that nobody asks for by a port access. A counter can run out every
+/// 1.7 us; the ticks in between are lost as interrupts, so that neither this guest nor another one is starved.
+pub const MIN_PIT_INTERVAL_NS: u64 = 200_000;
 /// The interrupt lines that there are.
 const LINES: u32 = 1 << IRQ_PIT | 1 << IRQ_COM1 | 1 << IRQ_RTC | 1 << SCI_IRQ;
 
@@ -114,6 +117,8 @@ pub struct Chipset {
     events: [u64; 4],
     /// The earliest of `events`.
     next: u64,
+    /// The PIT is not looked at by itself before this, see [`MIN_PIT_INTERVAL_NS`].
+    pit_rests_until: u64,
 }
 
 impl Chipset {
@@ -135,6 +140,7 @@ impl Chipset {
             edges: 0,
             events: [u64::MAX; 4],
             next: u64::MAX,
+            pit_rests_until: 0,
         };
         chipset.events = [0; 4];
         chipset.advance_due(0);
@@ -190,7 +196,7 @@ impl Chipset {
             | pic::ELCR_SLAVE => self.pic.read(port),
             pit::COUNTER0..=pit::CONTROL => {
                 let value = self.pit.read(port, now_ns);
-                self.sample_pit();
+                self.sample_pit(now_ns);
                 value
             }
             sysctl::PORT_B => {
@@ -246,7 +252,7 @@ impl Chipset {
             | pic::ELCR_SLAVE => self.pic.write(port, value),
             pit::COUNTER0..=pit::CONTROL => {
                 self.pit.write(port, value, now_ns);
-                self.sample_pit();
+                self.sample_pit(now_ns);
             }
             sysctl::PORT_B => {
                 let gate = self.sysctl.write_port_b(value);
@@ -343,7 +349,7 @@ impl Chipset {
         let [pit, com1, rtc, pm] = self.events.map(|at| at <= now_ns);
         if pit {
             self.pit.advance(now_ns);
-            self.sample_pit();
+            self.sample_pit(now_ns);
         }
         if com1 {
             self.com1.advance(now_ns);
@@ -395,10 +401,14 @@ impl Chipset {
     }
 
     #[inline]
-    fn sample_pit(&mut self) {
+    fn sample_pit(&mut self, now_ns: u64) {
         let edge = self.pit.take_edge();
         self.drive(IRQ_PIT, self.pit.irq(), edge);
-        self.schedule(Source::Pit, self.pit.next_event());
+        if edge {
+            self.pit_rests_until = now_ns.saturating_add(MIN_PIT_INTERVAL_NS);
+        }
+        let next = self.pit.next_event().map(|at| at.max(self.pit_rests_until));
+        self.schedule(Source::Pit, next);
     }
 
     #[inline]

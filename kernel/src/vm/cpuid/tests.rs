@@ -435,7 +435,7 @@ fn out_of_range_leaves() {
         assert_eq!(amd.lookup(leaf, 0, &state), CpuidLeaf::ZERO, "{leaf:#x}");
     }
     for table in [&intel, &amd] {
-        for leaf in [0x4000_0002, 0x4000_0100, 0x4fff_ffff] {
+        for leaf in [0x4000_0002, 0x4000_00ff, 0x4000_0102, 0x4000_0200, 0x4fff_ffff] {
             assert_eq!(table.lookup(leaf, 0, &state), CpuidLeaf::ZERO);
         }
     }
@@ -536,4 +536,14 @@ proptest! {
             }
         }
     }
+}
+
+#[test]
+fn the_clocks_leaves_carry_kvms_signature_and_nothing_but_the_clock() {
+    use crate::vm::pvclock;
+    let table = CpuidTable::new(&ZEN, &shape(1));
+    let state = CpuState { apic_id: 0, apic_enabled: true, cr4: 0, xcr0: 1 };
+    let leaf = table.lookup(pvclock::CPUID_BASE, 0, &state);
+    assert_eq!((leaf.eax, leaf.ebx), (pvclock::CPUID_BASE + 1, u32::from_le_bytes(*b"KVMK")));
+    assert_eq!(table.lookup(pvclock::CPUID_BASE + 1, 0, &state), CpuidLeaf::new(1 << 3 | 1 << 24, 0, 0, 0));
 }
