@@ -103,8 +103,15 @@ fn register(index: u8) -> u8 {
 mod tests {
     use super::*;
 
-    const BCD: Registers =
-        Registers { second: 0x56, minute: 0x34, hour: 0x12, day: 0x22, month: 0x11, year: 0x26, format: HOURS_24 };
+    const BCD: Registers = Registers {
+        second: 0x56,
+        minute: 0x34,
+        hour: 0x12,
+        day: 0x22,
+        month: 0x11,
+        year: 0x26,
+        format: HOURS_24,
+    };
 
     #[test]
     fn bcd_and_binary_show_the_same_time() {

@@ -8,6 +8,7 @@ pub mod acpi;
 pub mod console;
 pub mod cpu;
 pub mod devices;
+#[cfg(any(test, target_os = "none"))]
 pub mod host_clock;
 pub mod hw;
 pub mod machine;
@@ -19,9 +20,9 @@ mod panic;
 #[cfg(target_os = "none")]
 pub mod power;
 #[cfg(target_os = "none")]
-mod start;
-#[cfg(target_os = "none")]
 pub mod sched;
+#[cfg(target_os = "none")]
+mod start;
 #[cfg(target_os = "none")]
 pub mod sync;
 

@@ -93,7 +93,9 @@ impl Pci {
 
     /// Writes the low `size` bytes (1 to 8) of `value` to the memory-mapped space; false if `gpa` is not in it.
     pub fn write_ecam(&mut self, gpa: u64, size: u8, value: u64) -> bool {
-        let Some(start) = gpa.checked_sub(ECAM_START).filter(|&offset| offset < ECAM_SIZE) else { return false };
+        let Some(start) = gpa.checked_sub(ECAM_START).filter(|&offset| offset < ECAM_SIZE) else {
+            return false;
+        };
         for (offset, byte) in (start..ECAM_SIZE).zip(value.to_le_bytes().into_iter().take(size.into())) {
             self.set_config_byte((offset >> 12) as u32, offset & 0xfff, byte);
         }

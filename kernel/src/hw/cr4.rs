@@ -81,7 +81,8 @@ mod tests {
         assert_eq!(supported(|_, _, _| 0), 1 << 8);
         let all = supported(|_, _, _| u32::MAX);
         assert_eq!(all, 0x13ff_7fff, "all but the undefined bits 15, 26, 27 and 29 to 63");
-        let smep = |leaf, subleaf, register| if (leaf, subleaf, register) == (7, 0, Ebx) { 1 << 7 } else { 0 };
+        let smep =
+            |leaf, subleaf, register| if (leaf, subleaf, register) == (7, 0, Ebx) { 1 << 7 } else { 0 };
         assert_eq!(supported(smep), 1 << 20 | 1 << 8);
     }
 }

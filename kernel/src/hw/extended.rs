@@ -37,7 +37,8 @@ pub struct XsaveFacts {
 impl XsaveFacts {
     /// Takes them from CPUID.
     pub fn detect(features: &Features) -> Self {
-        let (components, area_bytes) = features.xsave.map_or((0, 512), |xsave| (xsave.xcr0, xsave.area_bytes));
+        let (components, area_bytes) =
+            features.xsave.map_or((0, 512), |xsave| (xsave.xcr0, xsave.area_bytes));
         let amd = matches!(features.vendor.as_str(), "AuthenticAMD" | "HygonGenuine");
         let restores_pointers = core::arch::x86_64::__cpuid(0x8000_0008).ebx & 1 << 2 != 0;
         Self {

@@ -108,7 +108,8 @@ impl<'a, V: Vendor> Scheduler<'a, V> {
             match self.pick() {
                 Some(chosen) => self.run_one(chosen),
                 None => {
-                    let until = self.next_deadline(None, now).unwrap_or(u64::MAX).min(now.saturating_add(self.poll));
+                    let until =
+                        self.next_deadline(None, now).unwrap_or(u64::MAX).min(now.saturating_add(self.poll));
                     self.timer.idle_until(until);
                 }
             }
@@ -222,7 +223,8 @@ impl<'a, V: Vendor> Scheduler<'a, V> {
             let chipset_waits = match runs {
                 None => true,
                 Some((running, _)) => {
-                    running != place && instance.vcpus.first().is_some_and(|first| !first.is_runnable(&instance.guest))
+                    running != place
+                        && instance.vcpus.first().is_some_and(|first| !first.is_runnable(&instance.guest))
                 }
             };
             if chipset_waits {
@@ -249,7 +251,9 @@ impl<'a, V: Vendor> Scheduler<'a, V> {
         let places = &mut self.places;
         let focus_before = self.terminal.focus();
         self.terminal.poll(|focus, byte| {
-            let Some(instance) = places.get_mut(focus).and_then(|it| it.instance.as_mut()) else { return true };
+            let Some(instance) = places.get_mut(focus).and_then(|it| it.instance.as_mut()) else {
+                return true;
+            };
             let taken = instance.guest.type_byte(byte);
             if taken {
                 instance.vcpus[0].kick();

@@ -11,7 +11,7 @@ pub struct HostTimer {
 
 impl HostTimer {
     /// A timer that is not armed.
-    pub const fn new() -> Self {
+    pub(super) const fn new() -> Self {
         Self { armed: u64::MAX }
     }
 

@@ -1,15 +1,15 @@
 //! What each exit does. Vendor-neutral; the hot ones are CPUID, MSRs, ports, page faults, HLT.
 
 use super::breakpoints;
-use super::mov_cr;
-use super::pvclock;
 use super::cpuid::{CpuState as CpuidState, CpuidLeaf};
 use super::emulate::{Attributes, Fault, KnownOperand, Mode, Outcome};
 use super::events::{DR6_BS, SINGLE_STEP};
 use super::exceptions::{DB, GP, UD};
 use super::guest::{Board, Guest};
+use super::mov_cr;
 use super::msr::{index, Gp, MsrContext, MsrEffect, MsrState, EFER_LMA};
 use super::paging::Resolution;
+use super::pvclock;
 use super::report::{End, StopReason};
 use super::vcpu::{Activity, Core, Vcpu};
 use super::view::View;
@@ -180,7 +180,8 @@ impl<V: Vendor> Vcpu<V> {
         if !self.skip(guest) {
             return;
         }
-        let CpuidLeaf { eax, ebx, ecx, edx } = guest.cpuid.lookup(leaf, subleaf, &self.core.cpuid_state(leaf));
+        let CpuidLeaf { eax, ebx, ecx, edx } =
+            guest.cpuid.lookup(leaf, subleaf, &self.core.cpuid_state(leaf));
         let gprs = self.core.hw.gprs_mut();
         gprs[RAX] = u64::from(eax);
         gprs[RBX] = u64::from(ebx);
@@ -266,7 +267,9 @@ impl<V: Vendor> Vcpu<V> {
             Resolution::Device if self.core.events.delivery_was_interrupted() => {
                 self.stop(guest, StopReason::DeliveryOutsideRam { gpa: fault.gpa });
             }
-            Resolution::Device if fault.cause & (FaultCause::EXECUTE | FaultCause::TABLE_WALK) == FaultCause::EXECUTE => {
+            Resolution::Device
+                if fault.cause & (FaultCause::EXECUTE | FaultCause::TABLE_WALK) == FaultCause::EXECUTE =>
+            {
                 self.stop(guest, StopReason::FetchOutsideRam { gpa: fault.gpa });
             }
             Resolution::Device => {
@@ -396,7 +399,7 @@ impl<V: Vendor> Core<V> {
     pub(super) fn enter(&mut self, guest: &Guest<V>) -> Exit {
         let exit = self.paging.run(&guest.memory, &mut self.hw);
         self.exits += 1;
-        if self.exits % ATTENTION_INTERVAL == 0 {
+        if self.exits.is_multiple_of(ATTENTION_INTERVAL) {
             // Whatever a guest finds to exit for without end, it does not keep the CPU.
             self.attention = true;
         }

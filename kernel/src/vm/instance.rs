@@ -185,7 +185,7 @@ impl<V: Vendor> Specification<'_, V> {
 
     fn vcpus(&self, guest: &Guest<V>, entry: &EntryState) -> Result<Vec<Vcpu<V>>, CreateError> {
         let count = self.config.vcpus as usize;
-        let facts = XsaveFacts::detect(&self.machine.features);
+        let facts = XsaveFacts::detect(self.machine.features);
         let mut vcpus = Vec::new();
         vcpus.try_reserve_exact(count).map_err(|_| CreateError::OutOfMemory)?;
         for index in 0..count {

@@ -13,9 +13,7 @@ use alloc::vec::Vec;
 use core::fmt;
 use core::hint::spin_loop;
 use core::sync::atomic::{AtomicU32, AtomicU64, AtomicU8, Ordering};
-use mmu::{
-    AccessKind, Backing, GfnRange, Gpa, Hpa, NoPage, PageSize, RamAddr, Resolved, Slot, SlotFlags,
-};
+use mmu::{AccessKind, Backing, GfnRange, Gpa, Hpa, NoPage, PageSize, RamAddr, Resolved, Slot, SlotFlags};
 use x86_64::PhysAddr;
 
 const PAGE_SIZE: u64 = 4096;
@@ -169,9 +167,10 @@ impl Range {
         self.granules.resize_with(granules, || AtomicU8::new(UNUSED));
         while self.chunks.len() < chunks {
             let at = self.chunks.len() as u64 * CHUNK;
-            let giga_fits = page_size == FrameSize::Size1G && at % GIGA == 0 && self.bytes - at >= GIGA;
+            let giga_fits =
+                page_size == FrameSize::Size1G && at.is_multiple_of(GIGA) && self.bytes - at >= GIGA;
             if let Some(frame) = giga_fits.then(|| mm::alloc(FrameSize::Size1G, Zone::Any)).flatten() {
-                let parts = (0..GIGA / CHUNK).map(|n| frame.as_u64() + n * CHUNK | IN_GIGA_FRAME);
+                let parts = (0..GIGA / CHUNK).map(|n| (frame.as_u64() + n * CHUNK) | IN_GIGA_FRAME);
                 self.chunks.extend(parts);
             } else {
                 self.chunks.push(mm::alloc(FrameSize::Size2M, Zone::Any).ok_or(OutOfFrames)?.as_u64());
@@ -354,11 +353,15 @@ impl Backing for HostMemory {
 
     fn compare_exchange_u32(&self, at: &RamAddr, current: u32, new: u32) -> Result<u32, NoPage> {
         let cell = self.atomic_u32(at)?;
-        Ok(cell.compare_exchange(current, new, Ordering::SeqCst, Ordering::SeqCst).unwrap_or_else(|found| found))
+        Ok(cell
+            .compare_exchange(current, new, Ordering::SeqCst, Ordering::SeqCst)
+            .unwrap_or_else(|found| found))
     }
 
     fn compare_exchange_u64(&self, at: &RamAddr, current: u64, new: u64) -> Result<u64, NoPage> {
         let cell = self.atomic_u64(at)?;
-        Ok(cell.compare_exchange(current, new, Ordering::SeqCst, Ordering::SeqCst).unwrap_or_else(|found| found))
+        Ok(cell
+            .compare_exchange(current, new, Ordering::SeqCst, Ordering::SeqCst)
+            .unwrap_or_else(|found| found))
     }
 }

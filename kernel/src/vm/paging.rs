@@ -7,9 +7,9 @@ use super::memory::HostMemory;
 use crate::hw::{Exit, FaultCause, HwVcpu, OutOfMemory, SecondStageFault, Vendor};
 use crate::mm::{self, FrameSize, Zone};
 use mmu::{
-    Access, AccessKind, Cr0, Cr4, CpuId, CpuRole, DirectMmu, Efer, FaultOutcome, Gpa, GuestCpu, Gva, Mmu, NotRam,
-    PageSize, PagingContext, PagingRegs, Pfn, PhysTables, Shared, TableCache, TablePage, TagFlush, VmMemory,
-    WalkError, WalkRegs,
+    Access, AccessKind, CpuId, CpuRole, Cr0, Cr4, DirectMmu, Efer, FaultOutcome, Gpa, GuestCpu, Gva, Mmu,
+    NotRam, PageSize, PagingContext, PagingRegs, Pfn, PhysTables, Shared, TableCache, TablePage, TagFlush,
+    VmMemory, WalkError, WalkRegs,
 };
 use x86_64::PhysAddr;
 
@@ -99,8 +99,10 @@ impl<V: Vendor> GuestMemory<V> {
         let shared = self.vm.shared(cpu);
         let at = |gpa| Gpa::new_truncate(gpa);
         match size {
-            8 if gpa % 8 == 0 => shared.compare_exchange_u64(at(gpa), old, new).ok().map(|found| found == old),
-            4 if gpa % 4 == 0 => {
+            8 if gpa.is_multiple_of(8) => {
+                shared.compare_exchange_u64(at(gpa), old, new).ok().map(|found| found == old)
+            }
+            4 if gpa.is_multiple_of(4) => {
                 let found = shared.compare_exchange_u32(at(gpa), old as u32, new as u32).ok()?;
                 Some(found == old as u32)
             }
@@ -165,10 +167,8 @@ pub struct Paging {
 impl Paging {
     /// The paging state of a vCPU of a VM with this memory.
     pub fn new<V: Vendor>(memory: &GuestMemory<V>, cpu: GuestCpu) -> Result<Self, OutOfMemory> {
-        let role = CpuRole::new(
-            &PagingRegs { cr0: Cr0::empty(), cr4: Cr4::empty(), efer: Efer::empty() },
-            &cpu,
-        );
+        let role =
+            CpuRole::new(&PagingRegs { cr0: Cr0::empty(), cr4: Cr4::empty(), efer: Efer::empty() }, &cpu);
         let mut paging = Self {
             mmu: Mmu::new(role, memory.direct().root()),
             cache: TableCache::new(),

@@ -41,9 +41,9 @@ pub enum StopReason {
 impl fmt::Display for StopReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match *self {
-            Self::TripleFault => {
-                f.write_str("triple fault: an exception could not be delivered, nor the double fault after it")
-            }
+            Self::TripleFault => f.write_str(
+                "triple fault: an exception could not be delivered, nor the double fault after it",
+            ),
             Self::InvalidState(why) => write!(f, "invalid guest state: {why}"),
             Self::Unsupported(what) => write!(f, "instruction not emulated: {what}"),
             Self::FetchOutsideRam { gpa } => {
@@ -58,7 +58,9 @@ impl fmt::Display for StopReason {
                 write!(f, "reserved bit in a second-stage table of Umbra at guest-physical {gpa:#x}; please report this")
             }
             Self::MachineCheck => f.write_str("machine check: the processor reported a hardware error"),
-            Self::UnknownExit(code) => write!(f, "exit {code:#x}, which was not asked for; please report this"),
+            Self::UnknownExit(code) => {
+                write!(f, "exit {code:#x}, which was not asked for; please report this")
+            }
         }
     }
 }
@@ -147,7 +149,9 @@ mod tests {
             "stopped: instruction not emulated: fxsave (vcpu 1, rip 0x100000, bytes 0f ae 00)"
         );
         let end = stop(StopReason::FetchOutsideRam { gpa: 0xf000_0000 }, &[]);
-        assert!(end.to_string().ends_with("0xf0000000, which is not RAM (vcpu 1, rip 0x100000, bytes unreadable)"));
+        assert!(end
+            .to_string()
+            .ends_with("0xf0000000, which is not RAM (vcpu 1, rip 0x100000, bytes unreadable)"));
     }
 
     #[test]

@@ -14,7 +14,7 @@ use spin::Once;
 /// Runs the VMs of the machine's bundle until they have ended, then ends the run.
 pub fn start(machine: &Machine) -> ! {
     log::info!("virtualization");
-    let svm = match Svm::detect(&machine.features) {
+    let svm = match Svm::detect(machine.features) {
         Ok(svm) => svm,
         Err(refusal) => power::halt_with_error(format_args!("{refusal}")),
     };
@@ -35,7 +35,11 @@ fn enable_everywhere(svm: Svm) {
     let mut enabled = 1;
     for cpu in cpu::all().iter().filter(|cpu| cpu.index() != cpu::number()) {
         if cpu.index() >= mmu::MAX_CPUS {
-            log::warn!("CPU {}: Umbra runs guests on {} CPUs at most; it stays without", cpu.index(), mmu::MAX_CPUS);
+            log::warn!(
+                "CPU {}: Umbra runs guests on {} CPUs at most; it stays without",
+                cpu.index(),
+                mmu::MAX_CPUS
+            );
             continue;
         }
         match smp::run_on_and_wait(cpu.index(), enable, 0) {

@@ -205,7 +205,10 @@ impl<V: Vendor> Vcpu<V> {
             Activity::Halted => self.core.hw.rflags() & RFLAGS_IF == 0,
             Activity::WaitForSipi => true,
         };
-        halted_for_good && !self.core.lapic.lint0_is_nmi() && !self.core.events.any() && !guest.has_mail(self.core.index)
+        halted_for_good
+            && !self.core.lapic.lint0_is_nmi()
+            && !self.core.events.any()
+            && !guest.has_mail(self.core.index)
     }
 
     /// When, in the host's TSC, this vCPU's timer is due, seen from `now`.

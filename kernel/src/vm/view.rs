@@ -1,8 +1,6 @@
 //! A vCPU as the instruction emulator sees it: registers, memory through the guest's page tables, devices, ports.
 
-use super::emulate::{
-    Access, AccessKind, Attributes, Cpu, Fault, Gpr, KnownOperand, Mode, Seg, Segment,
-};
+use super::emulate::{Access, AccessKind, Attributes, Cpu, Fault, Gpr, KnownOperand, Mode, Seg, Segment};
 use super::guest::Guest;
 use super::layout::{ECAM_SIZE, ECAM_START, IOAPIC_START};
 use super::paging::Place;
@@ -63,10 +61,15 @@ impl<V: Vendor> View<'_, V> {
         match place {
             Place::Ram(at) => {
                 let mut bytes = [0; 8];
-                self.guest.memory.read(self.core.paging.host_cpu(), at, &mut bytes[..usize::from(size)]).map_err(|_| Fault::Retry)?;
+                self.guest
+                    .memory
+                    .read(self.core.paging.host_cpu(), at, &mut bytes[..usize::from(size)])
+                    .map_err(|_| Fault::Retry)?;
                 Ok(u64::from_le_bytes(bytes))
             }
-            Place::Device(gpa) if matches!(size, 1 | 2 | 4 | 8) => Ok(self.core.mmio_read(self.guest, gpa, size)),
+            Place::Device(gpa) if matches!(size, 1 | 2 | 4 | 8) => {
+                Ok(self.core.mmio_read(self.guest, gpa, size))
+            }
             Place::Device(gpa) => Ok((0..u64::from(size))
                 .fold(0, |value, at| value | self.core.mmio_read(self.guest, gpa + at, 1) << (8 * at))),
         }
@@ -76,7 +79,10 @@ impl<V: Vendor> View<'_, V> {
         match place {
             Place::Ram(at) => {
                 let bytes = value.to_le_bytes();
-                self.guest.memory.write(self.core.paging.host_cpu(), at, &bytes[..usize::from(size)]).map_err(|_| Fault::Retry)?;
+                self.guest
+                    .memory
+                    .write(self.core.paging.host_cpu(), at, &bytes[..usize::from(size)])
+                    .map_err(|_| Fault::Retry)?;
             }
             Place::Device(gpa) if matches!(size, 1 | 2 | 4 | 8) => {
                 self.core.mmio_write(self.guest, gpa, size, value);
@@ -202,7 +208,11 @@ impl<V: Vendor> Cpu for View<'_, V> {
         let Parts { first, second } = self.parts(linear, size, access)?;
         if let (Place::Ram(at), None) = (first, second.as_ref()) {
             // What cannot be done atomically here the guest does itself: RAM is not emulated for long.
-            return self.guest.memory.compare_exchange(self.core.paging.host_cpu(), at, size, old as u64, new as u64).ok_or(Fault::Retry);
+            return self
+                .guest
+                .memory
+                .compare_exchange(self.core.paging.host_cpu(), at, size, old as u64, new as u64)
+                .ok_or(Fault::Retry);
         }
         // A device, or a locked access across pages: written in parts of at most eight bytes.
         self.write(linear, size.min(8), new as u64, access)?;

@@ -151,8 +151,8 @@ pub fn enable_on_this_cpu(svm: &Svm) {
     }
     let index = crate::cpu::number();
     let state = SvmCpu { host_state, asids: AsidAllocator::new(svm.asid_count) };
-    // SAFETY: as in `with_this_cpu`; this CPU runs no guest yet.
     if let Some(cell) = CPUS.get(index) {
+        // SAFETY: as in `with_this_cpu`; this CPU runs no guest yet.
         unsafe { *cell.0.get() = Some(state) };
     }
 }

@@ -389,7 +389,9 @@ impl HwVcpu for SvmVcpu {
     #[inline]
     fn interrupts_open(&self) -> bool {
         let vmcb = self.vmcb();
-        vmcb.save.rflags & RFLAGS_IF != 0 && vmcb.control.interrupt_shadow & 1 == 0 && vmcb.control.event_inj == 0
+        vmcb.save.rflags & RFLAGS_IF != 0
+            && vmcb.control.interrupt_shadow & 1 == 0
+            && vmcb.control.event_inj == 0
     }
     #[inline]
     fn in_shadow(&self) -> bool {

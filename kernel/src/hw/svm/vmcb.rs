@@ -482,7 +482,8 @@ mod tests {
     #[test]
     fn setters_clear_exactly_their_clean_bit() {
         let mut vmcb = zeroed();
-        let cases: [(fn(&mut Vmcb), Clean); 9] = [
+        type Setter = fn(&mut Vmcb);
+        let cases: [(Setter, Clean); 9] = [
             (|v| v.set_cr0(1), Clean::CR),
             (|v| v.set_efer(1), Clean::CR),
             (|v| v.set_cr2(1), Clean::CR2),

@@ -5,7 +5,7 @@
 //!
 //! | guest-physical | what |
 //! |---|---|
-//! | 0x1000 to 640 KiB | boot information: GDT, page tables, parameters, command line ([`low::LowMemory`]) |
+//! | 0x1000 to 640 KiB | boot information: GDT, page tables, parameters, command line (`low::LowMemory`) |
 //! | 1 MiB up | the kernel, where it wants to be |
 //! | behind it, or at the end of low RAM | RAM disk and modules |
 
