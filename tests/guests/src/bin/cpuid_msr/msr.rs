@@ -388,12 +388,11 @@ fn machine_check() {
 }
 
 fn unknown() {
-    const UNKNOWN: [u32; 12] = [
+    const UNKNOWN: [u32; 11] = [
         0x0000_0fff,
         0x0000_1fff,
         0x0000_2000,
         0x1234_5678,
-        
         0x4000_0000,
         0x4000_0001,
         0x8000_0000,
