@@ -8,6 +8,7 @@ use xtask::paths;
 
 use crate::cases::{is_failure, Cases};
 use crate::context::{is_tcg, Ctx};
+use crate::payload;
 use crate::scenario::Scenario;
 
 /// Guests that hold a conversation, measure or misbehave, and are not judged by their cases alone.
@@ -38,6 +39,7 @@ pub(super) fn all() -> Vec<Scenario> {
             all.push(Scenario::new(format!("guest_{name}_{page_size}"), scenario).limit(240));
         }
     }
+    all.push(Scenario::new("other_vms_go_on", other_vms_go_on).limit(240));
     for (name, cmdline) in MISDEEDS {
         all.push(Scenario::new(format!("garbage_{name}"), move |ctx| misdeed(ctx, cmdline)).limit(240));
     }
@@ -83,6 +85,33 @@ fn report(ctx: &Ctx, guest: &str, page_size: &str) -> Result<Cases> {
     cases.require(failed || outcome.status == Some(ALL_PASSED), || {
         format!("the run ended with {:?} instead of status {ALL_PASSED}", outcome.status)
     });
+    Ok(cases)
+}
+
+/// Beside a VM that triple-faults, one that never stops computing and one that resets itself again and again, a guest
+/// passes its cases as if it were alone.
+fn other_vms_go_on(ctx: &Ctx) -> Result<Cases> {
+    let mut config = String::from(
+        "[[vm]]\nname = \"good\"\nmemory = \"64M\"\nkernel = \"good\"\ncmdline = \"tcg\"\nexit_port = 0xf4\n",
+    );
+    for name in ["faulty", "busy", "restless"] {
+        config += &format!("[[vm]]\nname = \"{name}\"\nmemory = \"16M\"\nkernel = \"{name}\"\n");
+    }
+    let bundle = Bundle::new(config)
+        .file_from("good", &ctx.images.guest("port_mmio"))?
+        // UD2, which without an interrupt table is a triple fault
+        .file("faulty", payload::multiboot(&[0x0f, 0x0b]))
+        // jmp $
+        .file("busy", payload::multiboot(&[0xeb, 0xfe]))
+        // mov dx, 0xcf9; mov al, 6; out dx, al
+        .file("restless", payload::multiboot(&[0x66, 0xba, 0xf9, 0x0c, 0xb0, 0x06, 0xee, 0xeb, 0xfe]));
+    let mut vm = ctx.boot(&ctx.machine(), &bundle)?;
+    vm.expect("^umbra: vm \"faulty\": stopped: triple fault")?;
+    vm.expect("^umbra: vm \"restless\": reset")?;
+    vm.expect("^umbra: vm \"good\": exit port wrote 0x00")?;
+    let log = vm.log();
+    let mut cases = Cases::reported_in(&log);
+    cases.require(!log.contains("umbra: panic"), || "Umbra itself panicked".into());
     Ok(cases)
 }
 
