@@ -139,6 +139,9 @@ impl HwVcpu for FakeVcpu {
     fn in_shadow(&self) -> bool {
         self.shadow
     }
+    fn restore_shadow(&mut self) {
+        self.shadow = true;
+    }
     fn clear_shadow(&mut self) {
         self.shadow = false;
     }

@@ -396,6 +396,8 @@ pub trait HwVcpu: Send {
     fn interrupts_open(&self) -> bool;
     /// Whether the guest is in the shadow of STI or MOV SS.
     fn in_shadow(&self) -> bool;
+    /// Puts the guest into a shadow again that the hardware forgot.
+    fn restore_shadow(&mut self);
     /// Ends the shadow, as each completed instruction does.
     fn clear_shadow(&mut self);
     /// Delivers `event` at the next entry.

@@ -17,6 +17,10 @@ use crate::sched::HostTimer;
 use mmu::GuestCpu;
 
 const RFLAGS_IF: u64 = 1 << 9;
+/// How long a vCPU runs at most before Umbra looks again, if it was entered in the shadow of STI or MOV SS.
+const SHADOW_NS: u64 = 20_000;
+/// Entries after which a guest that does not move is taken to be out of the shadow.
+const SHADOW_TRIES: u8 = 8;
 
 /// What a vCPU is doing when it is not stopped by its VM's end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,6 +71,8 @@ pub struct Core<V: Vendor> {
     /// MSR_SYSTEM_TIME and MSR_WALL_CLOCK of the paravirtual clock.
     pub(super) system_time: u64,
     pub(super) wall_clock: u64,
+    /// RIP of the last entry in a shadow, and how many more entries there count as in it.
+    pub(super) shadow: (u64, u8),
     /// It spins: let others run.
     pub(super) gives_way: bool,
     /// Other vCPUs of the VM that this one woke and that have not run since.
@@ -150,6 +156,7 @@ impl<V: Vendor> Vcpu<V> {
             apic_enabled: false,
             system_time: 0,
             wall_clock: 0,
+            shadow: (0, 0),
             gives_way: false,
             woken: VcpuSet::EMPTY,
         };
@@ -296,9 +303,24 @@ impl<V: Vendor> Vcpu<V> {
             core.attention = true;
             return Some(Pause::Preempted);
         }
+        // QEMU's TCG forgets the shadow at VMRUN. If the guest has not moved since it was entered in one, it still is in
+        // it; not more than a few times, for it may be in a loop of one instruction.
+        if core.shadow.0 == core.hw.rip() && core.shadow.1 > 0 && !core.hw.in_shadow() {
+            core.shadow.1 -= 1;
+            core.hw.restore_shadow();
+        } else {
+            core.shadow = (core.hw.rip(), if core.hw.in_shadow() { SHADOW_TRIES } else { 0 });
+        }
         core.events.prepare_entry(&mut core.hw, &mut interrupts);
         core.hw.set_cr8(core.lapic.cr8());
         let mut deadline = until;
+        if core.hw.in_shadow() {
+            // QEMU's TCG forgets the shadow at VMRUN, so a window would open before the instruction behind STI: with
+            // `sti; hlt` the interrupt would come first and HLT wait for ever. The next exit, soon, is window enough.
+            core.hw.request_interrupt_window(false);
+            core.attention = true;
+            deadline = deadline.min(now.saturating_add(guest.clock.rate().ticks(SHADOW_NS)));
+        }
         if let Some(at) = chipset_deadline {
             deadline = deadline.min(guest.clock.host_tsc_of_ns(at));
         }

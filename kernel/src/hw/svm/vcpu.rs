@@ -397,6 +397,9 @@ impl HwVcpu for SvmVcpu {
     fn in_shadow(&self) -> bool {
         self.vmcb().control.interrupt_shadow & 1 != 0
     }
+    fn restore_shadow(&mut self) {
+        self.vmcb_mut().control.interrupt_shadow |= 1;
+    }
     #[inline]
     fn clear_shadow(&mut self) {
         self.vmcb_mut().control.interrupt_shadow = 0;
