@@ -11,6 +11,7 @@ pub mod extended;
 #[cfg(test)]
 pub(crate) mod fake;
 pub mod svm;
+pub mod vmx;
 
 use bitflags::bitflags;
 use core::fmt;
