@@ -12,6 +12,9 @@
 //! PagingContext per role: how the guest's own tables are read, by emulation
 //! ```
 //!
+//! What an entry of a kind's tables means is its [`EntryFormat`]: [`Npt`] for SVM, [`Ept`] for VMX, where the CPU is given
+//! [`Ept::pointer`] of the root instead of its address. Code that serves a fault is the same for both.
+//!
 //! A vCPU's loop, with interrupts off:
 //!
 //! ```text
