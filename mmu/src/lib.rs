@@ -12,6 +12,9 @@
 //! PagingContext per role: how the guest's own tables are read, by emulation
 //! ```
 //!
+//! What an entry of a kind's tables means is its [`EntryFormat`]: [`Npt`] for SVM, [`Ept`] for VMX, where the CPU is given
+//! [`Ept::pointer`] of the root instead of its address. Code that serves a fault is the same for both.
+//!
 //! A vCPU's loop, with interrupts off:
 //!
 //! ```text
@@ -86,7 +89,7 @@ pub use addr::{
     MAX_PHYSICAL_BITS, PAGE_SHIFT, PAGE_SIZE,
 };
 pub use cpu::{CpuId, CpuSet, MAX_CPUS};
-pub use format::{Entry, EntryFormat, Leaf, Npt, NptHost, Writability};
+pub use format::{Entry, EntryFormat, Ept, EptHost, Leaf, MemoryType, Npt, NptHost, Writability};
 pub use kind::{
     Direct, DirectMmu, FaultOutcome, Flush, Issued, MmuKind, PageCounts, Resolution, Root, SplitProgress,
     Sweep,

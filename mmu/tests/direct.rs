@@ -3,26 +3,25 @@ mod support;
 
 use mmu::{
     AccessKind, CpuId, CpuRole, Cr0, Cr4, DirectMmu, Efer, FaultOutcome, Gfn, GfnRange, Gpa, GuestCpu, Mmu,
-    Npt, NptHost, PageCounts, PageSize, PagingRegs, Slot, SlotFlags, SplitProgress, Sweep, TableCache,
-    TagFlush, VmMemory,
+    PageCounts, PageSize, PagingRegs, Slot, SlotFlags, SplitProgress, Sweep, TableCache, TagFlush, VmMemory,
 };
 use support::blocks::{Blocks, MOVE};
 use support::hardware::{Tally, Walker};
+use support::machines::{on_every_machine, Host, Machine, AMD, HOST};
 use support::tables::{interfere, HostTables};
 
 const CPU: CpuId = CpuId::BOOT;
-const HOST: NptHost =
-    NptHost { five_level: false, max_phys_addr: 46, no_execute: true, largest: PageSize::Size1G };
 
-struct Vm {
+struct Vm<M: Machine> {
+    machine: M,
     memory: VmMemory<Blocks>,
-    kind: DirectMmu<Npt, HostTables>,
+    kind: DirectMmu<M::Format, HostTables>,
     tables: HostTables,
     cache: TableCache,
 }
 
-impl Vm {
-    fn new(host: NptHost, slots: &[(u64, u64, SlotFlags, u64)]) -> Self {
+impl<M: Machine> Vm<M> {
+    fn new(machine: M, slots: &[(u64, u64, SlotFlags, u64)]) -> Self {
         let memory = VmMemory::new(Blocks::default());
         for &(start, pages, flags, cookie) in slots {
             let slot = Slot { range: range(start, pages), flags, cookie };
@@ -30,10 +29,10 @@ impl Vm {
         }
         let tables = HostTables::new(256);
         let root = tables.allocate();
-        let kind = DirectMmu::new(&memory, Npt::new(&host), tables.clone(), root, 46, PageSize::Size1G);
+        let kind = DirectMmu::new(&memory, machine.format(), tables.clone(), root, 46, PageSize::Size1G);
         let mut cache = TableCache::new();
         tables.fill(&mut cache);
-        Self { memory, kind, tables, cache }
+        Self { machine, memory, kind, tables, cache }
     }
 
     fn fault(&mut self, gfn: u64, access: AccessKind) -> FaultOutcome {
@@ -46,15 +45,10 @@ impl Vm {
         assert_eq!(self.fault(gfn, AccessKind::Write), FaultOutcome::Mapped);
     }
 
-    fn walker(&self) -> Walker<'_> {
+    fn walker(&self) -> Walker<'_, M> {
         let root = self.kind.root();
-        Walker {
-            tables: &self.tables,
-            root: root.hpa.pfn().number(),
-            levels: root.level as u32,
-            maxphyaddr: 46,
-            nxe: true,
-        }
+        assert_eq!(root.level as u32, self.machine.host().levels());
+        Walker { tables: &self.tables, root: root.hpa.pfn().number(), machine: self.machine }
     }
 
     /// Frame and page size that the hardware finds, for a write.
@@ -64,7 +58,7 @@ impl Vm {
 
     /// D4: the counters equal a scan; no table page is lost.
     fn check(&self) -> PageCounts {
-        let Tally { leaves, tables } = self.walker().check(&mut |_, _, _| {});
+        let Tally { leaves, tables } = self.walker().check(&mut |_| {});
         let counts = self.kind.page_counts();
         assert_eq!(counts, PageCounts { leaves, tables });
         counts
@@ -98,7 +92,7 @@ fn gpa(gfn: u64) -> Gpa {
     Gfn::new_truncate(gfn).gpa()
 }
 
-fn mmu_of(vm: &Vm) -> Mmu {
+fn mmu_of<M: Machine>(vm: &Vm<M>) -> Mmu {
     let regs = PagingRegs { cr0: Cr0::PG, cr4: Cr4::PAE, efer: Efer::LMA };
     let cpu = GuestCpu { max_phys_addr: 46, gib_pages: true, pse36: true, amd: true };
     Mmu::new(CpuRole::new(&regs, &cpu), vm.kind.root())
@@ -107,9 +101,33 @@ fn mmu_of(vm: &Vm) -> Mmu {
 const RW: SlotFlags = SlotFlags::empty();
 const GIB: u64 = 1 << 18;
 
-#[test]
-fn every_outcome_is_reported_and_counted() {
-    let mut vm = Vm::new(HOST, &[(0, 1024, RW, 0x1_0000), (2048, 16, SlotFlags::READ_ONLY, 0x2_0000)]);
+on_every_machine! {
+    every_outcome_is_reported_and_counted,
+    the_page_size_follows_from_alignment_slot_and_backing,
+    a_block_that_is_less_aligned_than_granted_is_mapped_in_small_pages,
+    the_format_and_the_kind_limit_the_page_size,
+    five_levels_map_what_four_cannot_reach,
+    too_few_tables_change_nothing,
+    write_protection_is_lifted_by_the_next_write,
+    zap_takes_what_it_covers_and_gives_the_tables_back,
+    zapping_part_of_a_huge_page_takes_all_of_it,
+    long_sweeps_come_in_batches,
+    b7_split_keeps_every_translation,
+    a_split_without_tables_stops_and_goes_on,
+    c3_tables_come_back_only_after_every_cpu_acknowledged,
+    a_walk_under_way_holds_tables_back,
+    a_dropped_flush_is_sticky,
+    joined_obligations_cost_one_generation_and_keep_all_pages,
+    e1_a_resolution_does_not_survive_an_invalidation,
+    cve_2026_23401_mmio_where_a_slot_was,
+    d8_a_leaf_that_disagrees_with_its_slot_is_zapped_not_changed,
+    a_lost_race_leaves_nothing_in_the_cache,
+    a_split_that_loses_a_race_leaves_nothing_in_the_cache,
+    phys_tables_over_real_memory,
+}
+
+fn every_outcome_is_reported_and_counted<M: Machine>(machine: M) {
+    let mut vm = Vm::new(machine, &[(0, 1024, RW, 0x1_0000), (2048, 16, SlotFlags::READ_ONLY, 0x2_0000)]);
     vm.memory.backing().set_largest(PageSize::Size4K);
     assert_eq!(vm.fault(5, AccessKind::Read), FaultOutcome::Mapped);
     assert_eq!(vm.fault(5, AccessKind::Write), FaultOutcome::Spurious, "mapped writable at once");
@@ -131,11 +149,10 @@ fn every_outcome_is_reported_and_counted() {
     vm.finish();
 }
 
-#[test]
-fn the_page_size_follows_from_alignment_slot_and_backing() {
+fn the_page_size_follows_from_alignment_slot_and_backing<M: Machine>(machine: M) {
     // The slot starts in the middle of a gigabyte and of a 2 MiB block, and ends so too.
     let start = GIB - 1024 - 5;
-    let mut vm = Vm::new(HOST, &[(start, 2 * GIB, RW, 8 * GIB + start)]);
+    let mut vm = Vm::new(machine, &[(start, 2 * GIB, RW, 8 * GIB + start)]);
     vm.map(start);
     assert_eq!(vm.hit(start), Some((8 * GIB + start, 1)), "the head of its block is outside the slot");
     vm.map(GIB - 1024);
@@ -148,9 +165,8 @@ fn the_page_size_follows_from_alignment_slot_and_backing() {
     vm.finish();
 }
 
-#[test]
-fn a_block_that_is_less_aligned_than_granted_is_mapped_in_small_pages() {
-    let mut vm = Vm::new(HOST, &[(0, GIB, RW, 8 * GIB + 512), (4 * GIB, GIB, RW, 16 * GIB + 3)]);
+fn a_block_that_is_less_aligned_than_granted_is_mapped_in_small_pages<M: Machine>(machine: M) {
+    let mut vm = Vm::new(machine, &[(0, GIB, RW, 8 * GIB + 512), (4 * GIB, GIB, RW, 16 * GIB + 3)]);
     vm.map(700);
     assert_eq!(vm.hit(700), Some((8 * GIB + 512 + 700, 512)));
     vm.map(4 * GIB + 700);
@@ -158,10 +174,9 @@ fn a_block_that_is_less_aligned_than_granted_is_mapped_in_small_pages() {
     vm.finish();
 }
 
-#[test]
-fn the_format_and_the_kind_limit_the_page_size() {
+fn the_format_and_the_kind_limit_the_page_size<M: Machine>(machine: M) {
     for largest in [PageSize::Size4K, PageSize::Size2M] {
-        let mut vm = Vm::new(NptHost { largest, ..HOST }, &[(0, GIB, RW, 8 * GIB)]);
+        let mut vm = Vm::new(machine.on(Host { largest, ..HOST }), &[(0, GIB, RW, 8 * GIB)]);
         assert_eq!(vm.kind.largest(), largest);
         vm.map(1000);
         assert_eq!(vm.hit(1000), Some((8 * GIB + 1000, largest.pages())));
@@ -169,8 +184,7 @@ fn the_format_and_the_kind_limit_the_page_size() {
     }
 }
 
-#[test]
-fn five_levels_map_what_four_cannot_reach() {
+fn five_levels_map_what_four_cannot_reach<M: Machine>(machine: M) {
     let far = 1 << 38;
     let slots = [(far, 512, RW, 0x4_0000)];
     for (five_level, outcome) in
@@ -180,14 +194,15 @@ fn five_levels_map_what_four_cannot_reach() {
         let (start, pages, flags, cookie) = slots[0];
         memory.exclusive(CPU).insert_slot(&Slot { range: range(start, pages), flags, cookie }).unwrap();
         let tables = HostTables::new(16);
-        let format = Npt::new(&NptHost { five_level, max_phys_addr: 52, ..HOST });
+        let machine = machine.on(Host { five_level, max_phys_addr: 52, ..HOST });
+        let format = machine.format();
         let kind = DirectMmu::new(&memory, format, tables.clone(), tables.allocate(), 52, PageSize::Size1G);
         let mut cache = TableCache::new();
         tables.fill(&mut cache);
         assert_eq!(kind.fault(&memory.shared(CPU), &mut cache, gpa(far + 3), AccessKind::Write), outcome);
         if five_level {
             let root = kind.root().hpa.pfn().number();
-            let walker = Walker { tables: &tables, root, levels: 5, maxphyaddr: 52, nxe: true };
+            let walker = Walker { tables: &tables, root, machine };
             assert_eq!(walker.walk(far + 3, true, true).unwrap().pfn, 0x4_0003);
         }
         tables.drain(&mut cache);
@@ -197,10 +212,9 @@ fn five_levels_map_what_four_cannot_reach() {
 }
 
 /// Whatever the cache lacks, nothing is half done: the fault succeeds with exactly the tables it needs, or changes nothing.
-#[test]
-fn too_few_tables_change_nothing() {
+fn too_few_tables_change_nothing<M: Machine>(machine: M) {
     for have in 0..4 {
-        let mut vm = Vm::new(HOST, &[(0, GIB, RW, 8 * GIB)]);
+        let mut vm = Vm::new(machine, &[(0, GIB, RW, 8 * GIB)]);
         vm.memory.backing().set_largest(PageSize::Size4K);
         vm.tables.drain(&mut vm.cache);
         for _ in 0..have {
@@ -220,9 +234,8 @@ fn too_few_tables_change_nothing() {
     }
 }
 
-#[test]
-fn write_protection_is_lifted_by_the_next_write() {
-    let mut vm = Vm::new(HOST, &[(0, GIB, RW, 8 * GIB)]);
+fn write_protection_is_lifted_by_the_next_write<M: Machine>(machine: M) {
+    let mut vm = Vm::new(machine, &[(0, GIB, RW, 8 * GIB)]);
     vm.memory.backing().set_largest(PageSize::Size4K);
     (0..20).for_each(|gfn| vm.map(gfn));
     let mut sweep = Sweep::over(range(5, 10));
@@ -244,9 +257,8 @@ fn write_protection_is_lifted_by_the_next_write() {
     vm.finish();
 }
 
-#[test]
-fn zap_takes_what_it_covers_and_gives_the_tables_back() {
-    let mut vm = Vm::new(HOST, &[(0, 4 * GIB, RW, 8 * GIB)]);
+fn zap_takes_what_it_covers_and_gives_the_tables_back<M: Machine>(machine: M) {
+    let mut vm = Vm::new(machine, &[(0, 4 * GIB, RW, 8 * GIB)]);
     vm.memory.backing().set_largest(PageSize::Size4K);
     for gfn in [0, 1, 511, 512, 1023, 1024, GIB, 2 * GIB - 1, 2 * GIB] {
         vm.map(gfn);
@@ -266,9 +278,8 @@ fn zap_takes_what_it_covers_and_gives_the_tables_back() {
     vm.finish();
 }
 
-#[test]
-fn zapping_part_of_a_huge_page_takes_all_of_it() {
-    let mut vm = Vm::new(HOST, &[(0, GIB, RW, 8 * GIB)]);
+fn zapping_part_of_a_huge_page_takes_all_of_it<M: Machine>(machine: M) {
+    let mut vm = Vm::new(machine, &[(0, GIB, RW, 8 * GIB)]);
     vm.map(0);
     vm.zap(1000, 1);
     assert_eq!(vm.hit(0), None);
@@ -277,9 +288,8 @@ fn zapping_part_of_a_huge_page_takes_all_of_it() {
 }
 
 /// Long work runs in bounded batches, also when they end in the middle of a table.
-#[test]
-fn long_sweeps_come_in_batches() {
-    let mut vm = Vm::new(HOST, &[(0, GIB, RW, 8 * GIB)]);
+fn long_sweeps_come_in_batches<M: Machine>(machine: M) {
+    let mut vm = Vm::new(machine, &[(0, GIB, RW, 8 * GIB)]);
     vm.memory.backing().set_largest(PageSize::Size4K);
     (0..20_000).for_each(|gfn| vm.map(gfn));
     let mut sweep = Sweep::over(range(0, GIB));
@@ -303,10 +313,9 @@ fn long_sweeps_come_in_batches() {
 }
 
 /// B7 (its first half): a split changes no translation, whatever the state of the huge page.
-#[test]
-fn b7_split_keeps_every_translation() {
+fn b7_split_keeps_every_translation<M: Machine>(machine: M) {
     for flags in [RW, SlotFlags::READ_ONLY] {
-        let mut vm = Vm::new(HOST, &[(0, GIB, flags, 8 * GIB)]);
+        let mut vm = Vm::new(machine, &[(0, GIB, flags, 8 * GIB)]);
         assert_eq!(vm.fault(1000, AccessKind::Read), FaultOutcome::Mapped);
         let before = vm.walker().walk(1000, false, true).unwrap();
         assert_eq!(before.pages, GIB);
@@ -329,13 +338,12 @@ fn b7_split_keeps_every_translation() {
     }
 }
 
-#[test]
-fn a_split_without_tables_stops_and_goes_on() {
-    let mut vm = Vm::new(HOST, &[(0, GIB, RW, 8 * GIB)]);
+fn a_split_without_tables_stops_and_goes_on<M: Machine>(machine: M) {
+    let mut vm = Vm::new(machine, &[(0, GIB, RW, 8 * GIB)]);
     vm.map(0);
     vm.tables.drain(&mut vm.cache);
     let mut sweep = Sweep::over(range(0, GIB));
-    let split = |vm: &mut Vm, sweep: &mut Sweep| {
+    let split = |vm: &mut Vm<M>, sweep: &mut Sweep| {
         vm.kind.split(&vm.memory.shared(CPU), &mut vm.cache, sweep, PageSize::Size2M)
     };
     assert_eq!(split(&mut vm, &mut sweep), SplitProgress::NeedTables);
@@ -349,9 +357,8 @@ fn a_split_without_tables_stops_and_goes_on() {
 }
 
 /// C3: a freed table stays table memory until the CPU that could have it cached has flushed.
-#[test]
-fn c3_tables_come_back_only_after_every_cpu_acknowledged() {
-    let mut vm = Vm::new(HOST, &[(0, GIB, RW, 8 * GIB)]);
+fn c3_tables_come_back_only_after_every_cpu_acknowledged<M: Machine>(machine: M) {
+    let mut vm = Vm::new(machine, &[(0, GIB, RW, 8 * GIB)]);
     vm.memory.backing().set_largest(PageSize::Size4K);
     vm.map(0);
     let (mut first, mut second) = (mmu_of(&vm), mmu_of(&vm));
@@ -374,9 +381,8 @@ fn c3_tables_come_back_only_after_every_cpu_acknowledged() {
 }
 
 /// A walk that is under way holds the pages back as a guest does; without that, the walk would read a page of another use.
-#[test]
-fn a_walk_under_way_holds_tables_back() {
-    let mut vm = Vm::new(HOST, &[(0, GIB, RW, 8 * GIB)]);
+fn a_walk_under_way_holds_tables_back<M: Machine>(machine: M) {
+    let mut vm = Vm::new(machine, &[(0, GIB, RW, 8 * GIB)]);
     vm.memory.backing().set_largest(PageSize::Size4K);
     vm.map(0);
     let walk = vm.memory.shared(CpuId::new(3).unwrap());
@@ -388,9 +394,8 @@ fn a_walk_under_way_holds_tables_back() {
 }
 
 /// Decision 3: a dropped obligation is not lost. The next entry flushes, and then the pages come back.
-#[test]
-fn a_dropped_flush_is_sticky() {
-    let mut vm = Vm::new(HOST, &[(0, GIB, RW, 8 * GIB)]);
+fn a_dropped_flush_is_sticky<M: Machine>(machine: M) {
+    let mut vm = Vm::new(machine, &[(0, GIB, RW, 8 * GIB)]);
     let mut mmu = mmu_of(&vm);
     vm.map(0);
     drop(mmu.enter(&vm.memory, CPU));
@@ -401,9 +406,8 @@ fn a_dropped_flush_is_sticky() {
     vm.finish();
 }
 
-#[test]
-fn joined_obligations_cost_one_generation_and_keep_all_pages() {
-    let mut vm = Vm::new(HOST, &[(0, 4 * GIB, RW, 8 * GIB)]);
+fn joined_obligations_cost_one_generation_and_keep_all_pages<M: Machine>(machine: M) {
+    let mut vm = Vm::new(machine, &[(0, 4 * GIB, RW, 8 * GIB)]);
     vm.memory.backing().set_largest(PageSize::Size4K);
     [0, GIB, 2 * GIB].into_iter().for_each(|gfn| vm.map(gfn));
     let before = vm.memory.shootdown().requested();
@@ -420,12 +424,11 @@ fn joined_obligations_cost_one_generation_and_keep_all_pages() {
 }
 
 /// E1: what was resolved before the backing changed is not mapped afterwards, also when guards came and went.
-#[test]
-fn e1_a_resolution_does_not_survive_an_invalidation() {
-    let mut vm = Vm::new(HOST, &[(0, GIB, RW, 8 * GIB)]);
+fn e1_a_resolution_does_not_survive_an_invalidation<M: Machine>(machine: M) {
+    let mut vm = Vm::new(machine, &[(0, GIB, RW, 8 * GIB)]);
     vm.memory.backing().set_largest(PageSize::Size2M);
     let mut cache = core::mem::take(&mut vm.cache);
-    let resolve = |vm: &Vm| vm.kind.resolve(&vm.memory.shared(CPU), gpa(700), AccessKind::Write).unwrap();
+    let resolve = |vm: &Vm<M>| vm.kind.resolve(&vm.memory.shared(CPU), gpa(700), AccessKind::Write).unwrap();
     let install =
         |cache: &mut TableCache, resolution| vm.kind.install(&vm.memory.shared(CPU), cache, &resolution);
     let before = resolve(&vm);
@@ -445,9 +448,8 @@ fn e1_a_resolution_does_not_survive_an_invalidation() {
 }
 
 /// I2, I3: a slot that is taken away takes its mappings along, and what follows there is what the new slots say.
-#[test]
-fn cve_2026_23401_mmio_where_a_slot_was() {
-    let mut vm = Vm::new(HOST, &[(0, GIB, RW, 8 * GIB), (GIB, 512, RW, 32 * GIB)]);
+fn cve_2026_23401_mmio_where_a_slot_was<M: Machine>(machine: M) {
+    let mut vm = Vm::new(machine, &[(0, GIB, RW, 8 * GIB), (GIB, 512, RW, 32 * GIB)]);
     vm.map(GIB + 5);
     let resolution = vm.kind.resolve(&vm.memory.shared(CPU), gpa(GIB + 6), AccessKind::Write).unwrap();
     {
@@ -469,9 +471,8 @@ fn cve_2026_23401_mmio_where_a_slot_was() {
 }
 
 /// D8: a leaf never turns into one of another page. A leaf that disagrees with its slot goes away first, with a flush.
-#[test]
-fn d8_a_leaf_that_disagrees_with_its_slot_is_zapped_not_changed() {
-    let mut vm = Vm::new(HOST, &[(0, 512, SlotFlags::READ_ONLY, 8 * GIB)]);
+fn d8_a_leaf_that_disagrees_with_its_slot_is_zapped_not_changed<M: Machine>(machine: M) {
+    let mut vm = Vm::new(machine, &[(0, 512, SlotFlags::READ_ONLY, 8 * GIB)]);
     assert_eq!(vm.fault(3, AccessKind::Read), FaultOutcome::Mapped);
     let sweep = vm.memory.exclusive(CPU).set_slot_flags(Gfn::default(), RW).unwrap();
     assert_eq!(sweep, Sweep::over(range(0, 512)));
@@ -485,9 +486,8 @@ fn d8_a_leaf_that_disagrees_with_its_slot_is_zapped_not_changed() {
 
 /// Another CPU maps a page of the same 1 GiB between this fault's look and its compare-exchange. What this fault had
 /// prepared in its table pages does not stay there, to turn up at another address.
-#[test]
-fn a_lost_race_leaves_nothing_in_the_cache() {
-    let vm: &'static Vm = Box::leak(Box::new(Vm::new(HOST, &[(0, 2 * GIB, RW, 8 * GIB)])));
+fn a_lost_race_leaves_nothing_in_the_cache<M: Machine>(machine: M) {
+    let vm: &'static Vm<M> = Box::leak(Box::new(Vm::new(machine, &[(0, 2 * GIB, RW, 8 * GIB)])));
     vm.memory.backing().set_largest(PageSize::Size4K);
     let (mut mine, mut next) = (TableCache::new(), TableCache::new());
     vm.tables.fill(&mut mine);
@@ -519,9 +519,8 @@ fn a_lost_race_leaves_nothing_in_the_cache() {
 }
 
 /// The same for a split: the huge page is zapped while its small pages are being prepared.
-#[test]
-fn a_split_that_loses_a_race_leaves_nothing_in_the_cache() {
-    let vm: &'static Vm = Box::leak(Box::new(Vm::new(HOST, &[(0, GIB, RW, 8 * GIB)])));
+fn a_split_that_loses_a_race_leaves_nothing_in_the_cache<M: Machine>(machine: M) {
+    let vm: &'static Vm<M> = Box::leak(Box::new(Vm::new(machine, &[(0, GIB, RW, 8 * GIB)])));
     let mut cache = TableCache::new();
     vm.tables.fill(&mut cache);
     let shared = vm.memory.shared(CPU);
@@ -539,15 +538,14 @@ fn a_split_that_loses_a_race_leaves_nothing_in_the_cache() {
 #[test]
 #[should_panic(expected = "a guard of another VM")]
 fn a_guard_of_another_vm_is_refused() {
-    let vm = Vm::new(HOST, &[]);
-    let other = Vm::new(HOST, &[]);
+    let vm = Vm::new(AMD, &[]);
+    let other = Vm::new(AMD, &[]);
     drop(vm.kind.zap(&other.memory.shared(CPU), &mut Sweep::over(range(0, 1))));
 }
 
 /// The crate over real addresses: a "direct map" with offset zero over memory from the host's allocator.
-#[test]
 #[allow(unsafe_code)] // This test is about the unsafe constructors.
-fn phys_tables_over_real_memory() {
+fn phys_tables_over_real_memory<M: Machine>(machine: M) {
     use mmu::{Pfn, PhysTables, TablePage};
     use std::alloc::{alloc_zeroed, dealloc, Layout};
 
@@ -566,7 +564,7 @@ fn phys_tables_over_real_memory() {
     let memory = VmMemory::new(Blocks::default());
     memory.exclusive(CPU).insert_slot(&Slot { range: range(0, GIB), flags: RW, cookie: 8 * GIB }).unwrap();
     memory.backing().set_largest(PageSize::Size4K);
-    let format = Npt::new(&NptHost { max_phys_addr: 52, ..HOST });
+    let format = machine.on(Host { max_phys_addr: 52, ..HOST }).format();
     // SAFETY: the frames are the addresses that the allocator gave.
     let tables = unsafe { PhysTables::new(0) };
     let kind = DirectMmu::new(&memory, format, tables, allocate(), 46, PageSize::Size1G);

@@ -6,12 +6,13 @@ use std::collections::HashMap;
 
 use mmu::{
     AccessKind, CpuId, CpuRole, Cr0, Cr4, DirectMmu, Efer, Entered, FaultOutcome, Flush, Generation, Gfn,
-    GfnRange, GuestCpu, Mmu, Npt, NptHost, PageCounts, PageSize, PagingRegs, Slot, SlotFlags, SplitProgress,
-    Sweep, TableCache, TagFlush, VmMemory,
+    GfnRange, GuestCpu, Mmu, PageCounts, PageSize, PagingRegs, Slot, SlotFlags, SplitProgress, Sweep,
+    TableCache, TagFlush, VmMemory,
 };
 use proptest::prelude::*;
 use support::blocks::Blocks;
 use support::hardware::Walker;
+use support::machines::{on_every_machine, Host, Machine, HOST};
 use support::tables::HostTables;
 
 const GIB: u64 = 1 << 18;
@@ -103,9 +104,10 @@ struct Cached {
     doomed: Option<Generation>,
 }
 
-struct World<'m> {
+struct World<'m, M: Machine> {
+    machine: M,
     memory: &'m VmMemory<Blocks>,
-    kind: &'m DirectMmu<Npt, HostTables>,
+    kind: &'m DirectMmu<M::Format, HostTables>,
     tables: &'m HostTables,
     cache: TableCache,
     /// The slots as they should be: read-only or not.
@@ -123,7 +125,7 @@ fn range(gfn: u64, pages: u64) -> GfnRange {
     GfnRange::new(Gfn::new(gfn).unwrap(), pages).unwrap()
 }
 
-impl<'m> World<'m> {
+impl<'m, M: Machine> World<'m, M> {
     /// The frame behind `gfn` and whether it is read-only, as the slots say.
     fn expected(&self, gfn: u64) -> Option<(u64, bool)> {
         SLOTS.iter().zip(self.slots).find_map(|(&(start, pages, cookie), slot)| {
@@ -133,10 +135,9 @@ impl<'m> World<'m> {
         })
     }
 
-    fn walker(&self) -> Walker<'m> {
+    fn walker(&self) -> Walker<'m, M> {
         let root = self.kind.root();
-        let (root, levels) = (root.hpa.pfn().number(), root.level as u32);
-        Walker { tables: self.tables, root, levels, maxphyaddr: 46, nxe: true }
+        Walker { tables: self.tables, root: root.hpa.pfn().number(), machine: self.machine }
     }
 
     fn apply(&mut self, op: &Op) {
@@ -295,7 +296,7 @@ impl<'m> World<'m> {
 
     fn sweep(&mut self, gfn: u64, pages: u64, issue: bool, protect: bool) {
         let mut sweep = Sweep::over(range(gfn, pages));
-        let mut all: Option<Flush<'m, Npt, HostTables>> = None;
+        let mut all: Option<Flush<'m, M::Format, HostTables>> = None;
         while !sweep.is_done() {
             let shared = self.memory.shared(cpu(2));
             let flush = match protect {
@@ -380,14 +381,14 @@ impl<'m> World<'m> {
 
     /// The whole tree, after each operation.
     fn check(&self) {
-        let tally = self.walker().check(&mut |gfn, pages, entry| {
-            let pfn = (entry & 0x000f_ffff_ffff_f000) >> 12;
-            for probe in [0, pages / 2, pages - 1] {
-                let (want, read_only) = self.expected(gfn + probe).expect("B3: a leaf outside its slot");
-                assert_eq!(pfn + probe, want, "A1, D8");
-                assert_eq!(entry >> 9 & 1 == 0, read_only, "B3: host-writable follows the slot");
+        let tally = self.walker().check(&mut |leaf| {
+            for probe in [0, leaf.pages / 2, leaf.pages - 1] {
+                let expected = self.expected(leaf.gfn + probe);
+                let (want, read_only) = expected.expect("B3: a leaf outside its slot");
+                assert_eq!(leaf.pfn + probe, want, "A1, D8");
+                assert_eq!(!leaf.host_writable, read_only, "B3: host-writable follows the slot");
             }
-            assert_eq!(entry >> 63, 0);
+            assert_eq!((leaf.rights.read, leaf.rights.execute), (true, [true; 2]));
         });
         let counts = PageCounts { leaves: tally.leaves, tables: tally.tables };
         assert_eq!(self.kind.page_counts(), counts, "D4");
@@ -402,15 +403,16 @@ fn flags(read_only: bool) -> SlotFlags {
     }
 }
 
-fn run(five_level: bool, largest: PageSize, ops: &[Op]) {
+fn run<M: Machine>(machine: M, five_level: bool, largest: PageSize, ops: &[Op]) {
     let memory = VmMemory::new(Blocks::default());
     let tables = HostTables::new(4096);
-    let host = NptHost { five_level, max_phys_addr: 46, no_execute: true, largest: PageSize::Size1G };
-    let kind = DirectMmu::new(&memory, Npt::new(&host), tables.clone(), tables.allocate(), 46, largest);
+    let machine = machine.on(Host { five_level, ..HOST });
+    let kind = DirectMmu::new(&memory, machine.format(), tables.clone(), tables.allocate(), 46, largest);
     let regs = PagingRegs { cr0: Cr0::PG, cr4: Cr4::PAE, efer: Efer::LMA };
     let guest = GuestCpu { max_phys_addr: 46, gib_pages: true, pse36: true, amd: true };
     let role = CpuRole::new(&regs, &guest);
     let mut world = World {
+        machine,
         memory: &memory,
         kind: &kind,
         tables: &tables,
@@ -437,15 +439,13 @@ fn run(five_level: bool, largest: PageSize, ops: &[Op]) {
     assert_eq!(tables.in_use(), 0, "no table page is lost");
 }
 
-proptest! {
-    #![proptest_config(ProptestConfig { cases: 192, failure_persistence: None, ..ProptestConfig::default() })]
-
-    #[test]
-    fn any_sequence_of_operations(
+fn any_sequence_of_operations<M: Machine>(machine: M) {
+    let config = ProptestConfig { cases: 192, failure_persistence: None, ..ProptestConfig::default() };
+    proptest!(config, |(
         five_level: bool,
         largest in sizes(),
         ops in prop::collection::vec(ops(), 1..120),
-    ) {
-        run(five_level, largest, &ops);
-    }
+    )| run(machine, five_level, largest, &ops));
 }
+
+on_every_machine!(any_sequence_of_operations);

@@ -5,32 +5,38 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::Barrier;
 
 use mmu::{
-    AccessKind, CpuId, DirectMmu, FaultOutcome, Gfn, GfnRange, Npt, NptHost, PageCounts, PageSize, Slot,
-    SlotFlags, Sweep, TableCache, VmMemory,
+    AccessKind, CpuId, DirectMmu, FaultOutcome, Gfn, GfnRange, PageCounts, PageSize, Slot, SlotFlags, Sweep,
+    TableCache, VmMemory,
 };
 use support::blocks::Blocks;
 use support::hardware::Walker;
+use support::machines::{on_every_machine, Machine};
 use support::tables::HostTables;
 
 const GIB: u64 = 1 << 18;
-const HOST: NptHost =
-    NptHost { five_level: false, max_phys_addr: 46, no_execute: true, largest: PageSize::Size1G };
 
-struct Vm {
+on_every_machine! {
+    two_threads_populate_the_same_range,
+    populate_against_zap_and_reclaim,
+    slots_change_under_faulting_threads,
+}
+
+struct Vm<M: Machine> {
+    machine: M,
     memory: VmMemory<Blocks>,
-    kind: DirectMmu<Npt, HostTables>,
+    kind: DirectMmu<M::Format, HostTables>,
     tables: HostTables,
 }
 
-impl Vm {
-    fn new(largest: PageSize) -> Self {
+impl<M: Machine> Vm<M> {
+    fn new(machine: M, largest: PageSize) -> Self {
         let memory = VmMemory::new(Blocks::default());
         let range = GfnRange::new(Gfn::default(), 4 * GIB).unwrap();
         let slot = Slot { range, flags: SlotFlags::empty(), cookie: 8 * GIB };
         memory.exclusive(CpuId::BOOT).insert_slot(&slot).unwrap();
         let tables = HostTables::new(2048);
-        let kind = DirectMmu::new(&memory, Npt::new(&HOST), tables.clone(), tables.allocate(), 46, largest);
-        Self { memory, kind, tables }
+        let kind = DirectMmu::new(&memory, machine.format(), tables.clone(), tables.allocate(), 46, largest);
+        Self { machine, memory, kind, tables }
     }
 
     fn fault(&self, cpu: CpuId, cache: &mut TableCache, gfn: u64) -> FaultOutcome {
@@ -42,10 +48,8 @@ impl Vm {
     /// Tables, counters and pool agree; afterwards nothing is left.
     fn finish(self, mapped: impl Iterator<Item = u64>) -> PageCounts {
         let root = self.kind.root().hpa.pfn().number();
-        let walker = Walker { tables: &self.tables, root, levels: 4, maxphyaddr: 46, nxe: true };
-        let tally = walker.check(&mut |gfn, _, entry| {
-            assert_eq!((entry & 0x000f_ffff_ffff_f000) >> 12, 8 * GIB + gfn);
-        });
+        let walker = Walker { tables: &self.tables, root, machine: self.machine };
+        let tally = walker.check(&mut |leaf| assert_eq!(leaf.pfn, 8 * GIB + leaf.gfn));
         let counts = PageCounts { leaves: tally.leaves, tables: tally.tables };
         assert_eq!(self.kind.page_counts(), counts, "D4");
         for gfn in mapped {
@@ -60,11 +64,10 @@ impl Vm {
 }
 
 /// Two threads fault the same pages in the same order: one maps each page, the other finds it mapped.
-#[test]
-fn two_threads_populate_the_same_range() {
+fn two_threads_populate_the_same_range<M: Machine>(machine: M) {
     const PAGES: u64 = 8192;
     for largest in [PageSize::Size4K, PageSize::Size2M] {
-        let vm = Vm::new(largest);
+        let vm = Vm::new(machine, largest);
         let start = Barrier::new(2);
         let (mapped, spurious) = (AtomicU64::new(0), AtomicU64::new(0));
         std::thread::scope(|scope| {
@@ -93,9 +96,8 @@ fn two_threads_populate_the_same_range() {
 
 /// Two threads fault while a third zaps, protects and reclaims: nothing is lost, nothing is freed too early (the table
 /// memory stops at any entry of a page that was given back).
-#[test]
-fn populate_against_zap_and_reclaim() {
-    let vm = Vm::new(PageSize::Size4K);
+fn populate_against_zap_and_reclaim<M: Machine>(machine: M) {
+    let vm = Vm::new(machine, PageSize::Size4K);
     let done = AtomicBool::new(false);
     std::thread::scope(|scope| {
         let faulters: Vec<_> = (0..2)
@@ -170,9 +172,8 @@ fn the_exclusive_guard_excludes() {
 }
 
 /// The exclusive guard really is: slots come and go under faulting threads, and no fault sees a half-made change.
-#[test]
-fn slots_change_under_faulting_threads() {
-    let vm = Vm::new(PageSize::Size4K);
+fn slots_change_under_faulting_threads<M: Machine>(machine: M) {
+    let vm = Vm::new(machine, PageSize::Size4K);
     let done = AtomicBool::new(false);
     std::thread::scope(|scope| {
         for number in 0..2 {

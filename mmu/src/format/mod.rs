@@ -2,14 +2,16 @@
 //!
 //! A format is a value: its masks follow from the CPU it was made for, and two formats, or two CPUs' worth of one, live
 //! side by side. Nothing here knows a vCPU.
+mod ept;
 mod npt;
 
 use core::fmt;
 
+pub use ept::{Ept, EptHost};
 pub use npt::{Npt, NptHost};
 
 use crate::access::AccessKind;
-use crate::addr::Pfn;
+use crate::addr::{Pfn, MAX_PHYSICAL_BITS, PAGE_SHIFT};
 use crate::level::{Level, PageSize};
 
 /// Why a leaf can or cannot be written: the legal combinations of the bits host-writable, MMU-writable and W.
@@ -25,7 +27,22 @@ pub enum Writability {
     ReadOnly,
 }
 
-/// What a leaf says beside where it leads.
+/// How memory is cached (AMD APM vol. 2, 7.4; Intel SDM vol. 3, 12.3).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum MemoryType {
+    /// Every access goes to memory, in order.
+    Uncacheable,
+    /// Not cached; writes are gathered.
+    WriteCombining,
+    /// Reads are cached, writes go to memory as well.
+    WriteThrough,
+    /// Reads are cached, writes go to memory and not to the cache.
+    WriteProtected,
+    /// Reads and writes are cached: ordinary memory.
+    WriteBack,
+}
+
+/// What a leaf says: where it leads, and what is permitted there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Leaf {
     /// First frame of the page.
@@ -34,8 +51,21 @@ pub struct Leaf {
     pub size: PageSize,
     /// Whether, and why not, it can be written.
     pub writability: Writability,
+    /// Whether data can be read. Only some formats can say no, and only of a page that is executable and not writable:
+    /// [`EntryFormat::can_hide_reads`].
+    pub read: bool,
     /// Whether instructions can be fetched.
     pub execute: bool,
+    /// How the page is cached, before the guest's own tables have their say.
+    pub memory_type: MemoryType,
+}
+
+impl Leaf {
+    /// Ordinary memory: readable, executable, write-back.
+    #[inline]
+    pub const fn ram(pfn: Pfn, size: PageSize, writability: Writability) -> Self {
+        Self { pfn, size, writability, read: true, execute: true, memory_type: MemoryType::WriteBack }
+    }
 }
 
 /// What an entry is.
@@ -51,7 +81,24 @@ pub enum Entry {
     Leaf,
 }
 
-/// An entry format. Zero is an empty entry, so a zeroed page is an empty table. Every value it makes passes its own [`shadow_zero_check`](Self::shadow_zero_check).
+/// Frame number field, the same in every 64-bit format.
+const FRAME: u64 = ((1 << MAX_PHYSICAL_BITS) - 1) & !((1 << PAGE_SHIFT) - 1);
+
+/// The bits of the frame field that a CPU with physical addresses of `max_phys_addr` bits reserves.
+const fn beyond(max_phys_addr: u8) -> u64 {
+    let bits = max_phys_addr as u32;
+    let bits = if bits > MAX_PHYSICAL_BITS {
+        MAX_PHYSICAL_BITS
+    } else if bits < 32 {
+        32
+    } else {
+        bits
+    };
+    FRAME & !((1 << bits) - 1)
+}
+
+/// An entry format. Zero is an empty entry, so a zeroed page is an empty table. Every value it makes passes its own
+/// [`shadow_zero_check`](Self::shadow_zero_check).
 pub trait EntryFormat: Copy + fmt::Debug + Send + Sync {
     /// Level of the root.
     fn top(&self) -> Level;
@@ -59,6 +106,10 @@ pub trait EntryFormat: Copy + fmt::Debug + Send + Sync {
     fn input_bits(&self) -> u32;
     /// Whether a leaf of this size exists.
     fn has_size(&self, size: PageSize) -> bool;
+    /// Whether a leaf can permit fetches and no reads. Where not, every leaf can be read.
+    fn can_hide_reads(&self) -> bool;
+    /// The memory type of a leaf that asks for `wanted`: the same, or a stricter one if the format has no such type.
+    fn nearest_memory_type(&self, wanted: MemoryType) -> MemoryType;
 
     /// What `entry` is in a table at `level`.
     fn entry(&self, entry: u64, level: Level) -> Entry;
@@ -88,6 +139,6 @@ pub trait EntryFormat: Copy + fmt::Debug + Send + Sync {
     /// The payload of a frozen entry.
     fn frozen_payload(&self, entry: u64) -> u64;
 
-    /// Checks that `entry`, in a table at `level`, has no bit set that the hardware reserves there.
+    /// Checks that `entry`, in a table at `level`, is present and that the hardware reserves nothing of what it says.
     fn shadow_zero_check(&self, entry: u64, level: Level) -> bool;
 }

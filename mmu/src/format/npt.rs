@@ -1,5 +1,5 @@
 //! The long-mode format as nested paging uses it: AMD APM vol. 2, 5.3 (entries) and 15.25 (nested paging).
-use super::{Entry, EntryFormat, Leaf, Writability};
+use super::{beyond, Entry, EntryFormat, Leaf, MemoryType, Writability, FRAME};
 use crate::access::AccessKind;
 use crate::addr::{Pfn, MAX_PHYSICAL_BITS, PAGE_SHIFT};
 use crate::level::{Level, PageSize};
@@ -10,6 +10,10 @@ const PRESENT: u64 = 1 << 0;
 const WRITE: u64 = 1 << 1;
 /// U/S: user. Nested walks are user accesses, so it is set at every level (APM 15.25.6).
 const USER: u64 = 1 << 2;
+/// PWT alone: entry 1 of the host's PAT, which is write-through (APM 7.8 and 15.25.8).
+const WRITE_THROUGH: u64 = 1 << 3;
+/// PWT and PCD: entry 3 of the host's PAT, uncacheable.
+const UNCACHEABLE: u64 = 1 << 3 | 1 << 4;
 /// A: accessed.
 const ACCESSED: u64 = 1 << 5;
 /// D: dirty.
@@ -25,8 +29,8 @@ const MMU_PRESENT: u64 = 1 << 11;
 /// NX: no execute.
 const NO_EXECUTE: u64 = 1 << 63;
 
-/// Frame number field.
-const FRAME: u64 = ((1 << MAX_PHYSICAL_BITS) - 1) & !((1 << PAGE_SHIFT) - 1);
+/// PAT in tables at level 2 and 3.
+const LARGE_PAT: u64 = 1 << 12;
 /// All but the frame field of a frozen entry.
 const FROZEN: u64 = 1 << 63 | 0x5a0;
 
@@ -58,14 +62,7 @@ pub struct NptHost {
 impl Npt {
     /// The format on a CPU like `host`.
     pub const fn new(host: &NptHost) -> Self {
-        let bits = if host.max_phys_addr as u32 > MAX_PHYSICAL_BITS {
-            MAX_PHYSICAL_BITS
-        } else if (host.max_phys_addr as u32) < 32 {
-            32
-        } else {
-            host.max_phys_addr as u32
-        };
-        let high = (FRAME & !((1 << bits) - 1)) | if host.no_execute { 0 } else { NO_EXECUTE };
+        let high = beyond(host.max_phys_addr) | if host.no_execute { 0 } else { NO_EXECUTE };
         let no_leaf = u64::MAX;
         let l3_leaf = match host.largest {
             PageSize::Size1G => high | ((1 << 30) - (1 << 13)),
@@ -104,6 +101,28 @@ impl Npt {
             Writability::ReadOnly => 0,
         }
     }
+
+    /// PWT and PCD for a type, by the PAT as it is after power-on, which whoever runs guests on these tables keeps for
+    /// the host. The PAT bit is never needed.
+    #[inline]
+    const fn type_bits(memory_type: MemoryType) -> u64 {
+        match memory_type {
+            MemoryType::WriteBack => 0,
+            MemoryType::WriteThrough => WRITE_THROUGH,
+            MemoryType::Uncacheable | MemoryType::WriteCombining | MemoryType::WriteProtected => UNCACHEABLE,
+        }
+    }
+
+    /// The type of a leaf; `None` for an index that no leaf made here has.
+    const fn memory_type(entry: u64, level: Level) -> Option<MemoryType> {
+        let pat = if matches!(level, Level::L1) { LARGE } else { LARGE_PAT };
+        match entry & (UNCACHEABLE | pat) {
+            0 => Some(MemoryType::WriteBack),
+            WRITE_THROUGH => Some(MemoryType::WriteThrough),
+            UNCACHEABLE => Some(MemoryType::Uncacheable),
+            _ => None,
+        }
+    }
 }
 
 impl EntryFormat for Npt {
@@ -125,6 +144,23 @@ impl EntryFormat for Npt {
     #[inline]
     fn has_size(&self, size: PageSize) -> bool {
         size <= self.largest
+    }
+
+    /// Never: long-mode entries have no bit for it.
+    #[inline]
+    fn can_hide_reads(&self) -> bool {
+        false
+    }
+
+    /// The PAT at power-on has neither write-combining nor write-protected.
+    #[inline]
+    fn nearest_memory_type(&self, wanted: MemoryType) -> MemoryType {
+        match wanted {
+            MemoryType::WriteBack | MemoryType::WriteThrough => wanted,
+            MemoryType::Uncacheable | MemoryType::WriteCombining | MemoryType::WriteProtected => {
+                MemoryType::Uncacheable
+            }
+        }
     }
 
     #[inline]
@@ -156,7 +192,9 @@ impl EntryFormat for Npt {
             pfn: Pfn::new_truncate((entry & FRAME) >> PAGE_SHIFT),
             size: level.page_size()?,
             writability: self.writability(entry)?,
+            read: true,
             execute: entry & NO_EXECUTE == 0,
+            memory_type: Self::memory_type(entry, level)?,
         })
     }
 
@@ -178,7 +216,7 @@ impl EntryFormat for Npt {
         if !leaf.execute && self.no_execute {
             entry |= NO_EXECUTE;
         }
-        entry |= leaf.pfn.hpa().bits();
+        entry |= Self::type_bits(leaf.memory_type) | leaf.pfn.hpa().bits();
         debug_assert!(self.shadow_zero_check(entry, leaf.size.level()), "{leaf:?}");
         entry
     }
@@ -237,6 +275,13 @@ mod tests {
     const SIZES: [PageSize; 3] = [PageSize::Size4K, PageSize::Size2M, PageSize::Size1G];
     const ALL: [Writability; 4] =
         [Writability::Writable, Writability::Watched, Writability::Tracked, Writability::ReadOnly];
+    const TYPES: [MemoryType; 5] = [
+        MemoryType::Uncacheable,
+        MemoryType::WriteCombining,
+        MemoryType::WriteThrough,
+        MemoryType::WriteProtected,
+        MemoryType::WriteBack,
+    ];
 
     fn formats() -> Vec<Npt> {
         let mut formats = vec![];
@@ -253,16 +298,25 @@ mod tests {
     }
 
     fn leaves(format: &Npt) -> Vec<Leaf> {
+        let pfn = Pfn::new_truncate(0x00f4_0000);
         let mut leaves = vec![];
         for size in SIZES.into_iter().filter(|&size| format.has_size(size)) {
             for writability in ALL {
                 for execute in [false, true] {
-                    let pfn = Pfn::new_truncate(0x00f4_0000);
-                    leaves.push(Leaf { pfn, size, writability, execute });
+                    for memory_type in TYPES {
+                        let ram = Leaf::ram(pfn, size, writability);
+                        leaves.push(Leaf { execute, memory_type, ..ram });
+                    }
                 }
             }
         }
         leaves
+    }
+
+    /// What is read back of a leaf: what the format cannot say is lost.
+    fn kept(format: &Npt, leaf: &Leaf) -> Leaf {
+        let memory_type = format.nearest_memory_type(leaf.memory_type);
+        Leaf { read: true, execute: leaf.execute || !format.no_execute, memory_type, ..*leaf }
     }
 
     /// B1, B2, B5: what a format makes passes its own check and says what went in.
@@ -274,13 +328,14 @@ mod tests {
                 let level = leaf.size.level();
                 assert!(format.shadow_zero_check(entry, level));
                 assert_eq!(format.entry(entry, level), Entry::Leaf);
-                let execute = leaf.execute || !format.no_execute;
-                assert_eq!(format.leaf(entry, level), Some(Leaf { execute, ..leaf }));
+                let kept = kept(&format, &leaf);
+                assert_eq!(format.leaf(entry, level), Some(kept));
+                assert!(format.permits(entry, AccessKind::Read));
                 assert_eq!(
                     format.permits(entry, AccessKind::Write),
                     leaf.writability == Writability::Writable
                 );
-                assert_eq!(format.permits(entry, AccessKind::Execute), execute);
+                assert_eq!(format.permits(entry, AccessKind::Execute), kept.execute);
                 for other in ALL {
                     let changed = format.with_writability(entry, other);
                     assert_eq!(format.writability(changed), Some(other));
@@ -338,8 +393,7 @@ mod tests {
                     let small = format.make_small(entry, level, index).unwrap();
                     let pfn = Pfn::new_truncate(leaf.pfn.number() + index as u64 * smaller.pages());
                     let found = format.leaf(small, smaller.level()).unwrap();
-                    let execute = leaf.execute || !format.no_execute;
-                    assert_eq!(found, Leaf { pfn, size: smaller, execute, ..leaf });
+                    assert_eq!(found, Leaf { pfn, size: smaller, ..kept(&format, &leaf) });
                     assert_eq!(small & LARGE != 0, smaller != PageSize::Size4K, "bit 7 of a PTE is PAT");
                 }
             }
@@ -350,15 +404,37 @@ mod tests {
     #[test]
     fn commit_6c6ab524cfae_nx_is_reserved_only_without_nxe() {
         for format in formats() {
-            let leaf = Leaf {
-                pfn: Pfn::new_truncate(1),
-                size: PageSize::Size4K,
-                writability: Writability::Writable,
-                execute: false,
-            };
-            let entry = format.make_leaf(&leaf);
+            let ram = Leaf::ram(Pfn::new_truncate(1), PageSize::Size4K, Writability::Writable);
+            let entry = format.make_leaf(&Leaf { execute: false, ..ram });
             assert_eq!(entry & NO_EXECUTE != 0, format.no_execute);
             assert_eq!(format.shadow_zero_check(entry | NO_EXECUTE, Level::L1), format.no_execute);
+        }
+    }
+
+    /// A type that the power-on PAT lacks becomes uncacheable; every entry of that PAT beside the three is no leaf of ours.
+    #[test]
+    fn memory_types_are_entries_of_the_power_on_pat() {
+        let format = formats()[0];
+        let at = |memory_type| {
+            let ram = Leaf::ram(Pfn::new_truncate(1), PageSize::Size4K, Writability::Writable);
+            format.make_leaf(&Leaf { memory_type, ..ram }) & 0x98
+        };
+        assert_eq!(TYPES.map(at), [0x18, 0x18, 0x08, 0x18, 0]);
+        let ram = Leaf::ram(Pfn::new_truncate(512), PageSize::Size4K, Writability::Writable);
+        let entry = format.make_leaf(&ram);
+        for other in [0x10, 0x80, 0x88, 0x90, 0x98] {
+            assert_eq!(format.leaf(entry | other, Level::L1), None);
+        }
+    }
+
+    /// Reads cannot be hidden: asked for, they are permitted all the same.
+    #[test]
+    fn every_leaf_can_be_read() {
+        for format in formats() {
+            assert!(!format.can_hide_reads());
+            let ram = Leaf::ram(Pfn::new_truncate(1), PageSize::Size4K, Writability::ReadOnly);
+            let entry = format.make_leaf(&Leaf { read: false, ..ram });
+            assert_eq!(format.leaf(entry, Level::L1), Some(ram));
         }
     }
 

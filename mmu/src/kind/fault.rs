@@ -293,7 +293,7 @@ impl Resolution {
         let writability = if self.read_only { Writability::ReadOnly } else { Writability::Writable };
         let inside = self.gfn.number() & (self.size.pages() - 1) & !(size.pages() - 1);
         let pfn = Pfn::new_truncate(self.block.number() + inside);
-        Leaf { pfn, size, writability, execute: true }
+        Leaf::ram(pfn, size, writability)
     }
 }
 

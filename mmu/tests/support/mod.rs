@@ -1,8 +1,9 @@
 //! What the tests share: host memory for tables and guests, and models written from the manuals.
-#![allow(dead_code, missing_docs, unreachable_pub)]
+#![allow(dead_code, missing_docs, unreachable_pub, unused_imports, unused_macros)]
 
 pub mod blocks;
 pub mod flat;
 pub mod hardware;
+pub mod machines;
 pub mod manual;
 pub mod tables;

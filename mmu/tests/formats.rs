@@ -1,0 +1,229 @@
+//! The entry formats against processors that are written from the manuals.
+mod support;
+
+use mmu::{AccessKind, Entry, EntryFormat, Leaf, Level, MemoryType, PageSize, Pfn, Writability};
+use support::hardware::{Exit, Hit, Walker};
+use support::machines::{Amd, Host, Intel, Machine, Reading, Rights, AMD, HOST, INTEL, PLAIN_INTEL};
+use support::tables::HostTables;
+
+const LEVELS: [Level; 5] = [Level::L1, Level::L2, Level::L3, Level::L4, Level::L5];
+const SIZES: [PageSize; 3] = [PageSize::Size4K, PageSize::Size2M, PageSize::Size1G];
+
+fn hosts() -> impl Iterator<Item = Host> {
+    [39, 52].into_iter().flat_map(|max_phys_addr| {
+        SIZES.into_iter().map(move |largest| Host { five_level: true, max_phys_addr, largest })
+    })
+}
+
+fn amd() -> impl Iterator<Item = Amd> {
+    hosts().flat_map(|host| [false, true].map(|no_execute| Amd { host, no_execute }))
+}
+
+fn intel() -> impl Iterator<Item = Intel> {
+    hosts().flat_map(|host| {
+        [0, 1, 2, 3].map(|flags| Intel {
+            host,
+            accessed_dirty: flags == 3,
+            execute_only: flags & 1 != 0,
+            mode_based_execute: flags & 2 != 0,
+        })
+    })
+}
+
+/// Every combination of the low twelve bits (rights, memory type, large bit and the rest) at every level, alone and with
+/// each of the other bits: the zero check, and what the format takes the entry for, are what the processor makes of it.
+fn compare<M: Machine>(machine: M) {
+    let format = machine.format();
+    let others = std::iter::once(0).chain((12..64).map(|bit| 1u64 << bit));
+    for (other, level) in others.flat_map(|other| LEVELS.map(|level| (other, level))) {
+        for low in 0..1 << 12 {
+            let entry = other | low;
+            let reading = machine.read(entry, level as u32);
+            let sound = matches!(reading, Reading::Link(_) | Reading::Page(_));
+            assert_eq!(
+                format.shadow_zero_check(entry, level),
+                sound,
+                "{machine:?}: {entry:#x} at {level:?} is {reading:?}"
+            );
+            // What does not carry the software's mark is nothing, whatever it looks like.
+            let marked = low & 1 << 11 != 0;
+            match (format.entry(entry, level), reading) {
+                (Entry::Empty, _) => assert!(!marked),
+                (Entry::Frozen, _) => assert_eq!(reading, Reading::Absent),
+                (Entry::Table(_), Reading::Link(_)) | (Entry::Leaf, Reading::Page(_)) => assert!(marked),
+                (_, Reading::Link(_) | Reading::Page(_)) => panic!("{entry:#x} at {level:?} is {reading:?}"),
+                (_, Reading::Absent | Reading::Malformed) => assert!(marked),
+            }
+            if let Some(leaf) = format.leaf(entry, level) {
+                let Reading::Page(rights) = reading else { panic!("{entry:#x} at {level:?}: {leaf:?}") };
+                // NPT entries without U permit nothing; none is ever made.
+                if rights.read || rights.execute[0] {
+                    check_rights(&format, entry, rights);
+                }
+            }
+        }
+    }
+}
+
+fn check_rights<F: EntryFormat>(format: &F, entry: u64, rights: Rights) {
+    assert_eq!(format.permits(entry, AccessKind::Read), rights.read, "{entry:#x}");
+    assert_eq!(format.permits(entry, AccessKind::Write), rights.write, "{entry:#x}");
+    assert_eq!([format.permits(entry, AccessKind::Execute); 2], rights.execute, "{entry:#x}");
+}
+
+#[test]
+fn cve_2017_12188_every_level_large_bit_and_reserved_bit_npt() {
+    amd().for_each(compare);
+}
+
+#[test]
+fn cve_2017_12188_every_level_large_bit_and_reserved_bit_ept() {
+    intel().for_each(compare);
+}
+
+/// B1, B3: the processor reads out of a leaf what was put in, no right more.
+fn leaves<M: Machine>(machine: M, fetches_always: bool) {
+    let format = machine.format();
+    let pfn = Pfn::new_truncate(0x00f4_0000);
+    for size in SIZES.into_iter().filter(|&size| format.has_size(size)) {
+        for flags in 0..4 {
+            let (read, execute) = (flags & 1 != 0, flags & 2 != 0);
+            for writability in [Writability::Writable, Writability::Watched, Writability::ReadOnly] {
+                let leaf = Leaf { read, execute, ..Leaf::ram(pfn, size, writability) };
+                let entry = format.make_leaf(&leaf);
+                let readable = read || !execute || !format.can_hide_reads();
+                let expected = Rights {
+                    read: readable,
+                    write: readable && writability == Writability::Writable,
+                    execute: [execute || fetches_always; 2],
+                };
+                let level = size.level() as u32;
+                assert_eq!(machine.read(entry, level), Reading::Page(expected), "{machine:?}: {leaf:?}");
+                assert!(machine.is_write_back(entry, level));
+                check_rights(&format, entry, expected);
+            }
+            for memory_type in [MemoryType::Uncacheable, MemoryType::WriteThrough] {
+                let entry =
+                    format.make_leaf(&Leaf { memory_type, ..Leaf::ram(pfn, size, Writability::ReadOnly) });
+                assert!(!machine.is_write_back(entry, size.level() as u32));
+            }
+        }
+    }
+}
+
+#[test]
+fn b3_leaves_permit_what_they_say_npt() {
+    amd().for_each(|machine| leaves(machine, !machine.no_execute));
+}
+
+#[test]
+fn b3_leaves_permit_what_they_say_ept() {
+    intel().for_each(|machine| leaves(machine, false));
+}
+
+/// B5: neither an empty nor a frozen entry is present on any machine, at any level.
+#[test]
+fn b5_empty_and_frozen_are_absent_everywhere() {
+    fn check<M: Machine>(machine: M) {
+        let format = machine.format();
+        for entry in [0, format.make_frozen(0), format.make_frozen(0x1234), format.make_frozen(u64::MAX)] {
+            for level in 1..=5 {
+                assert_eq!(machine.read(entry, level), Reading::Absent, "{machine:?}: {entry:#x}");
+            }
+        }
+    }
+    amd().for_each(check);
+    intel().for_each(check);
+}
+
+/// Tables with one path, to the entry for frame 0 at `level`, which is `entry`; the links on the way lose `without`.
+fn walk<M: Machine>(
+    machine: M,
+    level: u32,
+    entry: u64,
+    without: u64,
+    access: [bool; 2],
+) -> Result<Hit, Exit> {
+    let tables = HostTables::new(5);
+    let format = machine.format();
+    let mut at = tables.allocate().into_frame();
+    let root = at.number();
+    for _ in level + 1..=machine.host().levels() {
+        let below = tables.allocate().into_frame();
+        tables.mark(at.number(), 0, format.make_table(below) & !without);
+        at = below;
+    }
+    tables.mark(at.number(), 0, entry);
+    Walker { tables: &tables, root, machine }.try_walk(0, access[0], access[1])
+}
+
+const READ: [bool; 2] = [false, false];
+const WRITE: [bool; 2] = [true, false];
+const FETCH: [bool; 2] = [false, true];
+
+/// What the model processor makes of entries that are not as they should be: a misconfiguration counts before a missing
+/// right, wherever each of them is, and an entry that is not present ends the walk before either.
+#[test]
+fn a_misconfiguration_is_told_from_a_violation() {
+    let (violation, misconfiguration) = (Err(Exit::Violation), Err(Exit::Misconfiguration));
+    for machine in [INTEL, PLAIN_INTEL] {
+        let format = machine.format();
+        let leaf = |size| format.make_leaf(&Leaf::ram(Pfn::default(), size, Writability::Writable));
+        let small = leaf(PageSize::Size4K);
+        for access in [READ, WRITE, FETCH] {
+            assert!(walk(machine, 1, small, 0, access).is_ok());
+            for level in 1..=4 {
+                // Not present, however much is in the other bits.
+                assert_eq!(walk(machine, level, 0xffff_ffff_ffff_f8f8 & !(1 << 10), 0, access), violation);
+                // Write-only, write and execute, beyond the physical width.
+                for wrong in [0b010, 0b110, 0b111 | 1 << 46] {
+                    assert_eq!(walk(machine, level, wrong, 0, access), misconfiguration, "{wrong:#b}");
+                }
+            }
+            for reserved in [2, 3, 7] {
+                assert_eq!(walk(machine, 1, small & !0x38 | reserved << 3, 0, access), misconfiguration);
+            }
+            assert_eq!(walk(machine, 2, leaf(PageSize::Size2M) | 1 << 12, 0, access), misconfiguration);
+            assert_eq!(walk(machine, 4, small | 1 << 7, 0, access), misconfiguration, "512 GiB");
+        }
+        // W is missing above, and the leaf is malformed: the leaf counts.
+        assert_eq!(walk(machine, 1, small, 0b10, WRITE), violation);
+        assert_eq!(walk(machine, 1, small & !0x38 | 0x38, 0b10, WRITE), misconfiguration);
+        // Execute-only links and leaves.
+        let allowed = machine.execute_only;
+        assert_eq!(walk(machine, 1, small & !3, 0, FETCH).is_ok(), allowed);
+        assert_eq!(walk(machine, 1, small, 0b11, FETCH).is_ok(), allowed);
+        let refused = if allowed { violation.clone() } else { misconfiguration.clone() };
+        assert_eq!(walk(machine, 1, small & !3, 0, READ), refused);
+        assert_eq!(walk(machine, 1, small, 0b11, READ), refused);
+    }
+    // The same on the other vendor's machine.
+    let format = AMD.on(HOST).format();
+    let small = format.make_leaf(&Leaf::ram(Pfn::default(), PageSize::Size4K, Writability::ReadOnly));
+    assert!(walk(AMD, 1, small, 0, READ).is_ok());
+    assert_eq!(walk(AMD, 1, small, 0, WRITE), violation);
+    assert_eq!(walk(AMD, 1, small | 1 << 46, 0, WRITE), misconfiguration);
+    assert_eq!(walk(AMD, 1, small & !1, 0, READ), violation);
+}
+
+/// 29.3.5: A in every entry on the way, D in the leaf on a write, neither without the flags.
+#[test]
+fn the_processor_sets_flags_only_when_they_are_on() {
+    for machine in [INTEL, PLAIN_INTEL] {
+        let tables = HostTables::new(5);
+        let format = machine.format();
+        let [root, below] = [0, 0].map(|_| tables.allocate().into_frame());
+        let leaf = Leaf::ram(Pfn::default(), PageSize::Size1G, Writability::Writable);
+        let (link, page) = (format.make_table(below) & !0x300, format.make_leaf(&leaf) & !0x300);
+        tables.mark(root.number(), 0, link);
+        tables.mark(below.number(), 0, page);
+        let walker = Walker { tables: &tables, root: root.number(), machine };
+        let on = machine.accessed_dirty;
+        for (write, flags) in [(false, 0x100), (true, 0x300)] {
+            assert!(walker.walk(5, write, false).is_some());
+            let expected = [link | if on { 0x100 } else { 0 }, page | if on { flags } else { 0 }];
+            let found = [root, below].map(|table| tables.peek(table.number(), 0).unwrap());
+            assert_eq!(found, expected);
+        }
+    }
+}
