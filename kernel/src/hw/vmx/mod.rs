@@ -5,4 +5,6 @@ pub mod capabilities;
 pub mod choice;
 pub mod controls;
 pub mod event;
+pub mod exit;
+pub mod instruction_error;
 pub mod vmcs;
