@@ -1,7 +1,8 @@
 //! What each exit does. Vendor-neutral; the hot ones are CPUID, MSRs, ports, page faults, HLT.
 
 use super::breakpoints;
-use super::cpuid::{CpuState as CpuidState, CpuidLeaf};
+use super::control_regs;
+use super::cpuid::{CpuState as CpuidState, CpuidLeaf, Vendor as CpuVendor};
 use super::emulate::{Attributes, Fault, KnownOperand, Mode, Outcome};
 use super::events::{DR6_BS, SINGLE_STEP};
 use super::exceptions::{DB, GP, UD};
@@ -351,10 +352,11 @@ impl<V: Vendor> Vcpu<V> {
     /// MOV to CR4, intercepted where the CPU has features that the guest was not told of.
     fn write_cr4(&mut self, guest: &Guest<V>) {
         let Some((value, next)) = self.mov_to_cr_operand(guest) else { return };
-        if !self.core.cr4_is_valid(guest, value) {
+        let (now, limits) = (self.core.control_registers(), Core::control_limits(guest));
+        let Ok(change) = control_regs::write_cr4(&now, value, &limits) else {
             return self.raise(guest, GP, Some(0));
-        }
-        self.core.hw.set_cr4(value);
+        };
+        self.core.hw.set_cr4(change.cr4);
         // The processor would flush as the changed bits require; flushing all covers each case.
         self.core.hw.flush_tlb();
         self.complete(guest, next);
@@ -569,17 +571,27 @@ impl<V: Vendor> Core<V> {
         }
     }
 
-    /// Whether MOV to CR4 takes `value` (APM vol. 2, 3.1.3; SDM vol. 3, 4.10.1): existing bits only, PAE while in
-    /// long mode, LA57 not changed in it, PCIDE set only in it and with PCID 0.
-    fn cr4_is_valid(&self, guest: &Guest<V>, value: u64) -> bool {
-        const PAE: u64 = 1 << 5;
-        const LA57: u64 = 1 << 12;
-        const PCIDE: u64 = 1 << 17;
-        let long = self.hw.efer() & EFER_LMA != 0;
-        let sets_pcide = value & !self.hw.cr4() & PCIDE != 0;
-        value & !guest.cpuid.caps().cr4 == 0
-            && !(long && (value & PAE == 0 || (value ^ self.hw.cr4()) & LA57 != 0))
-            && !(sets_pcide && (!long || self.hw.cr3() & 0xfff != 0))
+    /// The control registers as a write of one of them finds them.
+    pub(super) fn control_registers(&self) -> control_regs::Now {
+        let hw = &self.hw;
+        control_regs::Now {
+            cr0: hw.cr0(),
+            cr3: hw.cr3(),
+            cr4: hw.cr4(),
+            efer: hw.efer(),
+            cs_long: hw.segment(SegmentName::Cs).attributes & CS_LONG != 0,
+            tr_attributes: hw.state().tr.attributes,
+        }
+    }
+
+    /// What the guest's CPU allows in control registers.
+    pub(super) fn control_limits(guest: &Guest<V>) -> control_regs::Limits {
+        let caps = guest.cpuid.caps();
+        control_regs::Limits {
+            cr4: caps.cr4,
+            phys_bits: caps.phys_bits,
+            amd: caps.vendor == CpuVendor::Amd,
+        }
     }
 
     /// Obeys what other CPUs ask of this one.

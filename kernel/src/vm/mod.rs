@@ -3,6 +3,7 @@
 pub mod acpi_tables;
 pub mod breakpoints;
 pub mod clock;
+pub mod control_regs;
 pub mod cpuid;
 pub mod emulate;
 pub mod events;
