@@ -90,6 +90,11 @@ impl Tables {
         }
     }
 
+    /// Linear address of the task-state segment.
+    pub fn task_state_address(&self) -> u64 {
+        self.task.get() as u64
+    }
+
     /// Sets the top of one stack of the IST.
     ///
     /// # Safety

@@ -73,6 +73,11 @@ impl PerCpu {
         self.apic_id.load(Ordering::Relaxed)
     }
 
+    /// Where this CPU's task-state segment is.
+    pub fn task_state_address(&self) -> u64 {
+        self.tables.task_state_address()
+    }
+
     /// Where this CPU is in its life.
     pub fn state(&self) -> State {
         match self.state.load(Ordering::Acquire) {

@@ -11,7 +11,9 @@ use super::{control, lapic, trap, tsc};
 use crate::acpi::Madt;
 use crate::mm;
 use crate::mm::ranges::{Range, RangeSet, PAGE_SIZE};
+use crate::sync::IrqMutex;
 use alloc::boxed::Box;
+use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::arch::global_asm;
 use core::mem::{offset_of, size_of};
@@ -213,6 +215,31 @@ pub fn run_on_and_wait(index: usize, run: fn(usize), arg: usize) -> Result<(), C
         core::hint::spin_loop();
     }
     Ok(())
+}
+
+/// Runs `run` with `arg` on CPU number `index`, interrupts off, and returns what it returns.
+pub fn call<T: Copy + Send + Sync, R: Send>(index: usize, arg: &T, run: fn(&T) -> R) -> Result<R, CallError> {
+    struct Frame<T, R> {
+        arg: T,
+        run: fn(&T) -> R,
+        result: IrqMutex<Option<R>>,
+    }
+    fn receive<T, R>(frame: usize) {
+        // SAFETY: `call` made the pointer from an `Arc` of these types and gave this function one reference.
+        let frame = unsafe { Arc::from_raw(frame as *const Frame<T, R>) };
+        let result = (frame.run)(&frame.arg);
+        *frame.result.lock() = Some(result);
+    }
+    let frame = Arc::new(Frame { arg: *arg, run, result: IrqMutex::new(None) });
+    let given = Arc::into_raw(frame.clone());
+    let outcome = run_on_and_wait(index, receive::<T, R>, given as usize);
+    if matches!(outcome, Err(CallError::Offline | CallError::Busy)) {
+        // SAFETY: it was not posted, so the reference made above is still ours.
+        drop(unsafe { Arc::from_raw(given) });
+    }
+    outcome?;
+    let result = frame.result.lock().take();
+    result.ok_or(CallError::Timeout)
 }
 
 fn post(index: usize, call: Call) -> Result<Option<(&'static PerCpu, u64)>, CallError> {

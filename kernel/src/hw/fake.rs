@@ -15,9 +15,9 @@ pub(crate) struct FakeVcpu {
     pub(crate) injected: Option<Event>,
     pub(crate) interrupted: Option<Event>,
     pub(crate) window: bool,
-    pub(crate) iret_exits: bool,
+    pub(crate) nmis_blocked: bool,
+    pub(crate) nmi_window: bool,
     pub(crate) cr8_exits: bool,
-    pub(crate) cr4_exits: bool,
     pub(crate) flushes: u32,
     pub(crate) tsc_offset: u64,
     pub(crate) pat: u64,
@@ -49,6 +49,9 @@ impl HwVcpu for FakeVcpu {
     fn cr0(&self) -> u64 {
         self.cr[0]
     }
+    fn set_cr0(&mut self, cr0: u64) {
+        self.cr[0] = cr0;
+    }
     fn cr2(&self) -> u64 {
         self.cr[2]
     }
@@ -57,6 +60,9 @@ impl HwVcpu for FakeVcpu {
     }
     fn cr3(&self) -> u64 {
         self.cr[3]
+    }
+    fn set_cr3(&mut self, cr3: u64) {
+        self.cr[3] = cr3;
     }
     fn cr4(&self) -> u64 {
         self.cr[4]
@@ -121,11 +127,14 @@ impl HwVcpu for FakeVcpu {
             rip: self.rip,
         }
     }
-    fn load_state(&mut self, state: &CpuState) {
+    fn set_state(&mut self, state: &CpuState) {
         self.segments = state.segments;
         (self.cr[0], self.cr[2], self.cr[3], self.cr[4]) = (state.cr0, state.cr2, state.cr3, state.cr4);
         (self.efer, self.rflags, self.rip, self.dr6) = (state.efer, state.rflags, state.rip, state.dr6);
-        (self.injected, self.shadow) = (None, false);
+    }
+    fn load_state(&mut self, state: &CpuState) {
+        self.set_state(state);
+        (self.injected, self.shadow, self.nmis_blocked) = (None, false, false);
     }
     fn exit_insn_bytes(&self) -> &[u8] {
         &[]
@@ -146,25 +155,30 @@ impl HwVcpu for FakeVcpu {
         self.shadow = false;
     }
     fn inject(&mut self, event: Event) {
+        self.nmis_blocked |= event == Event::Nmi;
         self.injected = Some(event);
     }
     fn injecting(&self) -> bool {
         self.injected.is_some()
     }
     fn take_interrupted_event(&mut self) -> Option<Event> {
+        self.nmis_blocked &= self.interrupted != Some(Event::Nmi);
         self.interrupted.take()
     }
     fn request_interrupt_window(&mut self, on: bool) {
         self.window = on;
     }
-    fn intercept_iret(&mut self, on: bool) {
-        self.iret_exits = on;
+    fn nmis_blocked(&self) -> bool {
+        self.nmis_blocked
+    }
+    fn set_nmis_blocked(&mut self, blocked: bool) {
+        self.nmis_blocked = blocked;
+    }
+    fn request_nmi_window(&mut self, on: bool) {
+        self.nmi_window = on;
     }
     fn intercept_cr8_writes(&mut self, on: bool) {
         self.cr8_exits = on;
-    }
-    fn intercept_cr4_writes(&mut self, on: bool) {
-        self.cr4_exits = on;
     }
     fn set_root(&mut self, _: u64) {
         self.flushes += 1;

@@ -11,8 +11,10 @@ pub mod extended;
 #[cfg(test)]
 pub(crate) mod fake;
 pub mod svm;
+pub mod tag;
 pub mod vmx;
 
+use crate::cpu::features::Features;
 use bitflags::bitflags;
 use core::fmt;
 use mmu::EntryFormat;
@@ -195,6 +197,8 @@ bitflags! {
 pub struct SecondStageFault {
     /// Guest-physical address.
     pub gpa: u64,
+    /// The linear address that led there, where the hardware says it: VMX.
+    pub linear: Option<u64>,
     /// What happened there.
     pub cause: FaultCause,
 }
@@ -237,7 +241,17 @@ pub enum Exit {
     /// PAUSE in a loop.
     Pause,
     /// MOV to a control register that is intercepted now.
-    WriteCr(u8),
+    WriteCr {
+        /// Its number.
+        cr: u8,
+        /// The general-purpose register with the value, where the hardware names it: VMX.
+        gpr: Option<u8>,
+    },
+    /// A hardware task switch, which VMX leaves to software.
+    TaskSwitch(TaskSwitch),
+    /// An instruction that the hardware cannot execute in the guest's state, or that has no exit of its own: it is to be
+    /// emulated.
+    Emulate,
     /// XSETBV.
     Xsetbv,
     /// INVD or WBINVD: caches need no care, the instruction is skipped.
@@ -252,14 +266,41 @@ pub enum Exit {
     MachineCheck,
     /// The guest can take an interrupt now.
     InterruptWindow,
-    /// The guest is about to execute IRET.
-    Iret,
+    /// The guest may be able to take an NMI now.
+    NmiWindow,
+    /// The TSC has reached what [`HwVcpu::set_deadline`] asked for.
+    Deadline,
     /// Triple fault.
     Shutdown,
     /// The hardware refused the guest's state; the reason is in words.
     InvalidState(&'static str),
     /// An exit that was not asked for.
     Unknown(u64),
+}
+
+/// What starts a hardware task switch. Intel SDM vol. 3, table 28-6.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TaskSwitchCause {
+    /// CALL.
+    Call,
+    /// IRET with NT set.
+    Iret,
+    /// JMP.
+    Jump,
+    /// A task gate in the IDT.
+    Gate,
+}
+
+/// A hardware task switch that exited. The event whose delivery led through a task gate is in
+/// [`HwVcpu::take_interrupted_event`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TaskSwitch {
+    /// Selector of the new task's TSS.
+    pub selector: u16,
+    /// What started it.
+    pub cause: TaskSwitchCause,
+    /// Address of the next instruction, where an instruction started it.
+    pub next_rip: u64,
 }
 
 /// Why this machine cannot run guests, as a sentence for its owner.
@@ -271,8 +312,14 @@ pub enum Refusal {
     SvmDisabledByFirmware,
     /// No nested paging.
     NoNestedPaging,
-    /// The CPU has VMX, which this version cannot use.
-    VmxNotSupported,
+    /// IA32_FEATURE_CONTROL is locked without VMX.
+    VmxDisabledByFirmware,
+    /// VMX without EPT.
+    NoExtendedPageTables,
+    /// VMX without something that Umbra needs, in words.
+    Unsuitable(&'static str),
+    /// The CPU would not turn its extension on.
+    NotEnabled(&'static str),
 }
 
 impl fmt::Display for Refusal {
@@ -287,8 +334,18 @@ impl fmt::Display for Refusal {
             Self::NoNestedPaging => {
                 "this CPU has SVM without nested paging, which Umbra needs; in QEMU add +npt to -cpu"
             }
-            Self::VmxNotSupported => {
-                "this CPU has VMX, which this version of Umbra cannot use yet; boot it on a CPU with AMD-V"
+            Self::VmxDisabledByFirmware => {
+                "VMX is locked off in this machine's firmware; turn on \"VT-x\" or \"Intel Virtualization Technology\" in its \
+                 setup and boot again"
+            }
+            Self::NoExtendedPageTables => {
+                "this CPU has VMX without EPT, and this version of Umbra has no shadow paging; use a CPU of 2009 or later"
+            }
+            Self::Unsuitable(what) => {
+                return write!(f, "this CPU has {what}, with which Umbra cannot run guests; use a newer CPU");
+            }
+            Self::NotEnabled(why) => {
+                return write!(f, "this CPU would not turn on {why}; please report this");
             }
         })
     }
@@ -299,30 +356,76 @@ impl fmt::Display for Refusal {
 pub struct OutOfMemory;
 
 /// What a virtualization extension offers on a machine. One value, shared by all CPUs.
-pub trait Vendor: Copy + Send + Sync + 'static {
+pub trait Vendor: Copy + fmt::Display + Send + Sync + 'static {
     /// The vCPU of this vendor.
     type Vcpu: HwVcpu;
 
     /// Format of second-stage tables.
     type Format: EntryFormat;
 
-    /// Name for the log, "SVM" or "VMX".
+    /// Name for the log.
     const NAME: &'static str;
 
-    /// The format as this machine has it.
+    /// Looks for the extension on this CPU and prepares what all CPUs share.
+    fn detect(features: &Features) -> Result<Self, Refusal>;
+
+    /// Turns the extension on for the CPU that runs this. Once on each CPU that is to run guests.
+    fn enable_on_this_cpu(&self) -> Result<(), Refusal>;
+
+    /// The format of second-stage tables as this machine has it.
     fn format(&self) -> Self::Format;
 
-    /// Bits of CR4 that this machine's CPUs let a guest set.
-    fn cr4_bits(&self) -> u64;
+    /// Guest-physical pages that the hardware needs in a VM beside its RAM, read-only to the guest; empty if none.
+    fn guest_pages(&self) -> &'static [GuestPage] {
+        &[]
+    }
 
-    /// Makes a vCPU in reset state that translates through the second-stage table `root`.
-    fn new_vcpu(&self, root: u64) -> Result<Self::Vcpu, OutOfMemory>;
+    /// Makes a vCPU in reset state that translates through the second-stage table `root` and whose guest may set the
+    /// bits `cr4` of CR4.
+    fn new_vcpu(&self, root: u64, cr4: u64) -> Result<Self::Vcpu, OutOfMemory>;
+}
+
+/// A page that the hardware needs at a guest-physical address; see [`Vendor::guest_pages`].
+#[derive(Clone, Copy)]
+pub struct GuestPage {
+    /// Guest-physical address, page-aligned.
+    pub gpa: u64,
+    /// Writes its content into a zeroed page.
+    pub fill: fn(&mut [u8; 4096]),
+}
+
+/// What runs on whichever extension the machine has.
+pub trait OnVendor {
+    /// Goes on with `vendor`, for good.
+    fn run<V: Vendor>(self, vendor: V) -> !;
+}
+
+/// Takes the extension that this machine has, SVM or VMX, and goes on with it. Returns only to refuse.
+#[cfg(target_os = "none")]
+pub fn with_vendor(features: &Features, then: impl OnVendor) -> Refusal {
+    if features.svm.is_some() {
+        match svm::Svm::detect(features) {
+            Ok(svm) => then.run(svm),
+            Err(refusal) => refusal,
+        }
+    } else if features.vmx {
+        match vmx::Vmx::detect(features) {
+            Ok(vmx) => then.run(vmx),
+            Err(refusal) => refusal,
+        }
+    } else {
+        Refusal::NoVirtualization
+    }
 }
 
 /// A vCPU as the hardware runs it.
 ///
 /// State setters take effect at the next entry. Nothing here is safe to call from an interrupt handler.
 pub trait HwVcpu: Send {
+    /// Whether PAE's PDPTEs are in registers of their own, loaded when control registers are written: VMX. Under SVM's
+    /// nested paging they are read from memory at each walk (APM vol. 2, 15.25.10).
+    const KEEPS_PDPTES: bool = false;
+
     /// General-purpose registers, valid between two runs; see [`gpr`].
     fn gprs(&self) -> &[u64; 16];
     /// General-purpose registers, to be changed.
@@ -342,16 +445,24 @@ pub trait HwVcpu: Send {
     fn set_rflags(&mut self, rflags: u64);
     /// CR0.
     fn cr0(&self) -> u64;
+    /// Sets CR0, whose value the caller has checked. EFER.LMA and PDPTEs are the caller's, too.
+    fn set_cr0(&mut self, cr0: u64);
     /// CR2.
     fn cr2(&self) -> u64;
-    /// PAE's PDPTE registers, where the hardware has such: VMX. SVM reads PDPTEs from memory at each walk.
+    /// PAE's PDPTE registers while they are in use, where the hardware keeps them.
     fn pdptes(&self) -> Option<[u64; 4]> {
         None
+    }
+    /// Sets PAE's PDPTE registers, where the hardware has such.
+    fn set_pdptes(&mut self, pdptes: [u64; 4]) {
+        let _ = pdptes;
     }
     /// Sets CR2.
     fn set_cr2(&mut self, cr2: u64);
     /// CR3.
     fn cr3(&self) -> u64;
+    /// Sets CR3, whose value the caller has checked.
+    fn set_cr3(&mut self, cr3: u64);
     /// CR4.
     fn cr4(&self) -> u64;
     /// Sets CR4, whose value the caller has checked.
@@ -385,8 +496,15 @@ pub trait HwVcpu: Send {
 
     /// Everything the hardware switches, general-purpose registers apart.
     fn state(&self) -> CpuState;
-    /// Replaces that state and ends any shadow or pending event.
+    /// Replaces that state; shadow and events stay.
+    fn set_state(&mut self, state: &CpuState);
+    /// Replaces that state and ends any shadow, blocking of NMIs or pending event, as INIT does.
     fn load_state(&mut self, state: &CpuState);
+
+    /// Puts what the processor does not switch at an entry into this CPU's registers: the vCPU is about to run here.
+    fn switch_in(&mut self) {}
+    /// Takes that out of the registers again: another vCPU is about to run here.
+    fn switch_out(&mut self) {}
 
     /// Instruction bytes that the hardware saved at the last exit; empty if it saved none.
     fn exit_insn_bytes(&self) -> &[u8];
@@ -401,20 +519,34 @@ pub trait HwVcpu: Send {
     fn restore_shadow(&mut self);
     /// Ends the shadow, as each completed instruction does.
     fn clear_shadow(&mut self);
-    /// Delivers `event` at the next entry.
+    /// Delivers `event` at the next entry. An NMI blocks further ones until the guest executes IRET.
     fn inject(&mut self, event: Event);
     /// Whether an event is set for the next entry.
     fn injecting(&self) -> bool;
-    /// Takes the event whose delivery the last exit interrupted, if it must be injected again.
+    /// Takes back the event that is set for the next entry if the hardware cannot deliver it in the guest's state, so that
+    /// software does: VMX without unrestricted guest, in real mode.
+    fn take_undeliverable(&mut self) -> Option<Event> {
+        None
+    }
+    /// Takes the event whose delivery the last exit interrupted, if it must be injected again. An NMI of that kind blocks
+    /// no more.
     fn take_interrupted_event(&mut self) -> Option<Event>;
     /// Asks for [`Exit::InterruptWindow`] as soon as the guest can take an interrupt, or withdraws that.
     fn request_interrupt_window(&mut self, on: bool);
-    /// Asks for [`Exit::Iret`] at the next IRET, or withdraws that.
-    fn intercept_iret(&mut self, on: bool);
+    /// Whether an NMI handler runs: no NMI may be injected before its IRET.
+    fn nmis_blocked(&self) -> bool;
+    /// Blocks NMIs, as their delivery does, or ends that, as IRET does.
+    fn set_nmis_blocked(&mut self, blocked: bool);
+    /// Asks for an exit as soon as the guest's NMI handler has ended, or withdraws that.
+    fn request_nmi_window(&mut self, on: bool);
     /// Makes writes of CR8 exit, or not.
     fn intercept_cr8_writes(&mut self, on: bool);
-    /// Makes writes of CR4 exit, or not.
-    fn intercept_cr4_writes(&mut self, on: bool);
+    /// Asks for [`Exit::Deadline`] when the host's TSC reaches `tsc`. False where the hardware has no timer for that: then
+    /// a host interrupt must end the run.
+    fn set_deadline(&mut self, tsc: u64) -> bool {
+        let _ = tsc;
+        false
+    }
 
     /// Sets the root of the second-stage table.
     fn set_root(&mut self, root: u64);
@@ -440,7 +572,10 @@ mod tests {
             Refusal::NoVirtualization,
             Refusal::SvmDisabledByFirmware,
             Refusal::NoNestedPaging,
-            Refusal::VmxNotSupported,
+            Refusal::VmxDisabledByFirmware,
+            Refusal::NoExtendedPageTables,
+            Refusal::Unsuitable("EPT without INVEPT"),
+            Refusal::NotEnabled("VMX"),
         ] {
             let sentence = std::format!("{refusal}");
             assert!(sentence.contains("; "), "{sentence}");

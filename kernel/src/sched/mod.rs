@@ -148,8 +148,8 @@ impl<'a, V: Vendor> Scheduler<'a, V> {
             return;
         }
         self.unload();
-        if let Some(vcpu) = self.places[place].instance.as_ref().and_then(|it| it.vcpus.get(index)) {
-            vcpu.core.extended.load();
+        if let Some(vcpu) = self.places[place].instance.as_mut().and_then(|it| it.vcpus.get_mut(index)) {
+            vcpu.switch_in();
             self.loaded = Some((place, index));
         }
     }
@@ -157,7 +157,7 @@ impl<'a, V: Vendor> Scheduler<'a, V> {
     fn unload(&mut self) {
         if let Some((place, index)) = self.loaded.take() {
             if let Some(vcpu) = self.places[place].instance.as_mut().and_then(|it| it.vcpus.get_mut(index)) {
-                vcpu.core.extended.save();
+                vcpu.switch_out();
             }
         }
     }

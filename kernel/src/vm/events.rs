@@ -1,12 +1,10 @@
 //! Which event a vCPU takes next: interrupted deliveries, exceptions, NMIs, interrupts, in that order.
 //!
-//! AMD APM vol. 2, 8.5 (priorities), 15.20 (injection), 15.21.4 and 15.21.9 (interrupt window and NMI). Without
-//! virtual NMIs the end of an NMI handler is found by intercepting IRET, and an NMI that waits for it is
-//! delivered by stepping over that one instruction.
+//! AMD APM vol. 2, 8.5 (priorities), 15.20 (injection), 15.21.4 (interrupt window); Intel SDM vol. 3, 6.9 (priorities).
+//! Whether an NMI handler runs is for the hardware's side to know: [`HwVcpu::nmis_blocked`].
 use super::exceptions::{combine, DB};
 use crate::hw::{Event, HwVcpu};
 
-const RFLAGS_TF: u64 = 1 << 8;
 /// DR6.BS: single step.
 pub const DR6_BS: u64 = 1 << 14;
 
@@ -18,19 +16,6 @@ pub trait InterruptSource {
     fn held_by_tpr(&mut self) -> bool;
     /// Acknowledges the interrupt with the highest priority; None if it went away.
     fn acknowledge(&mut self) -> Option<u8>;
-}
-
-/// How far the current NMI handler is.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-enum NmiBlock {
-    /// No NMI handler runs.
-    #[default]
-    Open,
-    /// An NMI was delivered and no IRET executed since.
-    Blocked,
-    /// The IRET at `rip` is about to execute; `step` if TF was set to stop right after it, with the guest's own
-    /// TF in `guest_tf`.
-    AtIret { rip: u64, step: bool, guest_tf: bool },
 }
 
 /// More went wrong than an event can say: the vCPU shuts down.
@@ -47,7 +32,6 @@ pub struct Events {
     /// `next` is an event whose delivery the last exit interrupted.
     interrupted: bool,
     nmi_pending: bool,
-    nmi_block: NmiBlock,
 }
 
 impl Events {
@@ -57,8 +41,8 @@ impl Events {
     }
 
     /// Whether something waits that needs no acknowledgement from an interrupt controller.
-    pub fn any(&self) -> bool {
-        self.next.is_some() || self.later.is_some() || (self.nmi_pending && self.nmi_block == NmiBlock::Open)
+    pub fn any<H: HwVcpu>(&self, hw: &H) -> bool {
+        self.next.is_some() || self.later.is_some() || (self.nmi_pending && !hw.nmis_blocked())
     }
 
     /// Latches an NMI. More than one cannot wait.
@@ -68,10 +52,6 @@ impl Events {
 
     /// Keeps an event whose delivery the last exit interrupted.
     pub fn interrupted(&mut self, event: Event) {
-        if event == Event::Nmi {
-            // It will block again when it is injected again.
-            self.nmi_block = NmiBlock::Open;
-        }
         // What was not delivered yet goes after it.
         if let Some(waiting @ Event::Interrupt(_)) = self.next.replace(event) {
             self.later.get_or_insert(waiting);
@@ -107,44 +87,21 @@ impl Events {
         Ok(())
     }
 
-    /// The guest is about to execute IRET, which ends its NMI handler.
-    pub fn at_iret<H: HwVcpu>(&mut self, hw: &mut H) {
-        hw.intercept_iret(false);
-        self.nmi_block = NmiBlock::AtIret { rip: hw.rip(), step: false, guest_tf: false };
-    }
-
-    /// A debug exception exited. True if it was our own step over an IRET, which the guest must not see.
-    pub fn swallows_debug<H: HwVcpu>(&mut self, hw: &mut H) -> bool {
-        let NmiBlock::AtIret { step: true, guest_tf, .. } = self.nmi_block else { return false };
-        self.nmi_block = NmiBlock::Open;
-        let dr6 = hw.dr6();
-        if guest_tf || dr6 & 0xf != 0 {
-            return false;
-        }
-        hw.set_dr6(dr6 & !DR6_BS);
-        true
-    }
-
     /// Sets up what the next entry delivers, or what must exit so that it can be delivered.
     #[inline]
     pub fn prepare_entry<H: HwVcpu>(&mut self, hw: &mut H, interrupts: &mut impl InterruptSource) {
-        self.settle(hw);
         self.interrupted = false;
         if let Some(event) = self.next.take() {
-            if event == Event::Nmi {
-                self.block_nmi(hw);
-            }
             hw.inject(event);
         } else if self.later.is_some() && hw.interrupts_open() {
             if let Some(event) = self.later.take() {
                 hw.inject(event);
             }
-        } else if self.nmi_pending && self.nmi_block == NmiBlock::Open && !hw.in_shadow() {
+        } else if self.nmi_pending && !hw.nmis_blocked() && !hw.in_shadow() {
             self.nmi_pending = false;
-            self.block_nmi(hw);
             hw.inject(Event::Nmi);
         }
-        let mut window = self.later.is_some() || (self.nmi_pending && self.nmi_block == NmiBlock::Open);
+        let mut window = self.later.is_some();
         if interrupts.pending() {
             if hw.interrupts_open() && self.later.is_none() {
                 if let Some(vector) = interrupts.acknowledge() {
@@ -156,26 +113,8 @@ impl Events {
             }
         }
         hw.request_interrupt_window(window);
+        hw.request_nmi_window(self.nmi_pending);
         hw.intercept_cr8_writes(interrupts.held_by_tpr());
-    }
-
-    fn block_nmi<H: HwVcpu>(&mut self, hw: &mut H) {
-        self.nmi_block = NmiBlock::Blocked;
-        hw.intercept_iret(true);
-    }
-
-    /// Notices that an IRET that ends an NMI handler has executed, or makes sure that the guest stops right after it.
-    /// To be called before [`any`](Self::any) counts.
-    #[inline]
-    pub fn settle<H: HwVcpu>(&mut self, hw: &mut H) {
-        let NmiBlock::AtIret { rip, step, .. } = self.nmi_block else { return };
-        if hw.rip() != rip {
-            self.nmi_block = NmiBlock::Open;
-        } else if self.nmi_pending && !step {
-            let rflags = hw.rflags();
-            hw.set_rflags(rflags | RFLAGS_TF);
-            self.nmi_block = NmiBlock::AtIret { rip, step: true, guest_tf: rflags & RFLAGS_TF != 0 };
-        }
     }
 }
 
@@ -309,66 +248,20 @@ mod tests {
     }
 
     #[test]
-    fn nmis_wait_for_iret_and_then_come_at_once() {
+    fn nmis_wait_for_the_end_of_the_handler() {
         let (mut events, mut hw) = (Events::default(), open());
         events.raise_nmi();
         events.prepare_entry(&mut hw, &mut Source::default());
         assert_eq!(hw.injected.take(), Some(Event::Nmi));
-        assert!(hw.iret_exits);
+        assert!(!hw.nmi_window);
         events.raise_nmi();
         events.prepare_entry(&mut hw, &mut Source::default());
         assert_eq!(hw.injected, None, "blocked while the handler runs");
-
-        hw.rip = 0x1234;
-        events.at_iret(&mut hw);
-        events.prepare_entry(&mut hw, &mut Source::default());
-        assert!(!hw.iret_exits && hw.injected.is_none());
-        assert_eq!(hw.rflags & RFLAGS_TF, RFLAGS_TF, "one step over the IRET");
-        hw.rip = 0x5678;
-        hw.dr6 = 0xffff_0ff0 | DR6_BS;
-        assert!(events.swallows_debug(&mut hw));
-        assert_eq!(hw.dr6, 0xffff_0ff0);
+        assert!(hw.nmi_window && !events.any(&hw));
+        hw.nmis_blocked = false;
+        assert!(events.any(&hw), "an NMI wakes a CPU that halted right after the handler");
         events.prepare_entry(&mut hw, &mut Source::default());
         assert_eq!(hw.injected, Some(Event::Nmi));
-    }
-
-    #[test]
-    fn an_iret_without_a_waiting_nmi_needs_no_step() {
-        let (mut events, mut hw) = (Events::default(), open());
-        events.raise_nmi();
-        events.prepare_entry(&mut hw, &mut Source::default());
-        hw.injected = None;
-        events.at_iret(&mut hw);
-        events.prepare_entry(&mut hw, &mut Source::default());
-        assert_eq!(hw.rflags & RFLAGS_TF, 0);
-        hw.rip += 2;
-        events.raise_nmi();
-        events.prepare_entry(&mut hw, &mut Source::default());
-        assert_eq!(hw.injected, Some(Event::Nmi));
-    }
-
-    #[test]
-    fn an_nmi_wakes_a_cpu_that_halted_right_after_the_handler() {
-        let (mut events, mut hw) = (Events::default(), open());
-        events.raise_nmi();
-        events.prepare_entry(&mut hw, &mut Source::default());
-        events.at_iret(&mut hw);
-        hw.rip += 0x100;
-        events.raise_nmi();
-        events.settle(&mut hw);
-        assert!(events.any());
-    }
-
-    #[test]
-    fn a_guest_that_steps_itself_sees_its_own_trap() {
-        let (mut events, mut hw) = (Events::default(), open());
-        events.raise_nmi();
-        events.prepare_entry(&mut hw, &mut Source::default());
-        hw.rflags |= RFLAGS_TF;
-        events.raise_nmi();
-        events.at_iret(&mut hw);
-        events.prepare_entry(&mut hw, &mut Source::default());
-        assert!(!events.swallows_debug(&mut hw));
     }
 
     #[test]
@@ -378,6 +271,6 @@ mod tests {
         events.raise_nmi();
         events.prepare_entry(&mut hw, &mut Source::default());
         assert_eq!(hw.injected, None);
-        assert!(hw.window);
+        assert!(hw.nmi_window);
     }
 }

@@ -1,7 +1,7 @@
 //! What each exit does. Vendor-neutral; the hot ones are CPUID, MSRs, ports, page faults, HLT.
 
 use super::breakpoints;
-use super::control_regs;
+use super::control_regs::{self, GeneralProtection};
 use super::cpuid::{CpuState as CpuidState, CpuidLeaf, Vendor as CpuVendor};
 use super::emulate::{Attributes, Fault, KnownOperand, Mode, Outcome};
 use super::events::{DR6_BS, SINGLE_STEP};
@@ -21,7 +21,8 @@ use crate::devices::lapic::{ApicAction, Deadline, X2APIC_MSR_FIRST, X2APIC_MSR_L
 use crate::hw::extended;
 use crate::hw::gpr::{RAX, RBX, RCX, RDX};
 use crate::hw::{
-    CpuState, Exit, FaultCause, HwVcpu, PortAccess, PortKind, SecondStageFault, SegmentName, Vendor,
+    CpuState, Exit, FaultCause, HwVcpu, PortAccess, PortKind, SecondStageFault, SegmentName, TaskSwitch,
+    Vendor,
 };
 
 const CR0_PE: u64 = 1 << 0;
@@ -57,18 +58,15 @@ impl<V: Vendor> Vcpu<V> {
                 crate::cpu::interrupts::let_in();
                 self.core.attention = true;
             }
-            Exit::InterruptWindow => self.core.attention = true,
-            Exit::Iret => {
-                self.core.events.at_iret(&mut self.core.hw);
-                self.core.attention = true;
-            }
+            Exit::InterruptWindow | Exit::NmiWindow | Exit::Deadline => self.core.attention = true,
             Exit::Pause => {
                 self.skip(guest);
                 self.core.gives_way = true;
                 self.core.attention = true;
             }
-            Exit::WriteCr(8) => self.write_cr8(guest),
-            Exit::WriteCr(4) => self.write_cr4(guest),
+            Exit::WriteCr { cr, gpr } => self.write_cr(guest, cr, gpr),
+            Exit::Emulate => self.emulate(guest, None),
+            Exit::TaskSwitch(switch) => self.task_switch(guest, switch),
             Exit::Xsetbv => self.xsetbv(guest),
             Exit::CacheFlush => {
                 // Both need CPL 0, which the processor checked before the intercept (APM table 15-7).
@@ -76,13 +74,7 @@ impl<V: Vendor> Vcpu<V> {
             }
             Exit::Undefined => self.raise(guest, UD, None),
             Exit::Refused => self.raise(guest, GP, Some(0)),
-            Exit::Exception(vector, error_code) => {
-                if vector == DB && self.core.events.swallows_debug(&mut self.core.hw) {
-                    self.core.attention = true;
-                } else {
-                    self.raise(guest, vector, error_code);
-                }
-            }
+            Exit::Exception(vector, error_code) => self.raise(guest, vector, error_code),
             Exit::MachineCheck => {
                 // The host's handler decides whether Umbra can go on; this VM cannot.
                 crate::cpu::machine_check::acknowledge();
@@ -90,7 +82,6 @@ impl<V: Vendor> Vcpu<V> {
             }
             Exit::Shutdown => self.stop(guest, StopReason::TripleFault),
             Exit::InvalidState(why) => self.stop(guest, StopReason::InvalidState(why)),
-            Exit::WriteCr(_) => self.stop(guest, StopReason::UnknownExit(0)),
             Exit::Unknown(code) => self.stop(guest, StopReason::UnknownExit(code)),
         }
     }
@@ -275,7 +266,7 @@ impl<V: Vendor> Vcpu<V> {
             }
             Resolution::Device => {
                 let write = fault.cause.contains(FaultCause::WRITE);
-                let known = KnownOperand { gpa: fault.gpa, linear: None, write };
+                let known = KnownOperand { gpa: fault.gpa, linear: fault.linear, write };
                 self.emulate(guest, (!fault.cause.contains(FaultCause::TABLE_WALK)).then_some(known));
             }
         }
@@ -338,48 +329,51 @@ impl<V: Vendor> Vcpu<V> {
         }
     }
 
-    /// MOV to CR8, intercepted while an interrupt waits for a lower task priority.
-    fn write_cr8(&mut self, guest: &Guest<V>) {
-        let Some((value, next)) = self.mov_to_cr_operand(guest) else { return };
-        if value & !0xf != 0 {
-            return self.raise(guest, GP, Some(0));
-        }
-        self.core.hw.set_cr8(value as u8);
-        self.core.attention = true;
-        self.complete(guest, next);
-    }
-
-    /// MOV to CR4, intercepted where the CPU has features that the guest was not told of.
-    fn write_cr4(&mut self, guest: &Guest<V>) {
-        let Some((value, next)) = self.mov_to_cr_operand(guest) else { return };
-        let (now, limits) = (self.core.control_registers(), Core::control_limits(guest));
-        let Ok(change) = control_regs::write_cr4(&now, value, &limits) else {
-            return self.raise(guest, GP, Some(0));
+    /// MOV to control register `cr`, from general-purpose register `gpr` where the hardware named it.
+    fn write_cr(&mut self, guest: &Guest<V>, cr: u8, gpr: Option<u8>) {
+        let Some((value, next)) = self.mov_to_cr_operand(guest, gpr) else { return };
+        let written = match cr {
+            8 => control_regs::write_cr8(value).map(|tpr| {
+                self.core.hw.set_cr8(tpr);
+                self.core.attention = true;
+            }),
+            _ => self.core.write_control_register(guest, cr, value),
         };
-        self.core.hw.set_cr4(change.cr4);
-        // The processor would flush as the changed bits require; flushing all covers each case.
-        self.core.hw.flush_tlb();
-        self.complete(guest, next);
+        match written {
+            Ok(()) => self.complete(guest, next),
+            Err(GeneralProtection) => self.raise(guest, GP, Some(0)),
+        }
     }
 
     /// Value and next RIP of the MOV to a control register at RIP.
-    fn mov_to_cr_operand(&mut self, guest: &Guest<V>) -> Option<(u64, u64)> {
-        let (bytes, len) = match self.core.fetch(guest) {
-            Ok(fetched) => fetched,
-            Err(fault) => {
-                self.refuse(guest, fault);
-                return None;
+    fn mov_to_cr_operand(&mut self, guest: &Guest<V>, gpr: Option<u8>) -> Option<(u64, u64)> {
+        let long = self.core.mode() == Mode::Long64;
+        let (register, next) = match (gpr, self.core.hw.exit_next_rip()) {
+            (Some(register), Some(next)) => (usize::from(register), next),
+            _ => {
+                let (bytes, len) = match self.core.fetch(guest) {
+                    Ok(fetched) => fetched,
+                    Err(fault) => {
+                        self.refuse(guest, fault);
+                        return None;
+                    }
+                };
+                let Some((register, insn_len)) = mov_cr::parse(&bytes[..len], long) else {
+                    // Another vCPU changed the code since the exit: let the guest run into what is there now.
+                    self.core.attention = true;
+                    return None;
+                };
+                (register, self.core.hw.rip().wrapping_add(insn_len as u64))
             }
         };
-        let long = self.core.mode() == Mode::Long64;
-        let Some((register, insn_len)) = mov_cr::parse(&bytes[..len], long) else {
-            // Another vCPU changed the code since the exit: let the guest run into what is there now.
-            self.core.attention = true;
-            return None;
-        };
         let value = self.core.hw.gprs()[register];
-        let value = if long { value } else { value & 0xffff_ffff };
-        Some((value, self.core.hw.rip().wrapping_add(insn_len as u64)))
+        Some((if long { value } else { value & 0xffff_ffff }, next))
+    }
+
+    /// A hardware task switch.
+    #[cold]
+    fn task_switch(&mut self, guest: &Guest<V>, _switch: TaskSwitch) {
+        self.stop(guest, StopReason::Unsupported("task switch"));
     }
 
     fn xsetbv(&mut self, guest: &Guest<V>) {
@@ -587,11 +581,67 @@ impl<V: Vendor> Core<V> {
     /// What the guest's CPU allows in control registers.
     pub(super) fn control_limits(guest: &Guest<V>) -> control_regs::Limits {
         let caps = guest.cpuid.caps();
-        control_regs::Limits {
-            cr4: caps.cr4,
-            phys_bits: caps.phys_bits,
-            amd: caps.vendor == CpuVendor::Amd,
+        control_regs::Limits { cr4: caps.cr4, phys_bits: caps.phys_bits, amd: caps.vendor == CpuVendor::Amd }
+    }
+
+    /// MOV to CR0, CR3 or CR4.
+    pub(super) fn write_control_register(
+        &mut self,
+        guest: &Guest<V>,
+        cr: u8,
+        value: u64,
+    ) -> Result<(), GeneralProtection> {
+        let (now, limits) = (self.control_registers(), Self::control_limits(guest));
+        let change = match cr {
+            0 => control_regs::write_cr0(&now, value, &limits),
+            3 => control_regs::write_cr3(&now, value, &limits),
+            4 => control_regs::write_cr4(&now, value, &limits),
+            _ => Err(GeneralProtection),
+        }?;
+        self.apply(guest, &now, &change)
+    }
+
+    /// Makes a write of a control register take effect; #GP for PDPTEs that the processor would refuse.
+    pub(super) fn apply(
+        &mut self,
+        guest: &Guest<V>,
+        now: &control_regs::Now,
+        change: &control_regs::Change,
+    ) -> Result<(), GeneralProtection> {
+        if change.load_pdptes && V::Vcpu::KEEPS_PDPTES {
+            let pdptes = self.read_pdptes(guest, change.cr3);
+            if !control_regs::pdptes_are_valid(&pdptes, guest.cpuid.caps().phys_bits) {
+                return Err(GeneralProtection);
+            }
+            self.hw.set_pdptes(pdptes);
         }
+        if change.cr3 != now.cr3 {
+            self.hw.set_cr3(change.cr3);
+        }
+        if change.cr4 != now.cr4 {
+            self.hw.set_cr4(change.cr4);
+        }
+        if change.efer != now.efer {
+            self.hw.set_efer(change.efer);
+        }
+        if change.cr0 != now.cr0 {
+            self.hw.set_cr0(change.cr0);
+        }
+        if change.flush != control_regs::Flush::None {
+            // Flushing all covers each case.
+            self.hw.flush_tlb();
+        }
+        Ok(())
+    }
+
+    /// The four PDPTEs at `cr3`; all ones where there is no RAM.
+    fn read_pdptes(&self, guest: &Guest<V>, cr3: u64) -> [u64; 4] {
+        let mut bytes = [0xff; 32];
+        let at = control_regs::pdpte_address(cr3);
+        if guest.memory.read(self.paging.host_cpu(), at, &mut bytes).is_err() {
+            bytes = [0xff; 32];
+        }
+        core::array::from_fn(|n| u64::from_le_bytes(core::array::from_fn(|byte| bytes[8 * n + byte])))
     }
 
     /// Obeys what other CPUs ask of this one.

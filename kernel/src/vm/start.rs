@@ -1,37 +1,34 @@
 //! From an owned machine to running VMs: virtualization on, the bundle read, VMs made and scheduled.
 use super::instance::{Instance, Specification};
 use crate::cpu::{self, smp, tsc};
-use crate::hw::svm::{self, Svm};
-use crate::hw::Vendor;
+use crate::hw::{with_vendor, OnVendor, Vendor};
 use crate::machine::Machine;
 use crate::sched::Scheduler;
 use crate::{host_clock, power};
 use alloc::vec::Vec;
 use boot::bundle::Bundle;
 use boot::config::{AtEnd, Config};
-use spin::Once;
 
 /// Runs the VMs of the machine's bundle until they have ended, then ends the run.
 pub fn start(machine: &Machine) -> ! {
+    struct Start<'a>(&'a Machine);
+    impl OnVendor for Start<'_> {
+        fn run<V: Vendor>(self, vendor: V) -> ! {
+            enable_everywhere(&vendor);
+            run(self.0, vendor)
+        }
+    }
+
     log::info!("virtualization");
-    let svm = match Svm::detect(machine.features) {
-        Ok(svm) => svm,
-        Err(refusal) => power::halt_with_error(format_args!("{refusal}")),
-    };
-    enable_everywhere(svm);
-    run(machine, svm)
+    let refusal = with_vendor(machine.features, Start(machine));
+    power::halt_with_error(format_args!("{refusal}"))
 }
 
 /// Turns the extension on for every CPU that runs Umbra.
-fn enable_everywhere(svm: Svm) {
-    static SVM: Once<Svm> = Once::new();
-    SVM.call_once(|| svm);
-    let enable = |_: usize| {
-        if let Some(svm) = SVM.get() {
-            svm::enable_on_this_cpu(svm);
-        }
-    };
-    enable(0);
+fn enable_everywhere<V: Vendor>(vendor: &V) {
+    if let Err(refusal) = vendor.enable_on_this_cpu() {
+        power::halt_with_error(format_args!("{refusal}"));
+    }
     let mut enabled = 1;
     for cpu in cpu::all().iter().filter(|cpu| cpu.index() != cpu::number()) {
         if cpu.index() >= mmu::MAX_CPUS {
@@ -42,12 +39,13 @@ fn enable_everywhere(svm: Svm) {
             );
             continue;
         }
-        match smp::run_on_and_wait(cpu.index(), enable, 0) {
-            Ok(()) => enabled += 1,
+        match smp::call(cpu.index(), vendor, V::enable_on_this_cpu) {
+            Ok(Ok(())) => enabled += 1,
+            Ok(Err(refusal)) => log::warn!("CPU {}: {refusal}; it stays without guests", cpu.index()),
             Err(error) => log::warn!("CPU {}: {error:?}; it stays without guests", cpu.index()),
         }
     }
-    log::info!("  SVM with nested paging on {enabled} of {} CPUs: {svm}", cpu::all().len());
+    log::info!("  {} on {enabled} of {} CPUs: {vendor}", V::NAME, cpu::all().len());
 }
 
 fn run<V: Vendor>(machine: &Machine, vendor: V) -> ! {

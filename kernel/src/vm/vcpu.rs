@@ -139,9 +139,8 @@ impl<V: Vendor> Vcpu<V> {
         };
         let (top_mem, top_mem2) = guest.memory.ram().tops();
         let msrs = MsrState::new(top_mem, top_mem2);
-        let mut hw = vendor.new_vcpu(guest.memory.root())?;
+        let mut hw = vendor.new_vcpu(guest.memory.root(), caps.cr4)?;
         hw.set_tsc_offset(guest.clock.tsc_offset(0));
-        hw.intercept_cr4_writes(vendor.cr4_bits() & !caps.cr4 != 0);
         let core = Core {
             index,
             hw,
@@ -214,7 +213,7 @@ impl<V: Vendor> Vcpu<V> {
         };
         halted_for_good
             && !self.core.lapic.lint0_is_nmi()
-            && !self.core.events.any()
+            && !self.core.events.any(&self.core.hw)
             && !guest.has_mail(self.core.index)
     }
 
@@ -222,6 +221,18 @@ impl<V: Vendor> Vcpu<V> {
     pub fn deadline(&self, guest: &Guest<V>, now: u64) -> Option<u64> {
         let adjust = self.core.msrs.tsc_adjust;
         self.core.lapic.next_event().map(|deadline| guest.clock.host_tsc_of(deadline, adjust, now))
+    }
+
+    /// Puts its state that only a change of vCPUs switches into this CPU's registers.
+    pub fn switch_in(&mut self) {
+        self.core.extended.load();
+        self.core.hw.switch_in();
+    }
+
+    /// Takes that state out of this CPU's registers.
+    pub fn switch_out(&mut self) {
+        self.core.extended.save();
+        self.core.hw.switch_out();
     }
 
     /// Makes the vCPU look at its timers and interrupts before it goes on.
@@ -285,14 +296,13 @@ impl<V: Vendor> Vcpu<V> {
         if guest.has_ended() {
             return Some(Pause::Ended);
         }
-        core.events.settle(&mut core.hw);
         let mut interrupts = Interrupts { index: core.index, lapic: &mut core.lapic, guest };
         match core.activity {
             Activity::Running => {}
             Activity::WaitForSipi => return Some(Pause::Idle),
             Activity::Halted => {
                 let open = core.hw.rflags() & RFLAGS_IF != 0;
-                if !(core.events.any() || open && interrupts.pending()) {
+                if !(core.events.any(&core.hw) || open && interrupts.pending()) {
                     return Some(Pause::Idle);
                 }
                 core.activity = Activity::Running;
@@ -327,7 +337,9 @@ impl<V: Vendor> Vcpu<V> {
         if let Some(at) = core.lapic.next_event() {
             deadline = deadline.min(guest.clock.host_tsc_of(at, core.msrs.tsc_adjust, now));
         }
-        timer.arm(deadline);
+        if !core.hw.set_deadline(deadline) {
+            timer.arm(deadline);
+        }
         None
     }
 

@@ -1,10 +1,10 @@
 //! SVM on one physical CPU: detection, enabling, host state, ASIDs.
 #![allow(unsafe_code)] // MSR writes that turn the extension on, and the per-CPU cells.
 
-use super::asid::AsidAllocator;
 use super::permission_map::{allow_msr, IOPM_BYTES, MSRPM_BYTES};
 use super::vcpu::SvmVcpu;
 use crate::cpu::features::Features;
+use crate::hw::tag::TagAllocator;
 use crate::hw::{OutOfMemory, Refusal, Vendor};
 use crate::mm::{self, FrameSize, Zone};
 use crate::vm::msr::PASSTHROUGH;
@@ -63,7 +63,7 @@ pub(super) struct SvmCpu {
     /// Page that VMSAVE filled with the host's FS, GS, TR, LDTR and system-call MSRs.
     pub(super) host_state: PhysAddr,
     /// Tags of this CPU's TLB.
-    pub(super) asids: AsidAllocator,
+    pub(super) asids: TagAllocator,
 }
 
 struct CpuCell(UnsafeCell<Option<SvmCpu>>);
@@ -83,11 +83,32 @@ pub(super) unsafe fn with_this_cpu<R>(index: usize, f: impl FnOnce(&mut SvmCpu) 
     unsafe { (*CPUS.get(index)?.0.get()).as_mut().map(f) }
 }
 
-impl Svm {
-    /// Looks for SVM with nested paging and prepares what all CPUs share.
-    pub fn detect(features: &Features) -> Result<Self, Refusal> {
+/// Builds the maps that all guests share: every port exits, every MSR but the switched ones exits.
+fn permission_maps() -> (PhysAddr, PhysAddr) {
+    let allocate = |bytes: usize| {
+        let frames = mm::alloc_contiguous(bytes as u64).expect("memory for permission maps at boot");
+        // SAFETY: the frames are ours alone, contiguous, and `bytes` long.
+        let map = unsafe { core::slice::from_raw_parts_mut(mm::phys_to_virt(frames), bytes) };
+        map.fill(0xff);
+        (frames, map)
+    };
+    let (iopm, _) = allocate(IOPM_BYTES);
+    let (msrpm, map) = allocate(MSRPM_BYTES);
+    let map: &mut [u8; MSRPM_BYTES] = map.try_into().expect("a slice of that length");
+    for msr in PASSTHROUGH {
+        allow_msr(map, msr, true, true);
+    }
+    (iopm, msrpm)
+}
+
+impl Vendor for Svm {
+    type Vcpu = SvmVcpu;
+    type Format = Npt;
+    const NAME: &'static str = "SVM with nested paging";
+
+    fn detect(features: &Features) -> Result<Self, Refusal> {
         let Some(svm) = &features.svm else {
-            return Err(if features.vmx { Refusal::VmxNotSupported } else { Refusal::NoVirtualization });
+            return Err(Refusal::NoVirtualization);
         };
         // SAFETY: VM_CR exists on every CPU with SVM; reading it has no effect.
         let vm_cr = unsafe { Msr::new(MSR_VM_CR).read() };
@@ -116,61 +137,37 @@ impl Svm {
             },
         })
     }
-}
 
-/// Builds the maps that all guests share: every port exits, every MSR but the switched ones exits.
-fn permission_maps() -> (PhysAddr, PhysAddr) {
-    let allocate = |bytes: usize| {
-        let frames = mm::alloc_contiguous(bytes as u64).expect("memory for permission maps at boot");
-        // SAFETY: the frames are ours alone, contiguous, and `bytes` long.
-        let map = unsafe { core::slice::from_raw_parts_mut(mm::phys_to_virt(frames), bytes) };
-        map.fill(0xff);
-        (frames, map)
-    };
-    let (iopm, _) = allocate(IOPM_BYTES);
-    let (msrpm, map) = allocate(MSRPM_BYTES);
-    let map: &mut [u8; MSRPM_BYTES] = map.try_into().expect("a slice of that length");
-    for msr in PASSTHROUGH {
-        allow_msr(map, msr, true, true);
+    fn enable_on_this_cpu(&self) -> Result<(), Refusal> {
+        let page = || mm::alloc(FrameSize::Size4K, Zone::Any).expect("memory for host state at boot");
+        let (host_save, host_state) = (page(), page());
+        // SAFETY: the pages are ours and stay so. Setting SVME on a CPU with SVM changes nothing that runs; VMSAVE
+        // stores into `host_state` only.
+        unsafe {
+            mm::phys::zero(host_save, 4096);
+            mm::phys::zero(host_state, 4096);
+            Efer::update(|efer| efer.insert(EferFlags::SECURE_VIRTUAL_MACHINE_ENABLE));
+            Msr::new(MSR_VM_HSAVE_PA).write(host_save.as_u64());
+            asm!("vmsave rax", in("rax") host_state.as_u64(), options(nostack, preserves_flags));
+        }
+        let index = crate::cpu::number();
+        let state = SvmCpu { host_state, asids: TagAllocator::new(self.asid_count) };
+        if let Some(cell) = CPUS.get(index) {
+            // SAFETY: as in `with_this_cpu`; this CPU runs no guest yet.
+            unsafe { *cell.0.get() = Some(state) };
+        }
+        Ok(())
     }
-    (iopm, msrpm)
-}
-
-/// Turns SVM on for the CPU that runs this.
-pub fn enable_on_this_cpu(svm: &Svm) {
-    let page = || mm::alloc(FrameSize::Size4K, Zone::Any).expect("memory for host state at boot");
-    let (host_save, host_state) = (page(), page());
-    // SAFETY: the pages are ours and stay so. Setting SVME on a CPU with SVM changes nothing that runs; VMSAVE
-    // stores into `host_state` only.
-    unsafe {
-        mm::phys::zero(host_save, 4096);
-        mm::phys::zero(host_state, 4096);
-        Efer::update(|efer| efer.insert(EferFlags::SECURE_VIRTUAL_MACHINE_ENABLE));
-        Msr::new(MSR_VM_HSAVE_PA).write(host_save.as_u64());
-        asm!("vmsave rax", in("rax") host_state.as_u64(), options(nostack, preserves_flags));
-    }
-    let index = crate::cpu::number();
-    let state = SvmCpu { host_state, asids: AsidAllocator::new(svm.asid_count) };
-    if let Some(cell) = CPUS.get(index) {
-        // SAFETY: as in `with_this_cpu`; this CPU runs no guest yet.
-        unsafe { *cell.0.get() = Some(state) };
-    }
-}
-
-impl Vendor for Svm {
-    type Vcpu = SvmVcpu;
-    type Format = Npt;
-    const NAME: &'static str = "SVM";
 
     fn format(&self) -> Npt {
         Npt::new(&self.host)
     }
 
-    fn cr4_bits(&self) -> u64 {
-        self.cr4_bits
-    }
-
-    fn new_vcpu(&self, root: u64) -> Result<SvmVcpu, OutOfMemory> {
-        SvmVcpu::new(*self, root)
+    fn new_vcpu(&self, root: u64, cr4: u64) -> Result<SvmVcpu, OutOfMemory> {
+        let mut vcpu = SvmVcpu::new(*self, root)?;
+        if self.cr4_bits & !cr4 != 0 {
+            vcpu.intercept_cr4_writes();
+        }
+        Ok(vcpu)
     }
 }

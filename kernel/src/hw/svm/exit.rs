@@ -90,8 +90,11 @@ pub fn decode(exit_code: u64, info_1: u64, info_2: u64) -> Exit {
         code::VINTR => Exit::InterruptWindow,
         code::INTR | code::NMI | code::SMI | code::INIT | code::FERR_FREEZE => Exit::HostInterrupt,
         code::PAUSE => Exit::Pause,
-        code::IRET => Exit::Iret,
-        code @ code::CR0_WRITE..=code::CR15_WRITE => Exit::WriteCr((code - code::CR0_WRITE) as u8),
+        // The vCPU looks at the code itself, too.
+        code::IRET => Exit::NmiWindow,
+        code @ code::CR0_WRITE..=code::CR15_WRITE => {
+            Exit::WriteCr { cr: (code - code::CR0_WRITE) as u8, gpr: None }
+        }
         code @ code::EXCEPTION..=code::EXCEPTION_LAST => exception((code - code::EXCEPTION) as u8, info_1),
         code::XSETBV => Exit::Xsetbv,
         code::INVD | code::WBINVD => Exit::CacheFlush,
@@ -123,7 +126,7 @@ fn exception(vector: u8, error_code: u64) -> Exit {
 fn nested_page_fault(info: u64, gpa: u64) -> SecondStageFault {
     let table_walk = (info >> 33 & 1) as u8 * FaultCause::TABLE_WALK.bits();
     let code = FaultCause::all().bits() & !FaultCause::TABLE_WALK.bits() & info as u8;
-    SecondStageFault { gpa, cause: FaultCause::from_bits_retain(code | table_walk) }
+    SecondStageFault { gpa, linear: None, cause: FaultCause::from_bits_retain(code | table_walk) }
 }
 
 /// EXITINFO1 and EXITINFO2 of a port access. APM 15.10.2.
@@ -210,6 +213,7 @@ mod tests {
             write_in_walk,
             Exit::SecondStage(SecondStageFault {
                 gpa: 0xfee0_0000,
+                linear: None,
                 cause: FaultCause::PRESENT | FaultCause::WRITE | FaultCause::TABLE_WALK,
             })
         );

@@ -1,7 +1,7 @@
 //! AMD SVM with nested paging. AMD APM vol. 2, chapter 15.
 
-pub mod asid;
 pub mod exit;
+mod nmi;
 pub mod permission_map;
 pub mod vmcb;
 
@@ -13,4 +13,4 @@ mod entry;
 mod vcpu;
 
 #[cfg(target_os = "none")]
-pub use cpu::{enable_on_this_cpu, Svm};
+pub use cpu::Svm;

@@ -1,11 +1,12 @@
 //! A vCPU under SVM: its VMCB, the registers that the VMCB does not hold, its TLB tag.
 #![allow(unsafe_code)] // The VMCB is shared with the processor, and entering a guest is unsafe.
 
-use super::asid::{AsidAllocator, Tag};
 use super::cpu::{with_this_cpu, Svm};
 use super::entry;
-use super::exit::{decode, encode_event, interrupted_event, INTERCEPTED_EXCEPTIONS};
+use super::exit::{code, decode, encode_event, interrupted_event, INTERCEPTED_EXCEPTIONS};
+use super::nmi::NmiBlock;
 use super::vmcb::{Intercepts, TlbControl, Vmcb, VmcbSegment};
+use crate::hw::tag::{Tag, TagAllocator};
 use crate::hw::{gpr, CpuState, Event, Exit, HwVcpu, OutOfMemory, Segment, SegmentName, TableRegister};
 use crate::mm::{self, FrameSize, Zone};
 use core::ptr::NonNull;
@@ -32,6 +33,7 @@ pub struct SvmVcpu {
     cpu: usize,
     tag: Tag,
     flush: bool,
+    nmi: NmiBlock,
 }
 
 // SAFETY: the VMCB belongs to this vCPU alone, wherever it runs.
@@ -43,8 +45,16 @@ impl SvmVcpu {
         let vmcb = NonNull::new(mm::phys_to_virt(vmcb_pa).cast::<Vmcb>()).ok_or(OutOfMemory)?;
         // SAFETY: the frame is ours, page-aligned, and all zeroes is a valid VMCB.
         unsafe { mm::phys::zero(vmcb_pa, 4096) };
-        let mut vcpu =
-            Self { gprs: [0; 16], vmcb, vmcb_pa, svm, cpu: usize::MAX, tag: Tag::default(), flush: false };
+        let mut vcpu = Self {
+            gprs: [0; 16],
+            vmcb,
+            vmcb_pa,
+            svm,
+            cpu: usize::MAX,
+            tag: Tag::default(),
+            flush: false,
+            nmi: NmiBlock::default(),
+        };
         let vmcb = vcpu.vmcb_mut();
         vmcb.set_intercepts(
             Intercepts::INTR
@@ -102,9 +112,33 @@ impl SvmVcpu {
         unsafe { self.vmcb.as_mut() }
     }
 
+    /// Makes every write of CR4 exit: this CPU has bits of it that the guest may not set.
+    pub(super) fn intercept_cr4_writes(&mut self) {
+        let vmcb = self.vmcb_mut();
+        vmcb.set_cr_writes(vmcb.cr_writes() | CR4);
+    }
+
+    /// Looks at an exit that may be about the end of an NMI handler.
+    #[inline]
+    fn settle_nmi(&mut self, exit_code: u64, exit: Exit) -> Exit {
+        if exit_code == u64::from(code::IRET) {
+            let vmcb = self.vmcb_mut();
+            let block = NmiBlock::at_iret(vmcb);
+            self.nmi = block;
+        } else if exit_code == u64::from(code::EXCEPTION + 1) {
+            let mut nmi = self.nmi;
+            let swallowed = nmi.swallows_debug(self.vmcb_mut());
+            self.nmi = nmi;
+            if swallowed {
+                return Exit::NmiWindow;
+            }
+        }
+        exit
+    }
+
     /// Moves to this CPU, or takes a new tag, or flushes the old one; says what the next VMRUN flushes.
     #[cold]
-    fn retag(&mut self, cpu: usize, asids: &mut AsidAllocator) -> TlbControl {
+    fn retag(&mut self, cpu: usize, asids: &mut TagAllocator) -> TlbControl {
         if self.cpu != cpu {
             self.cpu = cpu;
             self.tag = Tag::default();
@@ -121,7 +155,7 @@ impl SvmVcpu {
         }
         let allocation = asids.allocate();
         self.tag = allocation.tag;
-        self.vmcb_mut().set_asid(allocation.tag.asid);
+        self.vmcb_mut().set_asid(allocation.tag.number);
         if allocation.flush_all {
             TlbControl::All
         } else {
@@ -188,10 +222,14 @@ impl HwVcpu for SvmVcpu {
         vmcb.mark_all_clean();
         vmcb.control.event_inj = 0;
         let (rax, rsp) = (vmcb.save.rax, vmcb.save.rsp);
-        let exit = decode(vmcb.control.exit_code, vmcb.control.exit_info_1, vmcb.control.exit_info_2);
+        let exit_code = vmcb.control.exit_code;
+        let exit = decode(exit_code, vmcb.control.exit_info_1, vmcb.control.exit_info_2);
         self.gprs[gpr::RAX] = rax;
         self.gprs[gpr::RSP] = rsp;
-        exit
+        if self.nmi == NmiBlock::Open {
+            return exit;
+        }
+        self.settle_nmi(exit_code, exit)
     }
 
     #[inline]
@@ -213,6 +251,9 @@ impl HwVcpu for SvmVcpu {
     fn cr0(&self) -> u64 {
         self.vmcb().cr0()
     }
+    fn set_cr0(&mut self, cr0: u64) {
+        self.vmcb_mut().set_cr0(cr0);
+    }
     fn cr2(&self) -> u64 {
         self.vmcb().cr2()
     }
@@ -222,6 +263,9 @@ impl HwVcpu for SvmVcpu {
     #[inline]
     fn cr3(&self) -> u64 {
         self.vmcb().cr3()
+    }
+    fn set_cr3(&mut self, cr3: u64) {
+        self.vmcb_mut().set_cr3(cr3);
     }
     #[inline]
     fn cr4(&self) -> u64 {
@@ -344,7 +388,7 @@ impl HwVcpu for SvmVcpu {
         }
     }
 
-    fn load_state(&mut self, state: &CpuState) {
+    fn set_state(&mut self, state: &CpuState) {
         let vmcb = self.vmcb_mut();
         let [es, cs, ss, ds, fs, gs] = state.segments.map(to_vmcb);
         vmcb.set_es(es);
@@ -369,11 +413,17 @@ impl HwVcpu for SvmVcpu {
         vmcb.set_dr7(state.dr7);
         vmcb.save.rflags = state.rflags;
         vmcb.save.rip = state.rip;
+        self.flush = true;
+    }
+
+    fn load_state(&mut self, state: &CpuState) {
+        self.set_state(state);
+        self.set_nmis_blocked(false);
+        let vmcb = self.vmcb_mut();
         vmcb.control.interrupt_shadow = 0;
         vmcb.control.event_inj = 0;
         vmcb.control.exit_int_info = 0;
         vmcb.request_interrupt_window(false);
-        self.flush = true;
     }
 
     fn exit_insn_bytes(&self) -> &[u8] {
@@ -406,6 +456,9 @@ impl HwVcpu for SvmVcpu {
     }
     #[inline]
     fn inject(&mut self, event: Event) {
+        if event == Event::Nmi {
+            self.set_nmis_blocked(true);
+        }
         self.vmcb_mut().control.event_inj = encode_event(event);
     }
     #[inline]
@@ -414,7 +467,11 @@ impl HwVcpu for SvmVcpu {
     }
     #[inline]
     fn take_interrupted_event(&mut self) -> Option<Event> {
-        interrupted_event(core::mem::take(&mut self.vmcb_mut().control.exit_int_info))
+        let event = interrupted_event(core::mem::take(&mut self.vmcb_mut().control.exit_int_info));
+        if event == Some(Event::Nmi) {
+            self.set_nmis_blocked(false);
+        }
+        event
     }
     fn request_interrupt_window(&mut self, on: bool) {
         self.vmcb_mut().request_interrupt_window(on);
@@ -424,8 +481,20 @@ impl HwVcpu for SvmVcpu {
             self.vmcb_mut().set_cr_writes(cr_writes | CR8);
         }
     }
-    fn intercept_iret(&mut self, on: bool) {
-        self.vmcb_mut().intercept(Intercepts::IRET, on);
+    fn nmis_blocked(&self) -> bool {
+        self.nmi.blocks(self.vmcb())
+    }
+    fn set_nmis_blocked(&mut self, blocked: bool) {
+        self.nmi = if blocked { NmiBlock::Blocked } else { NmiBlock::Open };
+        self.vmcb_mut().intercept(Intercepts::IRET, blocked);
+    }
+    #[inline]
+    fn request_nmi_window(&mut self, on: bool) {
+        if self.nmi != NmiBlock::Open {
+            let mut nmi = self.nmi;
+            nmi.prepare_entry(self.vmcb_mut(), on);
+            self.nmi = nmi;
+        }
     }
     #[inline]
     fn intercept_cr8_writes(&mut self, on: bool) {
@@ -436,11 +505,6 @@ impl HwVcpu for SvmVcpu {
         if new != old {
             vmcb.set_cr_writes(new);
         }
-    }
-    fn intercept_cr4_writes(&mut self, on: bool) {
-        let vmcb = self.vmcb_mut();
-        let old = vmcb.cr_writes();
-        vmcb.set_cr_writes(if on { old | CR4 } else { old & !CR4 });
     }
 
     fn set_root(&mut self, root: u64) {

@@ -469,12 +469,12 @@ impl Vmcb {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use alloc::boxed::Box;
 
     #[allow(unsafe_code)]
-    fn zeroed() -> Box<Vmcb> {
+    pub(in crate::hw::svm) fn zeroed() -> Box<Vmcb> {
         // SAFETY: a VMCB is plain integers, for which all-zero is a valid value.
         unsafe { Box::<Vmcb>::new_zeroed().assume_init() }
     }

@@ -7,4 +7,29 @@ pub mod controls;
 pub mod event;
 pub mod exit;
 pub mod instruction_error;
+pub mod msr_bitmap;
+pub mod real_mode;
 pub mod vmcs;
+
+mod cache;
+#[cfg(target_os = "none")]
+mod cpu;
+#[cfg(target_os = "none")]
+mod decode;
+#[cfg(target_os = "none")]
+mod entry;
+#[cfg(target_os = "none")]
+mod instructions;
+#[cfg(target_os = "none")]
+mod msr_area;
+#[cfg(target_os = "none")]
+mod region;
+#[cfg(target_os = "none")]
+mod registers;
+#[cfg(target_os = "none")]
+mod setup;
+#[cfg(target_os = "none")]
+mod vcpu;
+
+#[cfg(target_os = "none")]
+pub use cpu::Vmx;

@@ -1,0 +1,180 @@
+//! From exit reasons to the vendor-neutral [`Exit`]. SDM vol. 3, 28.2 and appendix C.
+#![allow(unsafe_code)] // A host NMI that became an exit is handed to its handler.
+
+use super::cache::Hot;
+use super::controls::Interruptibility;
+use super::event::VALID;
+use super::exit::{
+    reason, CrAccess, EptViolation, Interruption, IoAccess, TaskSwitch as Switch, TaskSwitchSource,
+};
+use super::real_mode::Form;
+use super::vcpu::VmxVcpu;
+use super::vmcs::{self, Fields};
+use crate::hw::{Exit, FaultCause, HwVcpu, SecondStageFault, TaskSwitch, TaskSwitchCause};
+
+const BREAKPOINT: u8 = 3;
+const OVERFLOW: u8 = 4;
+const DEBUG: u8 = 1;
+const GENERAL_PROTECTION: u8 = 13;
+const MACHINE_CHECK: u8 = 18;
+/// DR6: what a debug exception reports anew each time, B3 to B0 and BD, BS, BT.
+const DR6_CAUSES: u64 = 0xf | 7 << 13;
+/// RFLAGS.RF and what exits of software exceptions leave to the length field.
+const IDT_TYPE_SHIFT: u32 = 8;
+
+/// Decodes the exit of `vcpu` with this basic reason.
+#[inline(always)]
+pub(super) fn exit(vcpu: &mut VmxVcpu, basic: u16) -> Exit {
+    vcpu.has_length = true;
+    match basic {
+        reason::EPT_VIOLATION => second_stage(vcpu),
+        reason::IO => {
+            let access = IoAccess::from(vcpu.region.read(vmcs::EXIT_QUALIFICATION));
+            Exit::Port(access.port_access(next_rip(vcpu)))
+        }
+        reason::RDMSR => Exit::Msr { write: false },
+        reason::WRMSR => Exit::Msr { write: true },
+        reason::CPUID => Exit::Cpuid,
+        reason::HLT => Exit::Hlt,
+        reason::INTERRUPT_WINDOW => Exit::InterruptWindow,
+        reason::NMI_WINDOW => Exit::NmiWindow,
+        reason::PREEMPTION_TIMER => Exit::Deadline,
+        reason::CR_ACCESS => match CrAccess::from(vcpu.region.read(vmcs::EXIT_QUALIFICATION)) {
+            CrAccess::Write { cr, register } => Exit::WriteCr { cr, gpr: Some(register) },
+            CrAccess::Read { .. } | CrAccess::Clts | CrAccess::Lmsw(_) => Exit::Emulate,
+        },
+        reason::EXCEPTION_OR_NMI => exception_or_nmi(vcpu),
+        _ => rare(vcpu, basic),
+    }
+}
+
+#[cold]
+fn rare(vcpu: &mut VmxVcpu, basic: u16) -> Exit {
+    match basic {
+        reason::PAUSE => Exit::Pause,
+        reason::XSETBV => Exit::Xsetbv,
+        reason::INVD | reason::WBINVD => Exit::CacheFlush,
+        reason::RDPMC => Exit::Refused,
+        reason::EXTERNAL_INTERRUPT | reason::INIT | reason::SIPI | reason::IO_SMI | reason::OTHER_SMI => {
+            Exit::HostInterrupt
+        }
+        reason::TRIPLE_FAULT => Exit::Shutdown,
+        reason::TASK_SWITCH => task_switch(vcpu),
+        reason::EPT_MISCONFIGURATION => {
+            // Nothing but the address is reported.
+            vcpu.has_length = false;
+            let gpa = vcpu.region.read(vmcs::GUEST_PHYSICAL_ADDRESS);
+            Exit::SecondStage(SecondStageFault { gpa, linear: None, cause: FaultCause::RESERVED })
+        }
+        reason::MOV_DR
+        | reason::INVLPG
+        | reason::INVPCID
+        | reason::RDTSC
+        | reason::RDTSCP
+        | reason::GDTR_OR_IDTR
+        | reason::LDTR_OR_TR => Exit::Emulate,
+        reason::GETSEC
+        | reason::RSM
+        | reason::VMCALL..=reason::VMXON
+        | reason::MWAIT
+        | reason::MONITOR
+        | reason::INVEPT
+        | reason::INVVPID
+        | reason::VMFUNC
+        | reason::ENCLS
+        | reason::ENCLV
+        | reason::XSAVES
+        | reason::XRSTORS
+        | reason::PCONFIG
+        | reason::UMWAIT
+        | reason::TPAUSE
+        | reason::LOADIWKEY
+        | reason::SEAMCALL
+        | reason::TDCALL => Exit::Undefined,
+        other => Exit::Unknown(other.into()),
+    }
+}
+
+/// Where the instruction that exited ends.
+#[inline]
+fn next_rip(vcpu: &VmxVcpu) -> u64 {
+    let next = vcpu.rip().wrapping_add(vcpu.region.read(vmcs::EXIT_INSTRUCTION_LENGTH).into());
+    // Outside 64-bit mode RIP has 32 bits. CS.L is bit 13 of its access rights, and counts in long mode alone.
+    let long = vcpu.efer() & crate::vm::msr::EFER_LMA != 0
+        && vcpu.cache.get(Hot::CsRights, &vcpu.region) & u64::from(super::access_rights::LONG) != 0;
+    if long {
+        next
+    } else {
+        next & 0xffff_ffff
+    }
+}
+
+/// NMIs are blocked again if an IRET had unblocked them when it exited (SDM vol. 3, 28.2.3): it will be executed again.
+fn block_nmis_again(vcpu: &mut VmxVcpu) {
+    let state = vcpu.interruptibility();
+    vcpu.set_interruptibility(state | Interruptibility::NMI);
+}
+
+#[inline]
+fn second_stage(vcpu: &mut VmxVcpu) -> Exit {
+    vcpu.has_length = false;
+    let violation = EptViolation::from(vcpu.region.read(vmcs::EXIT_QUALIFICATION));
+    if violation.nmi_unblocking() && vcpu.vectoring & VALID == 0 {
+        block_nmis_again(vcpu);
+    }
+    let gpa = vcpu.region.read(vmcs::GUEST_PHYSICAL_ADDRESS);
+    let linear = violation.has_linear_address().then(|| vcpu.region.read(vmcs::GUEST_LINEAR_ADDRESS));
+    Exit::SecondStage(SecondStageFault { gpa, linear, cause: violation.cause() })
+}
+
+#[cold]
+fn exception_or_nmi(vcpu: &mut VmxVcpu) -> Exit {
+    vcpu.has_length = false;
+    let info = vcpu.region.read(vmcs::EXIT_INTERRUPTION);
+    let interruption = Interruption::new(info, vcpu.region.read(vmcs::EXIT_INTERRUPTION_ERROR));
+    if interruption.is_nmi() {
+        host_nmi();
+        return Exit::HostInterrupt;
+    }
+    let Some((vector, error)) = interruption.exception() else { return Exit::Unknown(u64::from(info) << 32) };
+    if interruption.nmi_unblocking() && vcpu.vectoring & VALID == 0 {
+        block_nmis_again(vcpu);
+    }
+    match vector {
+        MACHINE_CHECK => Exit::MachineCheck,
+        DEBUG => {
+            // The exit comes before DR6 is written; the qualification says what would be (SDM vol. 3, table 28-1).
+            let causes = vcpu.region.read(vmcs::EXIT_QUALIFICATION) & DR6_CAUSES;
+            let dr6 = vcpu.dr6();
+            vcpu.set_dr6(dr6 & !0xf | causes);
+            Exit::Exception(DEBUG, None)
+        }
+        // Real mode as virtual-8086 mode: what only CPL 0 may do is #GP there, and INT3 and INTO are to return behind
+        // themselves. The emulator knows what the guest gets.
+        GENERAL_PROTECTION | BREAKPOINT | OVERFLOW if vcpu.form == Form::Vm86 => Exit::Emulate,
+        _ => Exit::Exception(vector, error),
+    }
+}
+
+/// Hands an NMI that ended the guest's run to the host's handler. Its IRET ends the blocking of NMIs, which the exit left
+/// behind (SDM vol. 3, 28.5.5).
+fn host_nmi() {
+    // SAFETY: the IDT's gate for NMIs is that of the hardware's own.
+    unsafe { core::arch::asm!("int 2") };
+}
+
+#[cold]
+fn task_switch(vcpu: &mut VmxVcpu) -> Exit {
+    let Switch { selector, source } = Switch::from(vcpu.region.read(vmcs::EXIT_QUALIFICATION));
+    let cause = match source {
+        TaskSwitchSource::Call => TaskSwitchCause::Call,
+        TaskSwitchSource::Iret => TaskSwitchCause::Iret,
+        TaskSwitchSource::Jmp => TaskSwitchCause::Jump,
+        TaskSwitchSource::TaskGate => TaskSwitchCause::Gate,
+    };
+    // An interrupt or a fault comes back to the instruction itself; INT n, INT3 and INTO behind it (28.2.1).
+    let by_hardware = matches!(vcpu.vectoring >> IDT_TYPE_SHIFT & 7, 0 | 2 | 3);
+    let stays = source == TaskSwitchSource::TaskGate && vcpu.vectoring & VALID != 0 && by_hardware;
+    let next_rip = if stays { vcpu.rip() } else { next_rip(vcpu) };
+    Exit::TaskSwitch(TaskSwitch { selector, cause, next_rip })
+}

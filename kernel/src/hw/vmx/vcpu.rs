@@ -1,0 +1,803 @@
+//! A vCPU under VMX: its VMCS, the registers that the VMCS does not hold, its TLB tag.
+#![allow(unsafe_code)] // Entering a guest is unsafe.
+
+use super::access_rights::{from_access_rights, to_access_rights};
+use super::cache::{Cache, FieldsMut, Hot};
+use super::capabilities::{cr0_for_hardware, cr4_for_hardware, EptVpid};
+use super::choice::CR3_EXITING;
+use super::controls::{EntryControls, Interruptibility, Pin, Primary, Secondary};
+use super::cpu::{with_this_cpu, Machine, Vmx};
+use super::exit::{interrupted_event, ExitReason};
+use super::instructions::{invept, invvpid_all, InveptScope};
+use super::msr_area::MsrAreas;
+use super::real_mode::{self, Form};
+use super::region::Region;
+use super::registers::Registers;
+use super::vmcs::{self, Fields, GUEST_SEGMENTS, LDTR, TR};
+use super::{decode, entry, event, instruction_error, setup};
+use crate::cpu::{msr, tsc};
+use crate::hw::tag::{Tag, TagAllocator};
+use crate::hw::{gpr, CpuState, Event, Exit, HwVcpu, OutOfMemory, Segment, SegmentName, TableRegister};
+use crate::mm::{self, FrameSize, Zone};
+use crate::vm::msr::{EFER_LMA, EFER_LME, PAT_RESET};
+use x86_64::PhysAddr;
+
+const RFLAGS_TF: u64 = 1 << 8;
+const RFLAGS_IF: u64 = 1 << 9;
+const CR0_PE: u64 = 1 << 0;
+const CR0_PG: u64 = 1 << 31;
+const CR4_PAE: u64 = 1 << 5;
+/// CR4.MCE: the host's, so that a machine check is always an exit and never a shutdown of the guest.
+const CR4_MCE: u64 = 1 << 6;
+/// CR4.VMXE: fixed to 1 in VMX operation, and hidden.
+const CR4_VMXE: u64 = 1 << 13;
+/// The guest changes MP, EM, TS, WP and AM of CR0 without an exit. The others are the host's: PE and PG because EFER.LMA
+/// and the form in which the VMCS holds the state follow from them, CD, NW and NE because the hardware has others.
+const CR0_OWN: u64 = 1 << 1 | 1 << 2 | 1 << 3 | 1 << 16 | 1 << 18;
+/// CR0.CD and CR0.NW: an entry does not load them (SDM vol. 3, 27.3.2.1), and caches stay on.
+const CR0_CACHE: u64 = 1 << 29 | 1 << 30;
+/// Pending debug exceptions: single step (SDM vol. 3, table 25-4).
+const PENDING_STEP: u64 = 1 << 14;
+/// TPR in the virtual-APIC page (SDM vol. 3, 30.1.1): CR8 is its bits 7:4.
+const APIC_PAGE_TPR: u64 = 0x80;
+
+/// A vCPU under VMX.
+#[derive(Debug)]
+pub struct VmxVcpu {
+    gprs: [u64; 16],
+    pub(super) region: Region,
+    pub(super) cache: Cache,
+    pub(super) registers: Registers,
+    areas: MsrAreas,
+    apic_page: PhysAddr,
+    machine: &'static Machine,
+    vmx: Vmx,
+    eptp: u64,
+    /// Bits of CR4 that the guest may set.
+    cr4_allowed: u64,
+    /// What the guest reads in the bits of CR0 and CR4 that are the host's.
+    cr0_shadow: u64,
+    cr4_shadow: u64,
+    /// EFER as the guest sees it. It changes only by exits, for CR0.PG is the host's.
+    efer: u64,
+    /// How the VMCS holds the guest's state.
+    pub(super) form: Form,
+    /// The guest's CR3 while the VMCS has that of the identity tables.
+    unpaged_cr3: u64,
+    /// Attributes of ES to GS, and the LDTR and TR, while the VMCS has those of virtual-8086 mode.
+    real_attributes: [u16; 6],
+    real_tr: Segment,
+    /// IOPL in that time.
+    real_iopl: u64,
+    /// Without TPR shadow.
+    cr8: u8,
+    pin: Pin,
+    primary: Primary,
+    /// Primary controls that the VMCS has.
+    primary_written: Primary,
+    entry_written: Option<EntryControls>,
+    /// What the next entry delivers.
+    injection: Option<Event>,
+    /// The last exit's information about a delivery that it interrupted, until someone takes it.
+    pub(super) vectoring: u32,
+    /// RSP as the VMCS has it.
+    rsp: u64,
+    deadline: Option<u64>,
+    /// Index of the CPU it last ran on, whose state the VMCS has as the host's.
+    cpu: usize,
+    tag: Tag,
+    flush: bool,
+    /// The last exit has an instruction length.
+    pub(super) has_length: bool,
+}
+
+// SAFETY: the VMCS and the pages belong to this vCPU alone, wherever it runs.
+unsafe impl Send for VmxVcpu {}
+
+impl VmxVcpu {
+    pub(super) fn new(vmx: Vmx, eptp: u64, cr4_allowed: u64) -> Result<Self, OutOfMemory> {
+        let machine = vmx.machine();
+        let controls = &machine.controls;
+        let areas = MsrAreas::new(controls)?;
+        let region = Region::new(machine.capabilities.revision())?;
+        let apic_page = mm::alloc_zeroed(FrameSize::Size4K, Zone::Any).ok_or(OutOfMemory)?;
+        setup::write_controls(&region, machine, eptp, apic_page, &areas);
+        let mut vcpu = Self {
+            gprs: [0; 16],
+            region,
+            cache: Cache::default(),
+            registers: Registers::new(),
+            areas,
+            apic_page,
+            machine,
+            vmx,
+            eptp,
+            cr4_allowed,
+            cr0_shadow: 0,
+            cr4_shadow: 0,
+            efer: 0,
+            form: Form::Own,
+            unpaged_cr3: 0,
+            real_attributes: [0; 6],
+            real_tr: Segment::default(),
+            real_iopl: 0,
+            cr8: 0,
+            pin: controls.pin,
+            primary: controls.primary,
+            primary_written: Primary::empty(),
+            entry_written: None,
+            injection: None,
+            vectoring: 0,
+            rsp: 0,
+            deadline: None,
+            cpu: usize::MAX,
+            tag: Tag::default(),
+            flush: true,
+            has_length: false,
+        };
+        vcpu.region.set(vmcs::GUEST_RSP, 0);
+        vcpu.region.set(vmcs::CR0_MASK, !CR0_OWN);
+        vcpu.set_pat(PAT_RESET);
+        vcpu.write_form_masks();
+        vcpu.load_state(&CpuState::reset());
+        Ok(vcpu)
+    }
+
+    /// Moves to this CPU, or takes a new tag, or flushes the old one.
+    #[cold]
+    fn retag(&mut self, cpu: usize, vpids: &mut TagAllocator) {
+        let capabilities = self.machine.capabilities.ept_vpid;
+        if self.cpu != cpu {
+            self.cpu = cpu;
+            self.tag = Tag::default();
+            setup::write_host_state(&self.region);
+            self.areas.set_host();
+        }
+        if !vpids.is_current(self.tag) {
+            let allocation = vpids.allocate();
+            self.tag = allocation.tag;
+            if self.machine.controls.secondary.contains(Secondary::VPID) {
+                self.region.set(vmcs::VPID, allocation.tag.number as u16);
+                if allocation.flush_all {
+                    // SAFETY: VMX is on, and VPIDs are used only with this kind of INVVPID.
+                    let flushed = unsafe { invvpid_all() };
+                    debug_assert!(flushed.is_ok());
+                }
+            }
+        }
+        // An EPT pointer may have been another VM's on this CPU, so a new tag flushes, too.
+        self.flush = false;
+        let scope = if capabilities.contains(EptVpid::INVEPT_SINGLE) {
+            InveptScope::Single
+        } else {
+            InveptScope::All
+        };
+        // SAFETY: VMX is on, and the CPU has that kind of INVEPT, for it has one.
+        let flushed = unsafe { invept(scope, self.eptp) };
+        debug_assert!(flushed.is_ok());
+    }
+
+    /// Sets who owns which bits of CR4, and which exceptions exit, in this form.
+    fn write_form_masks(&mut self) {
+        let mask = match self.form {
+            Form::Own => !self.cr4_allowed | CR4_MCE | CR4_VMXE,
+            Form::Unpaged | Form::Vm86 => u64::MAX,
+        };
+        self.region.set(vmcs::CR4_MASK, mask);
+        let exceptions = if self.form == Form::Vm86 { u32::MAX } else { setup::INTERCEPTED_EXCEPTIONS };
+        self.region.set(vmcs::EXCEPTION_BITMAP, exceptions);
+        // CPUs that cannot run CR3 accesses free have these bits fixed; then they exit in each form.
+        let cr3 = CR3_EXITING - Primary::from_bits_retain(self.machine.capabilities.primary as u32);
+        self.primary.set(cr3, self.form != Form::Own);
+    }
+
+    #[inline]
+    fn cr4_mask(&self) -> u64 {
+        match self.form {
+            Form::Own => !self.cr4_allowed | CR4_MCE | CR4_VMXE,
+            Form::Unpaged | Form::Vm86 => u64::MAX,
+        }
+    }
+
+    /// Makes the VMCS hold the guest's state in the form `form`.
+    #[cold]
+    fn change_form(&mut self, form: Form) {
+        let state = self.state();
+        self.write_state(form, &state);
+    }
+
+    /// Brings the VMCS into a form that can be entered; false if there is none.
+    #[inline]
+    fn settle_form(&mut self) -> bool {
+        if self.machine.unrestricted() {
+            return true;
+        }
+        // What is paged and was entered before still is enterable, unless somebody changed it.
+        self.settle_restricted_form()
+    }
+
+    fn settle_restricted_form(&mut self) -> bool {
+        use SegmentName::{Cs, Ds, Es, Fs, Gs, Ss};
+        let cr0 = self.cr0();
+        let segments = [Es, Cs, Ss, Ds, Fs, Gs].map(|name| self.segment(name));
+        let Some(form) = real_mode::form(cr0, &segments) else { return false };
+        if form != self.form {
+            self.change_form(form);
+        }
+        true
+    }
+
+    /// Writes what was set since the last entry.
+    #[inline]
+    fn write_back(&mut self) {
+        if self.cache.is_dirty(Hot::Interruptibility) || self.cache.is_dirty(Hot::Rflags) {
+            self.settle_shadow();
+        }
+        self.cache.write_back(&self.region);
+        if self.primary != self.primary_written {
+            self.region.set(vmcs::PRIMARY_CONTROLS, self.primary.bits());
+            self.primary_written = self.primary;
+        }
+        let long = self.efer & EFER_LMA != 0 && self.form == Form::Own;
+        let mut entry_controls = self.machine.controls.entry;
+        entry_controls.set(EntryControls::IA32E_GUEST, long);
+        if self.entry_written != Some(entry_controls) {
+            self.region.set(vmcs::ENTRY_CONTROLS, entry_controls.bits());
+            self.entry_written = Some(entry_controls);
+        }
+        if let Some(event) = self.injection.take() {
+            let (info, error) = event::encode(event, self.cr0_shadow & CR0_PE != 0);
+            self.region.set(vmcs::ENTRY_INTERRUPTION, info);
+            self.region.set(vmcs::ENTRY_EXCEPTION_ERROR, error);
+        }
+        if self.gprs[gpr::RSP] != self.rsp {
+            self.rsp = self.gprs[gpr::RSP];
+            self.region.set(vmcs::GUEST_RSP, self.rsp);
+        }
+    }
+
+    /// Makes the shadow and what is pending agree with RFLAGS, as entries demand (SDM vol. 3, 27.3.1.5).
+    fn settle_shadow(&mut self) {
+        let rflags = self.cache.get(Hot::Rflags, &self.region);
+        let mut state = self.interruptibility();
+        if rflags & RFLAGS_IF == 0 {
+            state.remove(Interruptibility::STI);
+        }
+        self.cache.set(Hot::Interruptibility, state.bits().into());
+        let shadow = state.intersects(Interruptibility::STI | Interruptibility::MOV_SS);
+        let step = if shadow && rflags & RFLAGS_TF != 0 { PENDING_STEP } else { 0 };
+        let pending = self.region.read(vmcs::GUEST_PENDING_DEBUG);
+        if shadow && pending & PENDING_STEP != step {
+            self.region.set(vmcs::GUEST_PENDING_DEBUG, pending & !PENDING_STEP | step);
+        }
+    }
+
+    /// Starts the VMX-preemption timer, if there is a deadline for it.
+    #[inline]
+    fn start_timer(&mut self) {
+        let Some(deadline) = self.deadline else { return };
+        let ticks =
+            deadline.saturating_sub(tsc::read()) >> self.machine.capabilities.preemption_timer_shift();
+        // One that is too far away expires early, and the caller sets it again.
+        self.region.set(vmcs::PREEMPTION_TIMER, ticks.min(u32::MAX.into()) as u32);
+    }
+
+    #[inline]
+    pub(super) fn interruptibility(&self) -> Interruptibility {
+        Interruptibility::from_bits_retain(self.cache.get(Hot::Interruptibility, &self.region) as u32)
+    }
+
+    pub(super) fn set_interruptibility(&mut self, state: Interruptibility) {
+        self.cache.set(Hot::Interruptibility, state.bits().into());
+    }
+
+    /// Sets EFER and what depends on it.
+    fn write_efer(&mut self, form: Form, efer: u64) {
+        self.efer = efer;
+        // While the guest is unpaged the hardware, if it is not, must not be in long mode.
+        let hardware = match form {
+            Form::Own => efer,
+            Form::Unpaged | Form::Vm86 => efer & !(EFER_LME | EFER_LMA),
+        };
+        self.region.set(vmcs::GUEST_EFER, hardware);
+        self.areas.set_guest(msr::EFER, hardware);
+    }
+
+    fn write_cr0(&mut self, form: Form, cr0: u64) {
+        self.cr0_shadow = cr0;
+        let machine = self.machine;
+        let hardware = match form {
+            Form::Own => cr0,
+            Form::Unpaged | Form::Vm86 => cr0 | CR0_PE | CR0_PG,
+        };
+        let hardware = cr0_for_hardware(hardware & !CR0_CACHE, &machine.capabilities, machine.unrestricted());
+        self.cache.set(Hot::Cr0, hardware);
+        self.region.set(vmcs::CR0_SHADOW, cr0);
+    }
+
+    fn write_cr4(&mut self, form: Form, cr4: u64) {
+        self.cr4_shadow = cr4;
+        let own = match form {
+            Form::Own => cr4,
+            Form::Unpaged | Form::Vm86 => real_mode::CR4,
+        };
+        let host_mce = self.machine.host_cr4 & CR4_MCE;
+        let hardware = cr4_for_hardware(own & !CR4_MCE | host_mce, &self.machine.capabilities);
+        self.cache.set(Hot::Cr4, hardware);
+        self.region.set(vmcs::CR4_SHADOW, cr4);
+    }
+
+    fn write_segment(&mut self, index: usize, segment: &Segment) {
+        let fields = &GUEST_SEGMENTS[index];
+        self.region.set(fields.selector, segment.selector);
+        self.region.set(fields.base, segment.base);
+        self.region.set(fields.limit, segment.limit);
+        self.write_rights(index, to_access_rights(segment));
+    }
+
+    fn write_rights(&mut self, index: usize, rights: u32) {
+        if index == SegmentName::Cs as usize {
+            self.cache.set(Hot::CsRights, rights.into());
+        } else if index == SegmentName::Ss as usize {
+            self.cache.set(Hot::SsRights, rights.into());
+        } else {
+            self.region.set(GUEST_SEGMENTS[index].access_rights, rights);
+        }
+    }
+
+    /// A segment as the VMCS has it.
+    fn read_segment(&self, index: usize) -> Segment {
+        let fields = &GUEST_SEGMENTS[index];
+        let rights = if index == SegmentName::Cs as usize {
+            self.cache.get(Hot::CsRights, &self.region) as u32
+        } else if index == SegmentName::Ss as usize {
+            self.cache.get(Hot::SsRights, &self.region) as u32
+        } else {
+            self.region.read(fields.access_rights)
+        };
+        Segment {
+            selector: self.region.read(fields.selector),
+            attributes: from_access_rights(rights),
+            limit: self.region.read(fields.limit),
+            base: self.region.read(fields.base),
+        }
+    }
+
+    /// Writes `state` in the form `form`.
+    fn write_state(&mut self, form: Form, state: &CpuState) {
+        self.form = form;
+        self.write_form_masks();
+        self.write_cr0(form, state.cr0);
+        self.write_cr4(form, state.cr4);
+        self.write_efer(form, state.efer);
+        self.unpaged_cr3 = state.cr3;
+        let cr3 = if form == Form::Own { state.cr3 } else { real_mode::IDENTITY_TABLE };
+        self.cache.set(Hot::Cr3, cr3);
+        self.registers.set_cr2(state.cr2);
+        self.registers.set_dr6(state.dr6);
+        self.region.set(vmcs::GUEST_DR7, state.dr7);
+        self.cache.set(Hot::Rip, state.rip);
+        self.region.set(vmcs::GUEST_GDTR_BASE, state.gdtr.base);
+        self.region.set(vmcs::GUEST_GDTR_LIMIT, state.gdtr.limit.into());
+        self.region.set(vmcs::GUEST_IDTR_BASE, state.idtr.base);
+        self.region.set(vmcs::GUEST_IDTR_LIMIT, state.idtr.limit.into());
+        self.write_segment(LDTR, &state.ldtr);
+        if form == Form::Vm86 {
+            self.real_attributes = state.segments.map(|segment| segment.attributes);
+            self.real_tr = state.tr;
+            self.real_iopl = state.rflags & real_mode::RFLAGS_IOPL;
+            self.cache.set(Hot::Rflags, real_mode::to_vm86_flags(state.rflags));
+            for (index, segment) in state.segments.iter().enumerate() {
+                self.write_segment(index, segment);
+                self.write_rights(index, real_mode::VM86_RIGHTS);
+            }
+            let task = Segment {
+                selector: 8,
+                attributes: 0,
+                limit: real_mode::TASK_STATE_LIMIT,
+                base: real_mode::TASK_STATE,
+            };
+            self.write_segment(TR, &task);
+            self.write_rights(TR, real_mode::TASK_RIGHTS);
+        } else {
+            self.cache.set(Hot::Rflags, state.rflags);
+            for (index, segment) in state.segments.iter().enumerate() {
+                self.write_segment(index, segment);
+            }
+            self.write_segment(TR, &state.tr);
+        }
+    }
+
+    /// The entry failed before the guest's state was looked at (SDM vol. 3, 27.2).
+    #[cold]
+    fn not_entered(&mut self, how: u64) -> Exit {
+        if how == entry::FAILED_INVALID {
+            return Exit::InvalidState("the processor has no current VMCS");
+        }
+        let number = self.region.read(vmcs::INSTRUCTION_ERROR);
+        Exit::InvalidState(instruction_error::describe(number))
+    }
+
+    /// What the last exit tells.
+    #[inline]
+    fn exit(&mut self) -> Exit {
+        let reason = ExitReason(self.region.read(vmcs::EXIT_REASON));
+        self.vectoring = 0;
+        if reason.entry_failed() {
+            return self.entry_failed(reason);
+        }
+        self.vectoring = self.region.read(vmcs::IDT_VECTORING);
+        decode::exit(self, reason.basic())
+    }
+
+    /// The entry failed while the guest's state was loaded (SDM vol. 3, 27.8).
+    #[cold]
+    fn entry_failed(&mut self, reason: ExitReason) -> Exit {
+        use super::exit::reason as basic;
+        match reason.basic() {
+            basic::ENTRY_MACHINE_CHECK => Exit::MachineCheck,
+            basic::MSR_LOADING => Exit::InvalidState("an entry of the VM-entry MSR-load area was refused"),
+            _ => Exit::InvalidState("the guest's state"),
+        }
+    }
+}
+
+impl Drop for VmxVcpu {
+    fn drop(&mut self) {
+        mm::free(self.apic_page, FrameSize::Size4K);
+    }
+}
+
+impl HwVcpu for VmxVcpu {
+    const KEEPS_PDPTES: bool = true;
+
+    #[inline]
+    fn gprs(&self) -> &[u64; 16] {
+        &self.gprs
+    }
+
+    #[inline]
+    fn gprs_mut(&mut self) -> &mut [u64; 16] {
+        &mut self.gprs
+    }
+
+    #[inline]
+    fn run(&mut self, cpu: usize) -> Exit {
+        if !self.settle_form() {
+            return Exit::Emulate;
+        }
+        self.region.make_current();
+        // SAFETY: the trait's contract: `cpu` is this CPU, and interrupts are off.
+        let enabled = unsafe {
+            with_this_cpu(cpu, |state| {
+                if self.cpu != cpu || self.flush || !state.vpids.is_current(self.tag) {
+                    self.retag(cpu, &mut state.vpids);
+                }
+            })
+        };
+        if enabled.is_none() {
+            return Exit::InvalidState("VMX is not enabled on this CPU");
+        }
+        self.write_back();
+        self.start_timer();
+        // SAFETY: VMX is on, since this CPU has its state; callers keep interrupts off; the VMCS is whole, current and has this
+        // CPU's state as the host's (`retag`); its tables and bitmaps are this guest's; what was asked for was flushed.
+        let how = unsafe { entry::enter(&raw mut self.gprs, self.region.launched()) };
+        self.cache.forget();
+        if how != entry::EXITED {
+            return self.not_entered(how);
+        }
+        self.region.set_launched();
+        self.rsp = self.region.read(vmcs::GUEST_RSP);
+        self.gprs[gpr::RSP] = self.rsp;
+        self.exit()
+    }
+
+    #[inline]
+    fn rip(&self) -> u64 {
+        self.cache.get(Hot::Rip, &self.region)
+    }
+    #[inline]
+    fn set_rip(&mut self, rip: u64) {
+        self.cache.set(Hot::Rip, rip);
+    }
+    #[inline]
+    fn rflags(&self) -> u64 {
+        let rflags = self.cache.get(Hot::Rflags, &self.region);
+        if self.form == Form::Vm86 {
+            return real_mode::from_vm86_flags(rflags, self.real_iopl);
+        }
+        rflags
+    }
+    fn set_rflags(&mut self, rflags: u64) {
+        if self.form == Form::Vm86 {
+            self.real_iopl = rflags & real_mode::RFLAGS_IOPL;
+            self.cache.set(Hot::Rflags, real_mode::to_vm86_flags(rflags));
+        } else {
+            self.cache.set(Hot::Rflags, rflags);
+        }
+    }
+    #[inline]
+    fn cr0(&self) -> u64 {
+        self.cache.get(Hot::Cr0, &self.region) & CR0_OWN | self.cr0_shadow & !CR0_OWN
+    }
+    fn set_cr0(&mut self, cr0: u64) {
+        const MODE: u64 = CR0_PE | CR0_PG;
+        if (cr0 ^ self.cr0_shadow) & MODE != 0 && !self.machine.unrestricted() {
+            // The form may be another one from now on: `settle_form` finds it.
+            let state = CpuState { cr0, ..self.state() };
+            self.write_state(Form::Own, &state);
+        } else {
+            self.write_cr0(self.form, cr0);
+        }
+    }
+    fn cr2(&self) -> u64 {
+        self.registers.cr2()
+    }
+    fn pdptes(&self) -> Option<[u64; 4]> {
+        let paged = self.cr0_shadow & CR0_PG != 0 && self.cr4() & CR4_PAE != 0 && self.efer & EFER_LMA == 0;
+        paged.then(|| {
+            [vmcs::GUEST_PDPTE_0, vmcs::GUEST_PDPTE_1, vmcs::GUEST_PDPTE_2, vmcs::GUEST_PDPTE_3]
+                .map(|field| self.region.read(field))
+        })
+    }
+    fn set_pdptes(&mut self, pdptes: [u64; 4]) {
+        let fields = [vmcs::GUEST_PDPTE_0, vmcs::GUEST_PDPTE_1, vmcs::GUEST_PDPTE_2, vmcs::GUEST_PDPTE_3];
+        for (field, pdpte) in fields.into_iter().zip(pdptes) {
+            self.region.set(field, pdpte);
+        }
+    }
+    fn set_cr2(&mut self, cr2: u64) {
+        self.registers.set_cr2(cr2);
+    }
+    #[inline]
+    fn cr3(&self) -> u64 {
+        if self.form == Form::Own {
+            self.cache.get(Hot::Cr3, &self.region)
+        } else {
+            self.unpaged_cr3
+        }
+    }
+    fn set_cr3(&mut self, cr3: u64) {
+        self.unpaged_cr3 = cr3;
+        if self.form == Form::Own {
+            self.cache.set(Hot::Cr3, cr3);
+        }
+    }
+    #[inline]
+    fn cr4(&self) -> u64 {
+        let mask = self.cr4_mask();
+        self.cache.get(Hot::Cr4, &self.region) & !mask | self.cr4_shadow & mask
+    }
+    fn set_cr4(&mut self, cr4: u64) {
+        self.write_cr4(self.form, cr4);
+    }
+    #[inline]
+    fn cr8(&self) -> u8 {
+        if !self.primary.contains(Primary::TPR_SHADOW) {
+            return self.cr8;
+        }
+        // SAFETY: the page is ours, and the processor writes it only while the guest runs.
+        let tpr = unsafe { mm::phys_to_virt(self.apic_page + APIC_PAGE_TPR).read_volatile() };
+        tpr >> 4
+    }
+    #[inline]
+    fn set_cr8(&mut self, tpr: u8) {
+        self.cr8 = tpr & 0xf;
+        // SAFETY: as in `cr8`.
+        unsafe { mm::phys_to_virt(self.apic_page + APIC_PAGE_TPR).write_volatile(self.cr8 << 4) };
+    }
+    #[inline]
+    fn efer(&self) -> u64 {
+        self.efer
+    }
+    fn set_efer(&mut self, efer: u64) {
+        self.write_efer(self.form, efer);
+    }
+    fn dr6(&self) -> u64 {
+        self.registers.dr6()
+    }
+    fn set_dr6(&mut self, dr6: u64) {
+        self.registers.set_dr6(dr6);
+    }
+    fn dr7(&self) -> u64 {
+        self.region.read(vmcs::GUEST_DR7)
+    }
+    #[inline]
+    fn cpl(&self) -> u8 {
+        if self.cr0_shadow & CR0_PE == 0 {
+            return 0;
+        }
+        // SS.DPL is the CPL in each mode, bits 6:5.
+        (self.cache.get(Hot::SsRights, &self.region) >> 5 & 3) as u8
+    }
+    #[inline]
+    fn segment(&self, name: SegmentName) -> Segment {
+        let mut segment = self.read_segment(name as usize);
+        if self.form == Form::Vm86 {
+            segment.attributes = self.real_attributes[name as usize];
+        }
+        segment
+    }
+    #[inline]
+    fn switched_msr(&self, msr: u32) -> Option<u64> {
+        match msr {
+            0x174 => Some(self.region.read(vmcs::GUEST_SYSENTER_CS).into()),
+            0x175 => Some(self.region.read(vmcs::GUEST_SYSENTER_ESP)),
+            0x176 => Some(self.region.read(vmcs::GUEST_SYSENTER_EIP)),
+            0xc000_0100 => Some(self.region.read(vmcs::GUEST_FS_BASE)),
+            0xc000_0101 => Some(self.region.read(vmcs::GUEST_GS_BASE)),
+            0xc000_0081..=0xc000_0102 => self.registers.msr(msr),
+            _ => None,
+        }
+    }
+    #[inline]
+    fn set_switched_msr(&mut self, msr: u32, value: u64) -> bool {
+        match msr {
+            0x174 => self.region.set(vmcs::GUEST_SYSENTER_CS, value as u32),
+            0x175 => self.region.set(vmcs::GUEST_SYSENTER_ESP, value),
+            0x176 => self.region.set(vmcs::GUEST_SYSENTER_EIP, value),
+            0xc000_0100 => self.region.set(vmcs::GUEST_FS_BASE, value),
+            0xc000_0101 => self.region.set(vmcs::GUEST_GS_BASE, value),
+            0xc000_0081..=0xc000_0102 => return self.registers.set_msr(msr, value),
+            _ => return false,
+        }
+        true
+    }
+    fn set_pat(&mut self, pat: u64) {
+        self.region.set(vmcs::GUEST_PAT, pat);
+        self.areas.set_guest(msr::PAT, pat);
+    }
+    fn set_tsc_offset(&mut self, offset: u64) {
+        self.region.set(vmcs::TSC_OFFSET, offset);
+    }
+
+    fn state(&self) -> CpuState {
+        use SegmentName::{Cs, Ds, Es, Fs, Gs, Ss};
+        let table = |base, limit: u32| TableRegister { base, limit: limit as u16 };
+        CpuState {
+            segments: [Es, Cs, Ss, Ds, Fs, Gs].map(|name| self.segment(name)),
+            ldtr: self.read_segment(LDTR),
+            tr: if self.form == Form::Vm86 { self.real_tr } else { self.read_segment(TR) },
+            gdtr: table(self.region.read(vmcs::GUEST_GDTR_BASE), self.region.read(vmcs::GUEST_GDTR_LIMIT)),
+            idtr: table(self.region.read(vmcs::GUEST_IDTR_BASE), self.region.read(vmcs::GUEST_IDTR_LIMIT)),
+            cr0: self.cr0(),
+            cr2: self.cr2(),
+            cr3: self.cr3(),
+            cr4: self.cr4(),
+            efer: self.efer,
+            dr6: self.dr6(),
+            dr7: self.dr7(),
+            rflags: self.rflags(),
+            rip: self.rip(),
+        }
+    }
+
+    fn set_state(&mut self, state: &CpuState) {
+        // Not necessarily a form that can be entered: `settle_form` finds that.
+        self.write_state(Form::Own, state);
+        self.flush = true;
+    }
+
+    fn load_state(&mut self, state: &CpuState) {
+        self.set_state(state);
+        self.set_interruptibility(Interruptibility::empty());
+        self.region.set(vmcs::GUEST_PENDING_DEBUG, 0);
+        self.injection = None;
+        self.vectoring = 0;
+        self.primary.remove(Primary::INTERRUPT_WINDOW_EXITING | Primary::NMI_WINDOW_EXITING);
+    }
+
+    fn switch_in(&mut self) {
+        self.registers.load();
+    }
+    fn switch_out(&mut self) {
+        self.registers.save();
+    }
+
+    fn exit_insn_bytes(&self) -> &[u8] {
+        &[]
+    }
+
+    #[inline]
+    fn exit_next_rip(&self) -> Option<u64> {
+        self.has_length
+            .then(|| self.rip().wrapping_add(self.region.read(vmcs::EXIT_INSTRUCTION_LENGTH).into()))
+    }
+
+    #[inline]
+    fn interrupts_open(&self) -> bool {
+        self.cache.get(Hot::Rflags, &self.region) & RFLAGS_IF != 0
+            && !self.in_shadow()
+            && self.injection.is_none()
+    }
+    #[inline]
+    fn in_shadow(&self) -> bool {
+        self.interruptibility().intersects(Interruptibility::STI | Interruptibility::MOV_SS)
+    }
+    fn restore_shadow(&mut self) {
+        // The shadow of STI needs IF set; that of MOV SS holds back the same, and more.
+        let open = self.cache.get(Hot::Rflags, &self.region) & RFLAGS_IF != 0;
+        let shadow = if open { Interruptibility::STI } else { Interruptibility::MOV_SS };
+        self.set_interruptibility(self.interruptibility() | shadow);
+    }
+    #[inline]
+    fn clear_shadow(&mut self) {
+        let state = self.interruptibility();
+        let shadow = Interruptibility::STI | Interruptibility::MOV_SS;
+        if state.intersects(shadow) {
+            self.set_interruptibility(state - shadow);
+        }
+    }
+    #[inline]
+    fn inject(&mut self, event: Event) {
+        self.injection = Some(event);
+    }
+    #[inline]
+    fn injecting(&self) -> bool {
+        self.injection.is_some()
+    }
+    #[inline]
+    fn take_undeliverable(&mut self) -> Option<Event> {
+        let by_software = self.cr0_shadow & CR0_PE == 0 && !self.machine.unrestricted();
+        if by_software {
+            self.injection.take()
+        } else {
+            None
+        }
+    }
+    #[inline]
+    fn take_interrupted_event(&mut self) -> Option<Event> {
+        if self.vectoring & event::VALID == 0 {
+            return None;
+        }
+        let error = self.region.read(vmcs::IDT_VECTORING_ERROR);
+        let event = interrupted_event(core::mem::take(&mut self.vectoring), error);
+        if event == Some(Event::Nmi) {
+            self.set_nmis_blocked(false);
+        }
+        event
+    }
+    #[inline]
+    fn request_interrupt_window(&mut self, on: bool) {
+        self.primary.set(Primary::INTERRUPT_WINDOW_EXITING, on);
+    }
+    #[inline]
+    fn nmis_blocked(&self) -> bool {
+        self.interruptibility().contains(Interruptibility::NMI)
+    }
+    fn set_nmis_blocked(&mut self, blocked: bool) {
+        let mut state = self.interruptibility();
+        state.set(Interruptibility::NMI, blocked);
+        self.set_interruptibility(state);
+    }
+    #[inline]
+    fn request_nmi_window(&mut self, on: bool) {
+        self.primary.set(Primary::NMI_WINDOW_EXITING, on);
+    }
+    #[inline]
+    fn intercept_cr8_writes(&mut self, on: bool) {
+        let always = !self.primary.contains(Primary::TPR_SHADOW);
+        self.primary.set(Primary::CR8_LOAD_EXITING, on || always);
+    }
+    fn set_deadline(&mut self, tsc: u64) -> bool {
+        if !self.machine.controls.preemption_timer {
+            return false;
+        }
+        if self.deadline.is_none() {
+            self.pin.insert(Pin::PREEMPTION_TIMER);
+            self.region.set(vmcs::PIN_CONTROLS, self.pin.bits());
+        }
+        self.deadline = Some(tsc);
+        true
+    }
+
+    fn set_root(&mut self, root: u64) {
+        self.eptp = self.vmx.eptp(root);
+        self.region.set(vmcs::EPT_POINTER, self.eptp);
+        self.flush = true;
+    }
+    fn flush_tlb(&mut self) {
+        self.flush = true;
+    }
+}
