@@ -39,7 +39,7 @@ fn configuration(machine: &Machine, share: &Path) -> String {
 display_library: rfb, options=\"timeout=0\"
 romimage: file={share}/BIOS-bochs-latest
 vgaromimage: file={share}/VGABIOS-lgpl-latest
-cpu: model={cpu}, count={cpus}, reset_on_triple_fault=0
+cpu: model={cpu}, count={cpus}, ips=50000000, reset_on_triple_fault=0
 memory: guest={memory}, host={memory}
 clock: sync=none
 boot: cdrom
