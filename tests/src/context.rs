@@ -6,8 +6,9 @@ use std::time::{Duration, Instant};
 use anyhow::{bail, Result};
 use xtask::build::Images;
 use xtask::bundle::Bundle;
-use xtask::emulator::{Acceleration, Kind, Machine, Outcome, Session};
+use xtask::emulator::{Acceleration, BochsCpu, Boot, Kind, Machine, Outcome, Session};
 use xtask::guest::Linux;
+use xtask::size::Size;
 
 /// The surroundings of one scenario.
 pub(crate) struct Ctx {
@@ -25,7 +26,18 @@ impl Ctx {
 
     /// The usual machine: QEMU, one CPU, 1 GiB.
     pub(crate) fn machine(&self) -> Machine {
-        Machine { memory: xtask::size::Size::mib(1024), ..Machine::new(&self.dir) }
+        Machine { memory: Size::mib(1024), ..Machine::new(&self.dir) }
+    }
+
+    /// Bochs with this processor, one CPU and 512 MiB.
+    pub(crate) fn bochs(&self, cpu: BochsCpu) -> Machine {
+        Machine {
+            kind: Kind::Bochs,
+            boot: Boot::Iso,
+            cpu: Some(cpu.model().into()),
+            memory: Size::mib(512),
+            ..self.machine()
+        }
     }
 
     /// Boots a machine.
@@ -90,7 +102,12 @@ impl Vm {
     }
 }
 
-/// Whether the emulator underneath is QEMU's TCG, of which the test guests know the peculiarities.
-pub(crate) fn is_tcg(machine: &Machine) -> bool {
-    machine.kind == Kind::Qemu && machine.acceleration == Acceleration::Tcg
+/// The word by which the test guests know the emulator underneath and its peculiarities; none for a real processor.
+pub(crate) fn platform_word(machine: &Machine) -> &'static str {
+    match (machine.kind, machine.acceleration) {
+        (Kind::Qemu, Acceleration::Tcg) => "tcg",
+        (Kind::Qemu, Acceleration::Kvm) => "",
+        (Kind::Bochs, _) if machine.cpu.as_deref() == Some(BochsCpu::Ryzen.model()) => "bochs-svm",
+        (Kind::Bochs, _) => "bochs-vmx",
+    }
 }

@@ -2,7 +2,7 @@
 
 use anyhow::{ensure, Result};
 use xtask::bundle::Bundle;
-use xtask::emulator::{Boot, Kind, Machine};
+use xtask::emulator::{BochsCpu, Boot, Machine};
 use xtask::size::Size;
 
 use crate::cases::Cases;
@@ -31,13 +31,10 @@ pub(super) fn all() -> Vec<Scenario> {
         })
         .needs(&[Need::Grub, Need::Uefi])
         .limit(120),
-        Scenario::new("boot_iso_bochs", |ctx| {
-            let machine =
-                Machine { kind: Kind::Bochs, boot: Boot::Iso, memory: Size::mib(512), ..ctx.machine() };
-            demo(ctx, &machine)
-        })
-        .needs(&[Need::Grub, Need::Bochs])
-        .limit(300),
+        Scenario::new("boot_iso_bochs", |ctx| demo(ctx, &ctx.bochs(BochsCpu::Ryzen)))
+            .needs(&[Need::Grub, Need::Bochs])
+            .limit(300),
+        Scenario::new("boot_iso_bochs_vmx", vmx).needs(&[Need::Grub, Need::Bochs]).limit(300),
         Scenario::new("halt_at_end", halt_at_end),
     ]
 }
@@ -49,6 +46,24 @@ fn demo_bundle(ctx: &Ctx, umbra: &str) -> Result<Bundle> {
 }
 
 fn demo(ctx: &Ctx, machine: &Machine) -> Result<Cases> {
+    demo_log(ctx, machine)?;
+    Ok(Cases::passed())
+}
+
+/// Umbra names what it runs on.
+fn vmx(ctx: &Ctx) -> Result<Cases> {
+    let log = demo_log(ctx, &ctx.bochs(BochsCpu::SkylakeX))?;
+    for word in ["VMX", "EPT"] {
+        ensure!(
+            log.lines().any(|line| line.starts_with("umbra: ") && line.contains(word)),
+            "no line of Umbra's says {word}"
+        );
+    }
+    Ok(Cases::passed())
+}
+
+/// Boots the demo guest, talks to it and has it switch off; the whole log.
+fn demo_log(ctx: &Ctx, machine: &Machine) -> Result<String> {
     let mut vm = ctx.boot(machine, &demo_bundle(ctx, "")?)?;
     // GRUB leaves the cursor anywhere, so Umbra's first words need not begin a line.
     vm.expect("umbra: ")?;
@@ -60,7 +75,7 @@ fn demo(ctx: &Ctx, machine: &Machine) -> Result<Cases> {
     vm.expect("^umbra: vm \"demo\": powered off$")?;
     let outcome = vm.end_with(0)?;
     ensure!(!outcome.log.contains("umbra: error"), "there is an error in the log of a good run");
-    Ok(Cases::passed())
+    Ok(outcome.log)
 }
 
 /// `at_end = "halt"` leaves the machine on after the last line.

@@ -4,18 +4,23 @@ use std::fs;
 
 use anyhow::{bail, ensure, Result};
 use xtask::bundle::Bundle;
+use xtask::emulator::{BochsCpu, Machine};
 use xtask::paths;
 
 use crate::cases::{is_failure, Cases};
-use crate::context::{is_tcg, Ctx};
+use crate::context::{platform_word, Ctx};
 use crate::payload;
-use crate::scenario::Scenario;
+use crate::scenario::{Need, Scenario};
 
 /// Guests that hold a conversation, measure or misbehave, and are not judged by their cases alone.
 const WITHOUT_CASES: [&str; 3] = ["demo", "bench_exits", "garbage"];
 
 /// What a guest writes to its exit port when all cases passed is 0, and comes back as isa-debug-exit's status.
 const ALL_PASSED: u8 = 1;
+
+/// Bochs's processors that every guest runs on: SVM; VMX; VMX without unrestricted guest.
+const IN_BOCHS: [(&str, BochsCpu); 3] =
+    [("ryzen", BochsCpu::Ryzen), ("skylake", BochsCpu::SkylakeX), ("lynnfield", BochsCpu::Lynnfield)];
 
 /// Ways in which the guest `garbage` misbehaves: a name and its command line.
 const MISDEEDS: [(&str, &str); 8] = [
@@ -29,14 +34,25 @@ const MISDEEDS: [(&str, &str); 8] = [
     ("hostile_npt", "hostile-npt"),
 ];
 
-/// One scenario for each guest with cases and each largest page that may back its memory, one for each misdeed.
+/// One scenario for each guest with cases and each largest page that may back its memory, one for each guest and each
+/// of Bochs's processors, one for each misdeed.
 pub(super) fn all() -> Vec<Scenario> {
     let mut all = Vec::new();
-    for name in names().into_iter().filter(|name| !WITHOUT_CASES.contains(&name.as_str())) {
+    let with_cases = names().into_iter().filter(|name| !WITHOUT_CASES.contains(&name.as_str()));
+    let with_cases: Vec<_> = with_cases.collect();
+    for name in &with_cases {
         for page_size in ["4K", "auto"] {
             let guest = name.clone();
-            let scenario = move |ctx: &Ctx| report(ctx, &guest, page_size);
+            let scenario = move |ctx: &Ctx| report(ctx, &ctx.machine(), &guest, page_size);
             all.push(Scenario::new(format!("guest_{name}_{page_size}"), scenario).limit(240));
+        }
+    }
+    for (model, cpu) in IN_BOCHS {
+        for name in &with_cases {
+            let guest = name.clone();
+            let scenario = move |ctx: &Ctx| report(ctx, &ctx.bochs(cpu), &guest, "auto");
+            let scenario = Scenario::new(format!("bochs_{model}_{name}"), scenario);
+            all.push(scenario.needs(&[Need::Grub, Need::Bochs]).limit(240));
         }
     }
     all.push(Scenario::new("other_vms_go_on", other_vms_go_on).limit(240));
@@ -59,9 +75,8 @@ fn names() -> Vec<String> {
     names
 }
 
-fn report(ctx: &Ctx, guest: &str, page_size: &str) -> Result<Cases> {
-    let machine = ctx.machine();
-    let mut words = String::from(if is_tcg(&machine) { "tcg" } else { "" });
+fn report(ctx: &Ctx, machine: &Machine, guest: &str, page_size: &str) -> Result<Cases> {
+    let mut words = platform_word(machine).to_owned();
     let mut more = format!("page_size = \"{page_size}\"\n");
     let mut bundle_files = Vec::new();
     match guest {
@@ -79,7 +94,7 @@ fn report(ctx: &Ctx, guest: &str, page_size: &str) -> Result<Cases> {
     for (name, data) in bundle_files {
         bundle = bundle.file(name, data);
     }
-    let outcome = ctx.boot(&machine, &bundle)?.end()?;
+    let outcome = ctx.boot(machine, &bundle)?.end()?;
     let mut cases = Cases::reported_in(&outcome.log);
     let failed = cases.count(is_failure) > 0;
     cases.require(failed || outcome.status == Some(ALL_PASSED), || {
@@ -127,7 +142,7 @@ fn bundle(ctx: &Ctx, guest: &str, cmdline: &str, more: &str) -> Result<Bundle> {
 /// Whatever the guest does and however it ends, Umbra lives to say so.
 fn misdeed(ctx: &Ctx, cmdline: &str) -> Result<Cases> {
     let machine = ctx.machine();
-    let words = if is_tcg(&machine) { format!("tcg {cmdline}") } else { cmdline.to_owned() };
+    let words = format!("{} {cmdline}", platform_word(&machine));
     let outcome = ctx.boot(&machine, &bundle(ctx, "garbage", &words, "")?)?.end()?;
     ensure!(!outcome.log.contains("umbra: panic"), "Umbra itself panicked");
     let ended = outcome.log.lines().any(|line| line.starts_with("umbra: vm \"garbage\": "));

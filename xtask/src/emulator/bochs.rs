@@ -5,14 +5,15 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
+use super::cpu::BochsCpu;
 use super::machine::Machine;
 use crate::exec::CommandLine;
 
 /// The program.
-const PROGRAM: &str = "bochs";
+pub(super) const PROGRAM: &str = "bochs";
 
-/// An AMD processor with SVM.
-const CPU: &str = "ryzen";
+/// The processor that offers most: only Bochs emulates VMX.
+const BEST_CPU: BochsCpu = BochsCpu::SkylakeX;
 
 /// Where the BIOS images are: distributions first, then Homebrew.
 const SHARES: [&str; 3] = ["/usr/share/bochs", "/usr/local/share/bochs", "/opt/homebrew/share/bochs"];
@@ -38,7 +39,7 @@ fn configuration(machine: &Machine, share: &Path) -> String {
 display_library: rfb, options=\"timeout=0\"
 romimage: file={share}/BIOS-bochs-latest
 vgaromimage: file={share}/VGABIOS-lgpl-latest
-cpu: model={CPU}, count={cpus}, reset_on_triple_fault=0
+cpu: model={cpu}, count={cpus}, ips=50000000, reset_on_triple_fault=0
 memory: guest={memory}, host={memory}
 clock: sync=none
 boot: cdrom
@@ -48,6 +49,7 @@ panic: action=fatal
 error: action=ignore
 info: action=ignore
 ",
+        cpu = machine.cpu.as_deref().unwrap_or(BEST_CPU.model()),
         cpus = machine.cpus,
         iso = machine.iso_file().display(),
         log = machine.dir.join("bochs.log").display(),
@@ -74,10 +76,16 @@ mod tests {
     fn the_configuration_describes_the_machine() {
         let machine = Machine { cpus: 2, memory: Size::mib(256), ..Machine::new("/t/run") };
         let text = configuration(&machine, Path::new("/usr/share/bochs"));
-        for part in ["model=ryzen, count=2", "guest=256, host=256", "path=\"/t/run/umbra.iso\"", "sync=none"]
-        {
+        for part in [
+            "model=corei7_skylake_x, count=2",
+            "guest=256, host=256",
+            "path=\"/t/run/umbra.iso\"",
+            "sync=none",
+        ] {
             assert!(text.contains(part), "{part}");
         }
+        let machine = Machine { cpu: Some("ryzen".into()), ..machine };
+        assert!(configuration(&machine, Path::new("/usr/share/bochs")).contains("model=ryzen, count=2"));
     }
 
     #[test]

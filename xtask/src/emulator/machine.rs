@@ -15,11 +15,21 @@ use crate::size::Size;
 /// Which emulator.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum Kind {
-    /// QEMU, which emulates AMD SVM.
+    /// QEMU, which emulates SVM.
     #[default]
     Qemu,
-    /// Bochs, which is slower and starts from an image only.
+    /// Bochs, which emulates VMX and SVM, is slower and starts from an image only.
     Bochs,
+}
+
+impl Kind {
+    /// The emulator's own name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Qemu => "QEMU",
+            Self::Bochs => "Bochs",
+        }
+    }
 }
 
 /// How Umbra gets into the machine.
@@ -61,7 +71,7 @@ pub struct Machine {
     pub memory: Size,
     /// Emulation or the host's virtualization.
     pub acceleration: Acceleration,
-    /// QEMU's processor model; `None` takes the one that offers Umbra most.
+    /// The emulator's processor model; `None` takes the one that offers Umbra most.
     pub cpu: Option<String>,
     /// Repeatable time.
     pub icount: Icount,

@@ -3,6 +3,7 @@
 mod accel;
 mod bochs;
 mod console;
+mod cpu;
 mod firmware;
 mod machine;
 mod process;
@@ -11,6 +12,7 @@ mod session;
 
 pub use accel::{Accel, Acceleration};
 pub use console::{end_status, line_regex, Text};
+pub use cpu::{check_model, BochsCpu};
 pub use firmware::uefi_files;
 pub use machine::{Boot, Icount, Kind, Machine};
 pub use process::{Emulator, Messages};

@@ -8,7 +8,7 @@ use super::machine::{Boot, Icount, Machine};
 use crate::exec::CommandLine;
 
 /// The program.
-const PROGRAM: &str = "qemu-system-x86_64";
+pub(super) const PROGRAM: &str = "qemu-system-x86_64";
 
 /// The processor of an emulated machine: everything that TCG can do, and SVM with nested paging.
 const TCG_CPU: &str = "max,+svm,+npt";

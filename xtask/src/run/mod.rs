@@ -13,7 +13,7 @@ use regex::bytes::Regex;
 
 use self::terminal::{End, Limits};
 use crate::bundle::Bundle;
-use crate::emulator::{line_regex, Accel, Boot, Emulator, Kind, Machine, Messages};
+use crate::emulator::{check_model, line_regex, Accel, Boot, Emulator, Kind, Machine, Messages};
 use crate::guest::description;
 use crate::setup::{self, Component};
 use crate::size::Size;
@@ -52,6 +52,10 @@ pub struct Options {
     /// The emulator
     #[arg(long, value_enum, default_value_t)]
     pub emulator: Kind,
+    /// The emulator's processor: one of `qemu-system-x86_64 -cpu help`, with features, or of `bochs -help cpu`
+    /// [default: the one that offers most]
+    #[arg(long, value_name = "MODEL")]
+    pub cpu: Option<String>,
     /// Boot by GRUB on UEFI
     #[arg(long)]
     pub uefi: bool,
@@ -149,6 +153,9 @@ impl Options {
 pub fn run(options: &Options) -> Result<ExitCode> {
     options.check()?;
     let ready = setup::ensure(&options.components())?;
+    if let Some(model) = &options.cpu {
+        check_model(options.emulator, model)?;
+    }
     build::build(ready.compiler()?)?;
     let dir = paths::target_dir().join("run");
     let bundle = match &options.vm {
@@ -173,6 +180,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         cpus: options.cpus,
         memory: options.memory,
         acceleration,
+        cpu: options.cpu.clone(),
         gdb: options.gdb,
         ..Machine::new(dir)
     };
