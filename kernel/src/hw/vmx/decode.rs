@@ -1,9 +1,9 @@
 //! From exit reasons to the vendor-neutral [`Exit`]. SDM vol. 3, 28.2 and appendix C.
 #![allow(unsafe_code)] // A host NMI that became an exit is handed to its handler.
 
-use super::cache::Hot;
+use super::cache::{FieldsMut, Hot};
 use super::controls::Interruptibility;
-use super::event::VALID;
+use super::event::{TYPE_SHIFT, VALID};
 use super::exit::{
     reason, CrAccess, EptViolation, Interruption, IoAccess, TaskSwitch as Switch, TaskSwitchSource,
 };
@@ -19,8 +19,8 @@ const GENERAL_PROTECTION: u8 = 13;
 const MACHINE_CHECK: u8 = 18;
 /// DR6: what a debug exception reports anew each time, B3 to B0 and BD, BS, BT.
 const DR6_CAUSES: u64 = 0xf | 7 << 13;
-/// RFLAGS.RF and what exits of software exceptions leave to the length field.
-const IDT_TYPE_SHIFT: u32 = 8;
+/// DR7.GD: general detection.
+const DR7_GD: u64 = 1 << 13;
 
 /// Decodes the exit of `vcpu` with this basic reason.
 #[inline(always)]
@@ -147,6 +147,11 @@ fn exception_or_nmi(vcpu: &mut VmxVcpu) -> Exit {
             let causes = vcpu.region.read(vmcs::EXIT_QUALIFICATION) & DR6_CAUSES;
             let dr6 = vcpu.dr6();
             vcpu.set_dr6(dr6 & !0xf | causes);
+            // Nor is general detection off yet, as it is in the handler.
+            let dr7 = vcpu.region.read(vmcs::GUEST_DR7);
+            if dr7 & DR7_GD != 0 {
+                vcpu.region.set(vmcs::GUEST_DR7, dr7 & !DR7_GD);
+            }
             Exit::Exception(DEBUG, None)
         }
         // Real mode as virtual-8086 mode: what only CPL 0 may do is #GP there, and INT3 and INTO are to return behind
@@ -173,7 +178,7 @@ fn task_switch(vcpu: &mut VmxVcpu) -> Exit {
         TaskSwitchSource::TaskGate => TaskSwitchCause::Gate,
     };
     // An interrupt or a fault comes back to the instruction itself; INT n, INT3 and INTO behind it (28.2.1).
-    let by_hardware = matches!(vcpu.vectoring >> IDT_TYPE_SHIFT & 7, 0 | 2 | 3);
+    let by_hardware = matches!(vcpu.vectoring >> TYPE_SHIFT & 7, 0 | 2 | 3);
     let stays = source == TaskSwitchSource::TaskGate && vcpu.vectoring & VALID != 0 && by_hardware;
     let next_rip = if stays { vcpu.rip() } else { next_rip(vcpu) };
     Exit::TaskSwitch(TaskSwitch { selector, cause, next_rip })
