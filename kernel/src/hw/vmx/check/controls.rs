@@ -87,7 +87,7 @@ fn apic(fields: &impl Fields, settings: &Settings, capabilities: &VmxCapabilitie
     }
     broken! {
         !primary.contains(Primary::TPR_SHADOW) && secondary.intersects(needing_shadow) =>
-            "TPR shadow: x2APIC mode, APIC-register virtualization and virtual-interrupt delivery need it (27.2.1.1)";
+            "TPR shadow: x2APIC mode and the other APIC virtualization need it (27.2.1.1)";
         secondary.contains(Secondary::VIRTUALIZE_APIC_ACCESSES) && !page(vmcs::APIC_ACCESS_ADDRESS) =>
             "APIC-access page: the address is not of a page (27.2.1.1)";
         secondary.contains(Secondary::VIRTUALIZE_X2APIC | Secondary::VIRTUALIZE_APIC_ACCESSES) =>
@@ -139,7 +139,8 @@ fn second_stage(
             "page-modification log: needs EPT (27.2.1.1)";
         secondary.contains(Secondary::PAGE_MODIFICATION_LOG) && !page(vmcs::PML_ADDRESS) =>
             "page-modification log: the address is not of a page (27.2.1.1)";
-        !ept && secondary.contains(Secondary::UNRESTRICTED_GUEST) => "unrestricted guest: needs EPT (27.2.1.1)";
+        !ept && secondary.contains(Secondary::UNRESTRICTED_GUEST) =>
+            "unrestricted guest: needs EPT (27.2.1.1)";
         !ept && secondary.contains(Secondary::MODE_BASED_EXECUTE) =>
             "mode-based execute control: needs EPT (27.2.1.1)";
         !ept && secondary.contains(Secondary::SUB_PAGE_WRITE_PERMISSIONS) =>
@@ -153,7 +154,7 @@ fn second_stage(
             "processor trace with guest-physical addresses: needs EPT (27.2.1.1)";
         secondary.contains(Secondary::PT_GUEST_PHYSICAL)
             && !(entry.contains(EntryControls::LOAD_RTIT_CTL) && exit.contains(ExitControls::CLEAR_RTIT_CTL)) =>
-            "processor trace with guest-physical addresses: needs IA32_RTIT_CTL loaded and cleared (27.2.1.1)";
+            "processor trace with guest-physical addresses: needs IA32_RTIT_CTL switched (27.2.1.1)";
     }
     if secondary.contains(Secondary::VM_FUNCTIONS) {
         let functions = fields.read(vmcs::VM_FUNCTION_CONTROLS);
@@ -214,7 +215,8 @@ fn entry(fields: &impl Fields, settings: &Settings, capabilities: &VmxCapabiliti
     broken! {
         !msr_area_is_valid(fields, capabilities, vmcs::ENTRY_MSR_LOAD_COUNT, vmcs::ENTRY_MSR_LOAD_ADDRESS) =>
             "VM-entry MSR-load area: not aligned, or beyond the physical-address width (27.2.1.3)";
-        settings.entry.contains(EntryControls::ENTRY_TO_SMM) => "entry to SMM: only possible in SMM (27.2.1.3)";
+        settings.entry.contains(EntryControls::ENTRY_TO_SMM) =>
+            "entry to SMM: only possible in SMM (27.2.1.3)";
         settings.entry.contains(EntryControls::DEACTIVATE_DUAL_MONITOR) =>
             "deactivate dual-monitor treatment: only possible in SMM (27.2.1.3)";
     }
@@ -231,8 +233,8 @@ fn injection(fields: &impl Fields, capabilities: &VmxCapabilities, info: u32) ->
     let kind = info >> TYPE_SHIFT & 7;
     let has_error = info & ERROR_CODE != 0;
     let trap_flag = capabilities.primary >> 32 & u64::from(Primary::MONITOR_TRAP_FLAG.bits()) != 0;
-    // An error code is pushed in protected mode alone, by hardware exceptions, and by all that normally do so unless
-    // the CPU leaves that free.
+    // An error code is pushed in protected mode alone, by hardware exceptions, and by all that normally do so
+    // unless the CPU leaves that free.
     let protected = fields.read(vmcs::GUEST_CR0) & CR0_PE != 0;
     let may_have_error =
         kind == TYPE_EXCEPTION && protected && (capabilities.error_code_is_free() || has_error_code(vector));
@@ -242,7 +244,8 @@ fn injection(fields: &impl Fields, capabilities: &VmxCapabilities, info: u32) ->
         kind == TYPE_NMI && vector != 2 => "injected event: the vector of an NMI must be 2 (27.2.1.3)";
         kind == TYPE_EXCEPTION && vector > 31 =>
             "injected event: the vector of a hardware exception must be at most 31 (27.2.1.3)";
-        kind == TYPE_OTHER && vector != 0 => "injected event: the vector of another event must be 0 (27.2.1.3)";
+        kind == TYPE_OTHER && vector != 0 =>
+            "injected event: the vector of another event must be 0 (27.2.1.3)";
         has_error && !may_have_error => "injected event: it must not have an error code (27.2.1.3)";
         !has_error && must_have_error => "injected event: it must have an error code (27.2.1.3)";
         info & 0x7fff_f000 != 0 => "injected event: bits 30:12 must be 0 (27.2.1.3)";

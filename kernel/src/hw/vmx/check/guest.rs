@@ -133,7 +133,8 @@ fn rip_and_rflags(state: &GuestState, capabilities: &VmxCapabilities) -> Option<
     /// Bits 63:22, 15, 5 and 3.
     const RFLAGS_ZERO: u64 = u64::MAX << 22 | 1 << 15 | 1 << 5 | 1 << 3;
     let GuestState { rip, rflags, .. } = *state;
-    // Bits from the linear-address width on must be alike; unlike in a canonical address, the one below need not be.
+    // Bits from the linear-address width on must be alike; unlike in a canonical address, the one below need
+    // not be.
     let above = rip as i64 >> capabilities.linear_address_bits;
     broken! {
         !state.in_64_bit_mode() && rip >> 32 != 0 =>

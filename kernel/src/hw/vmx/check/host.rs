@@ -23,10 +23,14 @@ fn control_registers(fields: &impl Fields, capabilities: &VmxCapabilities) -> Op
     let cr0 = fields.read(vmcs::HOST_CR0);
     let cr4 = fields.read(vmcs::HOST_CR4);
     broken! {
-        capabilities.cr0_fixed0 & !cr0 != 0 => "host CR0: a bit is 0 that must be 1 in VMX operation (27.2.2)";
-        cr0 & !capabilities.cr0_fixed1 != 0 => "host CR0: a bit is 1 that must be 0 in VMX operation (27.2.2)";
-        capabilities.cr4_fixed0 & !cr4 != 0 => "host CR4: a bit is 0 that must be 1 in VMX operation (27.2.2)";
-        cr4 & !capabilities.cr4_fixed1 != 0 => "host CR4: a bit is 1 that must be 0 in VMX operation (27.2.2)";
+        capabilities.cr0_fixed0 & !cr0 != 0 =>
+            "host CR0: a bit is 0 that must be 1 in VMX operation (27.2.2)";
+        cr0 & !capabilities.cr0_fixed1 != 0 =>
+            "host CR0: a bit is 1 that must be 0 in VMX operation (27.2.2)";
+        capabilities.cr4_fixed0 & !cr4 != 0 =>
+            "host CR4: a bit is 0 that must be 1 in VMX operation (27.2.2)";
+        cr4 & !capabilities.cr4_fixed1 != 0 =>
+            "host CR4: a bit is 1 that must be 0 in VMX operation (27.2.2)";
         cr4 & CR4_CET != 0 && cr0 & CR0_WP == 0 => "host CR4: CET needs CR0.WP (27.2.2)";
         fields.read(vmcs::HOST_CR3) & capabilities.cr3_reserved() != 0 =>
             "host CR3: beyond the physical-address width (27.2.2)";

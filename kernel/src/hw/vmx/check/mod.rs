@@ -1,10 +1,10 @@
 //! Why a VM entry failed, in words: the checks that the processor makes, made again. SDM vol. 3, chapter 27.
 //!
-//! The processor says that an entry failed, not which of its two hundred rules broke. Here are the rules in the
-//! manual's order; the first broken one is the explanation. The sections in parentheses are the manual's.
+//! The processor says that an entry failed, not which of its two hundred rules broke. Here are the rules in
+//! the manual's order; the first broken one is the explanation. The sections in parentheses are the manual's.
 //!
-//! The rules for the guest's state work on plain values ([`GuestState`]), so that they also decide, on a CPU that
-//! cannot run every guest state, which ones must be emulated.
+//! The rules for the guest's state work on plain values ([`GuestState`]), so that they also decide, on a CPU
+//! that cannot run every guest state, which ones must be emulated.
 
 mod controls;
 mod guest;
@@ -54,10 +54,11 @@ pub fn explain(fields: &impl Fields, capabilities: &VmxCapabilities, failure: Fa
     match failure {
         // Only a rule of the named area can be the reason, unless this CPU has one that is not known here.
         Failure::Instruction(ERROR_CONTROLS) => controls::error(fields, &settings, capabilities).unwrap_or(
-            "VM entry with invalid control fields; perhaps the TPR threshold is above the virtual TPR (27.2.1.1)",
+            "VM entry: invalid control fields; perhaps the TPR threshold is above the virtual TPR (27.2.1.1)",
         ),
-        Failure::Instruction(ERROR_HOST) => host::error(fields, &settings, capabilities)
-            .unwrap_or(instruction_error::describe(ERROR_HOST)),
+        Failure::Instruction(ERROR_HOST) => {
+            host::error(fields, &settings, capabilities).unwrap_or(instruction_error::describe(ERROR_HOST))
+        }
         Failure::Instruction(error) => instruction_error::describe(error),
         Failure::Exit(exit) => match exit.basic() {
             reason::INVALID_GUEST_STATE => {
@@ -66,7 +67,7 @@ pub fn explain(fields: &impl Fields, capabilities: &VmxCapabilities, failure: Fa
                 guest_state_error(&state, capabilities, unrestricted)
                     .unwrap_or_else(|| qualification_words(fields.read(vmcs::EXIT_QUALIFICATION)))
             }
-            reason::MSR_LOADING => "VM entry: an MSR of the VM-entry MSR-load area could not be loaded (27.4)",
+            reason::MSR_LOADING => "VM entry: an MSR of the MSR-load area could not be loaded (27.4)",
             reason::ENTRY_MACHINE_CHECK => "VM entry: a machine check occurred (27.9)",
             _ => "VM entry failed for a reason that the manual does not number",
         },
@@ -113,8 +114,8 @@ impl Settings {
 }
 
 impl VmxCapabilities {
-    /// Whether `address` has its low `zero_bits` clear and lies within the physical-address width, or within 32 bits
-    /// where VMX structures must.
+    /// Whether `address` has its low `zero_bits` clear and lies within the physical-address width, or within
+    /// 32 bits where VMX structures must.
     fn is_address(&self, address: u64, zero_bits: u32) -> bool {
         let width = if self.addresses_are_32_bits() { 32 } else { self.physical_address_bits };
         address & !(u64::MAX << zero_bits) == 0 && address >> width == 0
@@ -126,7 +127,8 @@ impl VmxCapabilities {
         ((address << unused) as i64 >> unused) as u64 == address
     }
 
-    /// Bits of CR3 that must be 0: above the physical-address width, but for those of LAM where the CPU has it.
+    /// Bits of CR3 that must be 0: above the physical-address width, but for those of LAM where the CPU has
+    /// it.
     fn cr3_reserved(&self) -> u64 {
         const CR4_LAM_SUP: u64 = 1 << 28;
         const CR3_LAM: u64 = 3 << 61;

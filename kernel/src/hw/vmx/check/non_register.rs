@@ -1,5 +1,5 @@
-//! Rules for the guest's non-register state: activity, interruptibility, pending debug exceptions, link pointer.
-//! SDM vol. 3, 27.3.1.5.
+//! Rules for the guest's non-register state: activity, interruptibility, pending debug exceptions, link
+//! pointer. SDM vol. 3, 27.3.1.5.
 use super::broken;
 use super::state::{GuestState, PENDING_BS, RFLAGS_IF, RFLAGS_TF, SS};
 use crate::hw::vmx::capabilities::VmxCapabilities;
@@ -98,9 +98,9 @@ fn pending_debug(state: &GuestState) -> Option<&'static str> {
     broken! {
         pending & RESERVED != 0 => "guest pending debug exceptions: a reserved bit is 1 (27.3.1.5)";
         held && steps && pending & PENDING_BS == 0 =>
-            "guest pending debug exceptions: BS must be 1 in a shadow or HLT while RFLAGS.TF single-steps (27.3.1.5)";
+            "guest pending debug exceptions: BS must be 1 in a shadow or HLT while TF single-steps (27.3.1.5)";
         held && !steps && pending & PENDING_BS != 0 =>
-            "guest pending debug exceptions: BS must be 0 in a shadow or HLT without single-stepping (27.3.1.5)";
+            "guest pending debug exceptions: BS must be 0 in a shadow or HLT without single step (27.3.1.5)";
         pending & RTM != 0 && (pending & NOT_WITH_RTM != 0 || pending & ENABLED_BREAKPOINT == 0 || mov_ss) =>
             "guest pending debug exceptions: RTM excludes the others and the shadow of MOV SS (27.3.1.5)";
     }

@@ -137,7 +137,8 @@ fn stack_segment(state: &GuestState, unrestricted: bool) -> Option<&'static str>
 fn data_segment(segment: &GuestSegment, n: usize, unrestricted: bool) -> Option<&'static str> {
     broken! {
         segment.kind() & 1 == 0 => about!(n, "access rights must say an accessed segment");
-        segment.kind() & 0b1010 == 0b1000 => about!(n, "access rights say a code segment that is not readable");
+        segment.kind() & 0b1010 == 0b1000 =>
+            about!(n, "access rights say a code segment that is not readable");
         !unrestricted && segment.kind() <= 11 && segment.dpl() < segment.rpl() =>
             about!(n, "the DPL must not be below the selector's RPL");
     }
@@ -156,7 +157,8 @@ fn limit_and_reserved(segment: &GuestSegment, n: usize) -> Option<&'static str> 
     let pages = segment.rights & GRANULARITY != 0;
     broken! {
         segment.rights & RESERVED != 0 => about!(n, "reserved bits of the access rights must be 0");
-        segment.limit & 0xfff != 0xfff && pages => about!(n, "G must be 0, for limit bits 11:0 are not all 1");
+        segment.limit & 0xfff != 0xfff && pages =>
+            about!(n, "G must be 0, for limit bits 11:0 are not all 1");
         segment.limit >> 20 != 0 && !pages => about!(n, "G must be 1, for limit bits 31:20 are not all 0");
     }
     None
@@ -290,8 +292,7 @@ mod tests {
     #[test]
     fn virtual_8086_mode() {
         let valid = Table::of(&virtual_8086(), false);
-        for n in 0..LDTR {
-            let fields = &GUEST_SEGMENTS[n];
+        for (n, fields) in GUEST_SEGMENTS.iter().enumerate().take(LDTR) {
             // A base above 4 GiB breaks an earlier rule of some.
             breaks(&valid, n, "in virtual-8086 mode the base", |t| t.or(fields.base, 1u64));
             breaks(&valid, n, "in virtual-8086 mode the limit", |t| t.set(fields.limit, 0xfffeu32));
@@ -392,8 +393,7 @@ mod tests {
     #[test]
     fn what_holds_for_code_and_data() {
         let valid = Table::of(&protected_mode(), false);
-        for n in 0..LDTR {
-            let fields = &GUEST_SEGMENTS[n];
+        for (n, fields) in GUEST_SEGMENTS.iter().enumerate().take(LDTR) {
             breaks(&valid, n, "access rights must say a code or data", |t| {
                 t.clear(fields.access_rights, CODE_OR_DATA);
             });
@@ -404,8 +404,7 @@ mod tests {
     #[test]
     fn limits_and_reserved_bits() {
         let valid = Table::of(&protected_mode(), false);
-        for n in 0..GUEST_SEGMENTS.len() {
-            let fields = &GUEST_SEGMENTS[n];
+        for (n, fields) in GUEST_SEGMENTS.iter().enumerate() {
             for bit in [8, 11, 17, 31] {
                 breaks(&valid, n, "reserved bits", |t| t.or(fields.access_rights, 1u32 << bit));
             }

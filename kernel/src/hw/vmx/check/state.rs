@@ -178,9 +178,9 @@ impl GuestState {
         }
     }
 
-    /// The state that an entry of a guest in `state` would load, without an event to deliver. Fixed bits that a
-    /// guest does not notice (CR0.NE, CR4.VMXE) are set, but not PE and PG: a guest without them can be entered as
-    /// it is only if unrestricted.
+    /// The state that an entry of a guest in `state` would load, without an event to deliver. Fixed bits that
+    /// a guest does not notice (CR0.NE, CR4.VMXE) are set, but not PE and PG: a guest without them can be
+    /// entered as it is only if unrestricted.
     pub fn of_guest(
         state: &CpuState,
         capabilities: &VmxCapabilities,
@@ -245,8 +245,8 @@ pub(super) const RFLAGS_VM: u64 = 1 << 17;
 /// BS of the pending debug exceptions: a single step.
 pub(super) const PENDING_BS: u64 = 1 << 14;
 
-/// Pending debug exceptions as an entry wants them: a guest that single-steps and is in a shadow, or halted, has its
-/// step pending (27.3.1.5). IA32_DEBUGCTL.BTF, which would change that, is taken to be 0.
+/// Pending debug exceptions as an entry wants them: a guest that single-steps and is in a shadow, or halted,
+/// has its step pending (27.3.1.5). IA32_DEBUGCTL.BTF, which would change that, is taken to be 0.
 pub const fn single_step_pending(rflags: u64, interruptibility: Interruptibility, activity: Activity) -> u64 {
     let held = interruptibility.intersects(Interruptibility::STI.union(Interruptibility::MOV_SS))
         || matches!(activity, Activity::Hlt);
