@@ -1,6 +1,6 @@
 //! Why a VM entry failed, in words: the checks that the processor makes, made again. SDM vol. 3, chapter 27.
 //!
-//! The processor says that an entry failed, not which of its two hundred rules broke. Here are the rules in
+//! The processor says that an entry failed, not which of its many rules broke. Here are the rules in
 //! the manual's order; the first broken one is the explanation. The sections in parentheses are the manual's.
 //!
 //! The rules for the guest's state work on plain values ([`GuestState`]), so that they also decide, on a CPU
