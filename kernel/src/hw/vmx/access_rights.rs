@@ -25,8 +25,8 @@ pub const RESERVED: u32 = !0x1_f0ff;
 /// Bit P where [`Segment`] has it.
 const ATTRIBUTE_PRESENT: u16 = 1 << 7;
 
-/// `segment`'s attributes as a VMCS holds them. One that is not present is unusable; it keeps its DPL, for SS's
-/// is the CPL.
+/// `segment`'s attributes as a VMCS holds them. One that is not present is unusable; it keeps its DPL, for
+/// SS's is the CPL.
 #[inline]
 pub const fn to_access_rights(segment: &Segment) -> u32 {
     let attributes = segment.attributes as u32;

@@ -88,8 +88,8 @@ bitflags! {
 pub struct VmxCapabilities {
     /// IA32_VMX_BASIC.
     pub basic: u64,
-    /// Allowed settings of the pin-based controls: those that must be 1 in bits 31:0, those that may in 63:32. From
-    /// the TRUE variant of the MSR where there is one, as the next three.
+    /// Allowed settings of the pin-based controls: those that must be 1 in bits 31:0, those that may in
+    /// 63:32. From the TRUE variant of the MSR where there is one, as the next three.
     pub pin: u64,
     /// Allowed settings of the primary processor-based controls.
     pub primary: u64,
@@ -128,8 +128,8 @@ impl VmxCapabilities {
         let has_true = basic & BASIC_TRUE_CONTROLS != 0;
         let control = |n: u32| read_msr(if has_true { MSR_VMX_TRUE_PIN } else { MSR_VMX_PIN } + n);
         let primary = control(1);
-        // The secondary controls' MSR exists if they can be activated, that of EPT and VPID if either exists, that of
-        // VM functions if those exist (A.3.3, A.10, A.11).
+        // The secondary controls' MSR exists if they can be activated, that of EPT and VPID if either exists,
+        // that of VM functions if those exist (A.3.3, A.10, A.11).
         let secondary = if may(primary, 31) { read_msr(MSR_VMX_SECONDARY) } else { 0 };
         let ept_vpid = if may(secondary, 1) || may(secondary, 5) { read_msr(MSR_VMX_EPT_VPID) } else { 0 };
         let vmfunc = if may(secondary, 13) { read_msr(MSR_VMX_VMFUNC) } else { 0 };
@@ -188,7 +188,8 @@ impl VmxCapabilities {
         self.misc as u32 & 0x1f
     }
 
-    /// Whether exits store EFER.LMA into the "IA-32e mode guest" control, as they do with unrestricted guests.
+    /// Whether exits store EFER.LMA into the "IA-32e mode guest" control, as they do with unrestricted
+    /// guests.
     pub fn exit_stores_lma(&self) -> bool {
         self.misc >> 5 & 1 != 0
     }
@@ -228,7 +229,8 @@ impl VmxCapabilities {
     }
 }
 
-/// BASIC: the TRUE variants of the control MSRs exist, so that controls which are 1 by default may be 0 (A.2).
+/// BASIC: the TRUE variants of the control MSRs exist, so that controls which are 1 by default may be 0
+/// (A.2).
 const BASIC_TRUE_CONTROLS: u64 = 1 << 55;
 
 /// Whether control `bit` may be 1.
@@ -236,8 +238,8 @@ const fn may(allowed: u64, bit: u32) -> bool {
     allowed >> (32 + bit) & 1 != 0
 }
 
-/// `guest_cr0` with the bits that VMX operation fixes (SDM vol. 3, 24.8 and A.7): what the guest's CR0 field takes
-/// while the read shadow holds `guest_cr0`.
+/// `guest_cr0` with the bits that VMX operation fixes (SDM vol. 3, 24.8 and A.7): what the guest's CR0 field
+/// takes while the read shadow holds `guest_cr0`.
 #[inline]
 pub fn cr0_for_hardware(guest_cr0: u64, capabilities: &VmxCapabilities, unrestricted: bool) -> u64 {
     (guest_cr0 | capabilities.guest_cr0_fixed0(unrestricted)) & capabilities.cr0_fixed1

@@ -1,4 +1,5 @@
-//! Which VMX controls Umbra uses: what it must have, what it takes where a CPU offers it. SDM vol. 3, 25.6 to 25.8.
+//! Which VMX controls Umbra uses: what it must have, what it takes where a CPU offers it. SDM vol. 3, 25.6 to
+//! 25.8.
 use super::capabilities::{EptVpid, VmxCapabilities, WRITE_BACK};
 use super::controls::{EntryControls, ExitControls, Pin, Primary, Secondary};
 use bitflags::Flags;
@@ -83,8 +84,9 @@ macro_rules! control_sets {
 
 control_sets!(Pin Pin, Primary Primary, Secondary Secondary, ExitControls Exit, EntryControls Entry);
 
-/// The controls that a CPU grants: all that are wanted, those of `optional` that it has, and those that it has fixed
-/// to 1. `allowed` is its capability MSR: bits that must be 1 below, that may be 1 above (SDM vol. 3, A.3 to A.5).
+/// The controls that a CPU grants: all that are wanted, those of `optional` that it has, and those that it
+/// has fixed to 1. `allowed` is its capability MSR: bits that must be 1 below, that may be 1 above (SDM vol.
+/// 3, A.3 to A.5).
 pub fn adjust<C: ControlSet>(wanted: C, optional: C, allowed: u64) -> Result<C, Missing> {
     let (must, may) = (allowed as u32, (allowed >> 32) as u32);
     match wanted.bits() & !may {
@@ -99,8 +101,9 @@ fn possible<C: ControlSet>(allowed: u64) -> C {
 }
 
 impl Controls {
-    /// The controls that Umbra runs guests with. With `unrestricted` the guest runs unpaged and in real mode by
-    /// itself where the CPU can; then [`Secondary::UNRESTRICTED_GUEST`] is among them, and CR3 is the guest's own.
+    /// The controls that Umbra runs guests with. With `unrestricted` the guest runs unpaged and in real mode
+    /// by itself where the CPU can; then [`Secondary::UNRESTRICTED_GUEST`] is among them, and CR3 is the
+    /// guest's own.
     pub fn choose(capabilities: &VmxCapabilities, unrestricted: bool) -> Result<Self, Missing> {
         let pin =
             adjust(Pin::EXTERNAL_INTERRUPT_EXITING | Pin::NMI_EXITING, Pin::VIRTUAL_NMIS, capabilities.pin)?;

@@ -1,4 +1,5 @@
-//! Bits of the VMX control fields, and of the guest's interruptibility and activity. SDM vol. 3, 25.4 to 25.8.
+//! Bits of the VMX control fields, and of the guest's interruptibility and activity. SDM vol. 3, 25.4 to
+//! 25.8.
 use bitflags::bitflags;
 
 bitflags! {

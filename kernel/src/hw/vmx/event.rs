@@ -22,8 +22,8 @@ pub const TYPE_SOFTWARE_EXCEPTION: u32 = 6;
 /// An event without vector: the monitor trap flag.
 pub const TYPE_OTHER: u32 = 7;
 
-/// Whether exception `vector` pushes an error code: #DF, #TS, #NP, #SS, #GP, #PF and #AC, those of the check in
-/// SDM vol. 3, 27.2.1.3.
+/// Whether exception `vector` pushes an error code: #DF, #TS, #NP, #SS, #GP, #PF and #AC, those of the check
+/// in SDM vol. 3, 27.2.1.3.
 pub const fn has_error_code(vector: u8) -> bool {
     matches!(vector, 8 | 10..=14 | 17)
 }
@@ -31,8 +31,8 @@ pub const fn has_error_code(vector: u8) -> bool {
 /// Encodes an event for [`super::vmcs::ENTRY_INTERRUPTION`] and its error code for
 /// [`super::vmcs::ENTRY_EXCEPTION_ERROR`], which the processor ignores unless the first says there is one.
 ///
-/// The entry fails (27.2.1.3) unless exactly those exceptions have error codes that push one, and in real mode,
-/// where `protected_mode` (CR0.PE) is clear, none.
+/// The entry fails (27.2.1.3) unless exactly those exceptions have error codes that push one, and in real
+/// mode, where `protected_mode` (CR0.PE) is clear, none.
 #[inline]
 pub const fn encode(event: Event, protected_mode: bool) -> (u32, u32) {
     match event {

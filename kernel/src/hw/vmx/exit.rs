@@ -324,8 +324,8 @@ impl EptViolation {
         self.0 & Self::LINEAR_ADDRESS_VALID != 0
     }
 
-    /// Whether an IRET had unblocked NMIs before it hit this: blocking must be set again, unless an event was being
-    /// delivered (28.2.3). A page-modification-log exit has the bit in the same place.
+    /// Whether an IRET had unblocked NMIs before it hit this: blocking must be set again, unless an event was
+    /// being delivered (28.2.3). A page-modification-log exit has the bit in the same place.
     #[inline]
     pub const fn nmi_unblocking(self) -> bool {
         self.0 & Self::NMI_UNBLOCKING != 0
@@ -425,8 +425,8 @@ impl Interruption {
         Self { info, error }
     }
 
-    /// Vector of an exception, hardware's or software's, with its error code; none for an NMI, an interrupt or if
-    /// the field is not valid.
+    /// Vector of an exception, hardware's or software's, with its error code; none for an NMI, an interrupt
+    /// or if the field is not valid.
     #[inline]
     pub const fn exception(self) -> Option<(u8, Option<u32>)> {
         match self.info >> TYPE_SHIFT & 7 {
@@ -443,8 +443,9 @@ impl Interruption {
         self.info & VALID != 0 && self.info >> TYPE_SHIFT & 7 == TYPE_NMI
     }
 
-    /// Whether an IRET had unblocked NMIs before it raised this exception: blocking must be set again. The bit says
-    /// nothing if an event was being delivered (IDT-vectoring information is valid) or for #DF (28.2.2).
+    /// Whether an IRET had unblocked NMIs before it raised this exception: blocking must be set again. The
+    /// bit says nothing if an event was being delivered (IDT-vectoring information is valid) or for #DF
+    /// (28.2.2).
     #[inline]
     pub const fn nmi_unblocking(self) -> bool {
         const DOUBLE_FAULT: u32 = 8;
@@ -453,9 +454,9 @@ impl Interruption {
     }
 }
 
-/// Decodes IDT-vectoring information (SDM vol. 3, table 25-20): the event whose delivery the exit interrupted.
-/// INT n, INT1, INT3 and INTO give none: their events are raised again when the guest executes the instruction again,
-/// for RIP still points to it (28.3.3).
+/// Decodes IDT-vectoring information (SDM vol. 3, table 25-20): the event whose delivery the exit
+/// interrupted. INT n, INT1, INT3 and INTO give none: their events are raised again when the guest executes
+/// the instruction again, for RIP still points to it (28.3.3).
 #[inline]
 pub const fn interrupted_event(info: u32, error: u32) -> Option<Event> {
     if info & VALID == 0 {

@@ -2,6 +2,7 @@
 
 pub mod access_rights;
 pub mod capabilities;
+pub mod check;
 pub mod choice;
 pub mod controls;
 pub mod event;

@@ -1,7 +1,7 @@
 //! The fields of a VMCS: encodings, widths and groups. SDM vol. 3, 25.11.2 and appendix B.
 //!
-//! A field's type says how wide it is, so VMREAD and VMWRITE need no casts; that encoding, width and group agree
-//! is checked when this compiles.
+//! A field's type says how wide it is, so VMREAD and VMWRITE need no casts; that encoding, width and group
+//! agree is checked when this compiles.
 use core::marker::PhantomData;
 
 /// A field of a VMCS that holds a `W`.
@@ -114,8 +114,8 @@ pub trait Fields {
     fn read<W: Width>(&self, field: Field<W>) -> W::Value;
 }
 
-/// Whether `encoding` is that of a fully accessed field of that width and group (table 25-21): bit 0 is the access
-/// type, bits 9:1 the index, bits 12 and 31:15 are reserved.
+/// Whether `encoding` is that of a fully accessed field of that width and group (table 25-21): bit 0 is the
+/// access type, bits 9:1 the index, bits 12 and 31:15 are reserved.
 const fn agrees(encoding: u32, width: u32, group: FieldType) -> bool {
     encoding & !0x3fe == width << 13 | (group as u32) << 10
 }
@@ -143,8 +143,8 @@ pub struct SegmentFields {
     pub access_rights: Field32,
 }
 
-/// The fields of guest segment register `n`: ES, CS, SS, DS, FS, GS (as [`crate::hw::SegmentName`] has them), LDTR
-/// and TR. Appendix B numbers each of the four in that order.
+/// The fields of guest segment register `n`: ES, CS, SS, DS, FS, GS (as [`crate::hw::SegmentName`] has them),
+/// LDTR and TR. Appendix B numbers each of the four in that order.
 pub const GUEST_SEGMENTS: [SegmentFields; 8] = {
     let mut fields = [SegmentFields {
         selector: GUEST_ES_SELECTOR,
