@@ -29,21 +29,30 @@
 mod address;
 mod alu;
 mod atomic;
+mod branch;
 pub mod cache;
 pub mod cpu;
+mod decimal;
 pub mod decode;
 mod execute;
+mod extensions;
+mod flag_insns;
 pub mod flags;
+mod frame;
 mod io;
 mod length;
+mod miscellany;
 mod stack;
 mod string;
 #[cfg(test)]
 mod tests;
 mod translate;
+mod x87;
 
 pub use cache::DecodeCache;
-pub use cpu::{Access, AccessKind, Attributes, Cpu, Exception, Fault, KnownOperand, Mode, Segment};
+pub use cpu::{
+    Access, AccessKind, Attributes, Cpu, Exception, Fault, KnownOperand, Mode, Segment, X87Action,
+};
 pub use decode::{DecodeError, DecodedInsn, Gpr, Seg};
 
 use alloc::collections::TryReserveError;
