@@ -285,3 +285,32 @@ pub fn x87_load_control(control: u16) {
         asm!("fxrstor64 [{}]", in(reg) &raw const image, options(nostack, preserves_flags, readonly));
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// On the host's own x87 unit, which test code does not use otherwise.
+    #[test]
+    fn the_control_word_is_loaded_over_a_pending_exception() {
+        const ALL_MASKED: u16 = 0x37f;
+        const DIVISION_UNMASKED: u16 = 0x37b;
+        const DIVIDED_BY_ZERO: u16 = 1 << 2;
+        x87_initialize();
+        assert_eq!((x87_control(), x87_status()), (ALL_MASKED, 0));
+        x87_load_control(DIVISION_UNMASKED);
+        assert_eq!(x87_control(), DIVISION_UNMASKED);
+        // SAFETY: one division by zero on an initialized unit; the exception stays pending until it is cleared.
+        unsafe { asm!("fld1", "fldz", "fdivp", options(nomem, nostack)) };
+        assert_eq!(x87_status() & (X87_PENDING | DIVIDED_BY_ZERO), X87_PENDING | DIVIDED_BY_ZERO);
+        x87_load_control(ALL_MASKED);
+        assert_eq!(x87_control(), ALL_MASKED);
+        assert_eq!(x87_status() & (X87_PENDING | DIVIDED_BY_ZERO), DIVIDED_BY_ZERO);
+        // Unmasking makes it pending again, and raises nothing here.
+        x87_load_control(DIVISION_UNMASKED);
+        assert_eq!(x87_status() & X87_PENDING, X87_PENDING);
+        x87_clear_exceptions();
+        assert_eq!(x87_status() & (X87_PENDING | DIVIDED_BY_ZERO), 0);
+        x87_initialize();
+    }
+}

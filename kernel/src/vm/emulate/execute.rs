@@ -47,7 +47,7 @@ pub(super) fn rejected<C: Cpu>(cpu: &mut C, mode: Mode, error: DecodeError) -> O
         DecodeError::TooLong => {
             Exception { vector: 13, error_code: (mode != Mode::Real).then_some(0), cr2: None }.into()
         }
-        // EVEX and XOP do not exist here, and no guest is told of 3DNow!.
+        // EVEX and XOP do not exist here. 3DNow!, which does on the CPUs that have it, is taken for one of them.
         DecodeError::Unknown if mode.is_8086() => Exception::INVALID_OPCODE.into(),
         DecodeError::Unknown => Fault::Unsupported("instruction unknown to the decoder"),
     };

@@ -70,7 +70,8 @@ impl<C: Cpu> Execution<'_, C> {
             let linear = self.slot(rsp, n + 1, AccessKind::Write)?;
             self.store(linear, size, value)?;
         }
-        self.set_register(Gpr::Rbp, width, frame);
+        // By operand size, as processors do; the manuals differ.
+        self.set_register(Gpr::Rbp, size, frame);
         self.set_register(Gpr::Rsp, width, top);
         Ok(())
     }

@@ -793,6 +793,8 @@ impl Bench {
                 ram[top..top + 8].copy_from_slice(&image.to_le_bytes());
             }
             M::Leave => registers.gprs[5] = stack + 0x1000 + random.below(0x800),
+            // Without outer levels RBP is only saved.
+            M::Enter if insn.immediate8_2nd() % 32 <= 1 => {}
             M::Enter => {
                 let near = random.chance(2);
                 registers.gprs[5] = if near { registers.gprs[4] + random.below(32) } else { stack + 0x800 };

@@ -307,3 +307,37 @@ fn a_cpu_s_refusal_is_handed_on() {
         cpu.assert_same_state(&before);
     }
 }
+
+/// Random code, one instruction after another on one CPU: each ends, and touches no more than a bounded number of
+/// places, wherever the ones before it have led the registers.
+#[test]
+fn random_programs_in_every_mode() {
+    let mut emulator = Emulator::new().unwrap();
+    for (seed, mode) in
+        (1..).zip([Mode::Real, Mode::Vm86, Mode::Protected16, Mode::Protected32, Mode::Long64])
+    {
+        let mut random = Random::new(seed);
+        let mut cpu = FakeCpu::new(mode);
+        if mode.is_8086() {
+            cpu.base = 0;
+        }
+        let mut done = 0;
+        for step in 0..60_000_u32 {
+            if step % 64 == 0 {
+                for gpr in &mut cpu.gprs {
+                    *gpr = if random.chance(4) { random.next() } else { cpu.base + random.below(0x4000) };
+                }
+                cpu.rflags = cpu.rflags & 0x2_0000 | random.next() & 0x3c_7fd5 | 2;
+                cpu.cpl = if mode == Mode::Vm86 { 3 } else { random.below(4) as u8 };
+                (cpu.cr0, cpu.cr4) = (random.next(), random.next());
+            }
+            let mut bytes = random.next().to_le_bytes().to_vec();
+            bytes.extend(random.next().to_le_bytes());
+            bytes.truncate(15);
+            cpu.log.clear();
+            done += u32::from(matches!(emulator.emulate(&mut cpu, &bytes), Outcome::Done { .. }));
+            assert!(cpu.log.len() <= 4 * 512 + 256);
+        }
+        assert!(done > 10_000, "{mode:?}: only {done} completed");
+    }
+}
