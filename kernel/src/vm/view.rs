@@ -7,7 +7,7 @@ use super::guest::Guest;
 use super::layout::{ECAM_SIZE, ECAM_START, IOAPIC_START};
 use super::paging::Place;
 use super::vcpu::Core;
-use crate::cpu::tsc;
+use crate::cpu::{random, tsc};
 use crate::hw::{extended, HwVcpu, SegmentName, Vendor};
 
 /// Offset of the local APIC's spurious-interrupt vector register, which holds its software enable bit.
@@ -250,6 +250,27 @@ impl<V: Vendor> Cpu for View<'_, V> {
 
     fn tsc_aux(&self) -> Option<u32> {
         self.guest.cpuid.caps().tsc_aux.then_some(self.core.msrs.tsc_aux)
+    }
+
+    fn has_random(&self, seed: bool) -> bool {
+        /// CPUID 1 ECX and 7 EBX (SDM vol. 2, CPUID).
+        const RDRAND: u32 = 1 << 30;
+        const RDSEED: u32 = 1 << 18;
+        let leaf = if seed { 7 } else { 1 };
+        let answer = self.guest.cpuid.lookup(leaf, 0, &self.core.cpuid_state(leaf));
+        if seed {
+            answer.ebx & RDSEED != 0
+        } else {
+            answer.ecx & RDRAND != 0
+        }
+    }
+
+    fn random(&mut self, seed: bool) -> Option<u64> {
+        if seed {
+            random::seed()
+        } else {
+            random::random()
+        }
     }
 
     fn x87(&mut self, action: X87Action) -> Option<u16> {

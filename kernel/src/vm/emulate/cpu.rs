@@ -322,6 +322,17 @@ pub trait Cpu {
     /// TSC_AUX; `None` without RDTSCP.
     fn tsc_aux(&self) -> Option<u32>;
 
+    /// Whether the guest has RDRAND, or RDSEED (`seed`).
+    fn has_random(&self, seed: bool) -> bool {
+        let _ = seed;
+        false
+    }
+    /// A number of the processor's generator; `None`: none at the moment.
+    fn random(&mut self, seed: bool) -> Option<u64> {
+        let _ = seed;
+        None
+    }
+
     /// Acts on the x87 unit. The emulator has checked CR0; the answer is the word asked for, and 0 where none is.
     /// `None` where the unit cannot be reached, which makes these instructions unsupported.
     fn x87(&mut self, action: X87Action) -> Option<u16> {

@@ -228,6 +228,8 @@ pub(super) enum Op {
     CacheLine,
     /// RDTSC, or RDTSCP (true).
     ReadTsc(bool),
+    /// RDRAND, or RDSEED (true).
+    Random(bool),
     Jcc(u8),
     Loop(Loop),
     Ret,

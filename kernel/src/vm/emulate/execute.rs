@@ -139,6 +139,7 @@ impl<C: Cpu> Execution<'_, C> {
             Op::Salc => self.set_al_by_carry(),
             Op::CacheLine => self.cache_line()?,
             Op::ReadTsc(with_aux) => self.read_tsc(with_aux)?,
+            Op::Random(seed) => self.random(seed)?,
             Op::Jcc(code) => return self.jump_if(flags::condition(code, self.cpu.rflags())),
             Op::Loop(kind) => return self.count_and_jump(kind),
             Op::Ret => return self.ret(),

@@ -1,5 +1,5 @@
 //! Integer instructions that fit no other group: LEA, sign extensions of the accumulator, byte swaps and table
-//! look-ups, BOUND, cache-line instructions, the time-stamp counter.
+//! look-ups, BOUND, cache-line instructions, the time-stamp counter, random numbers.
 use super::cpu::{Access, AccessKind, Cpu, Exception, Fault};
 use super::decode::{DecodedInsn, Gpr};
 use super::execute::Execution;
@@ -87,6 +87,18 @@ impl<C: Cpu> Execution<'_, C> {
         if let (true, Some(aux)) = (with_aux, aux) {
             self.set_register(Gpr::Rcx, 4, aux.into());
         }
+        Ok(())
+    }
+
+    /// RDRAND and RDSEED. CF: there was a number; otherwise the result is 0. The other status flags are cleared.
+    pub(super) fn random(&mut self, seed: bool) -> Result<(), Fault> {
+        let DecodedInsn { dst, size, .. } = *self.insn;
+        if !self.cpu.has_random(seed) {
+            return Err(Exception::INVALID_OPCODE.into());
+        }
+        let number = self.cpu.random(seed);
+        self.write_operand(dst, size, number.unwrap_or(0))?;
+        self.set_status(if number.is_some() { CF } else { 0 });
         Ok(())
     }
 }

@@ -347,6 +347,8 @@ impl Translation<'_> {
             M::Clflush | M::Clflushopt | M::Clwb => Op::CacheLine,
             M::Rdtsc => Op::ReadTsc(false),
             M::Rdtscp => Op::ReadTsc(true),
+            M::Rdrand => Op::Random(false),
+            M::Rdseed => Op::Random(true),
             M::Jcxz | M::Jecxz | M::Jrcxz => self.near(Op::Loop(Loop::IfZero)),
             M::Loop => self.near(Op::Loop(Loop::Always)),
             M::Loope => self.near(Op::Loop(Loop::WhileEqual)),

@@ -26,6 +26,8 @@ pub(super) struct FakeCpu {
     pub(super) cr4: u64,
     pub(super) tsc: u64,
     pub(super) tsc_aux: Option<u32>,
+    /// What RDRAND and RDSEED find; the outer `None`: no such instructions.
+    pub(super) random: Option<Option<u64>>,
     /// Control and status word of the x87 unit, if there is one.
     pub(super) x87: Option<(u16, u16)>,
     pub(super) segments: [Segment; 7],
@@ -82,6 +84,7 @@ impl FakeCpu {
             cr4: 0,
             tsc: 0x1122_3344_5566_7788,
             tsc_aux: Some(7),
+            random: Some(None),
             x87: Some((0x40, 0)),
             segments: [data, code, data, data, data, data, task],
             linear_bits: 48,
@@ -350,6 +353,12 @@ impl Cpu for FakeCpu {
     }
     fn tsc_aux(&self) -> Option<u32> {
         self.tsc_aux
+    }
+    fn has_random(&self, _: bool) -> bool {
+        self.random.is_some()
+    }
+    fn random(&mut self, seed: bool) -> Option<u64> {
+        self.random.flatten().map(|number| if seed { !number } else { number })
     }
     fn x87(&mut self, action: X87Action) -> Option<u16> {
         let (control, status) = self.x87.as_mut()?;

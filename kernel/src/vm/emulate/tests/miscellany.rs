@@ -152,6 +152,22 @@ fn the_time_stamp_counter() {
 }
 
 #[test]
+fn random_numbers() {
+    let mut cpu = FakeCpu::long();
+    cpu.rflags |= 0x8d5;
+    cpu.random = Some(Some(0x1234_5678_9abc_def0));
+    cpu.done(&[0x0f, 0xc7, 0xf1]); // rdrand ecx
+    assert_eq!((cpu[Gpr::Rcx], cpu.rflags), (0x9abc_def0, 2 | CF));
+    cpu.done(&[0x48, 0x0f, 0xc7, 0xf9]); // rdseed rcx
+    assert_eq!(cpu[Gpr::Rcx], !0x1234_5678_9abc_def0);
+    cpu.random = Some(None);
+    cpu.done(&[0x66, 0x0f, 0xc7, 0xf1]); // rdrand cx
+    assert_eq!((cpu[Gpr::Rcx], cpu.rflags), (!0x1234_5678_9abc_def0 & !0xffff, 2));
+    cpu.random = None;
+    cpu.faults(&[0x0f, 0xc7, 0xf1], 6);
+}
+
+#[test]
 fn x87_control() {
     let mut cpu = FakeCpu::long();
     cpu.x87 = Some((0x40, 0x3881));
