@@ -26,13 +26,14 @@
 //!
 //! # Limits
 //!
-//! Instruction and data breakpoints (DR7) are not matched. Not emulated: far transfers, interrupts and their returns,
-//! segment loads, system instructions (control and debug registers, descriptor tables, MSRs, CPUID, HLT),
-//! transactional memory; of x87 all but FNINIT, FNCLEX, FNSTSW, FNSTCW, FLDCW and FWAIT; MMX and AVX; SSE but
-//! for loads and stores where the [`Cpu`] gives access to the vector registers. A near branch with operand-size
-//! prefix in 64-bit mode is refused, for AMD's and Intel's processors differ. Whether the guest's CPUID offers an
-//! extension (POPCNT, BMI, ADX) is not looked at, but for RDTSCP, RDRAND and RDSEED. PUSHA, ENTER and the like raise #SS
-//! where the stack segment ends, also in real mode, where for some stack pointers the manual has #GP or a shutdown.
+//! Instruction and data breakpoints (DR7) are not matched. Not emulated: far transfers, interrupts and their
+//! returns, segment loads, system instructions (control and debug registers, descriptor tables, MSRs, CPUID,
+//! HLT), transactional memory; of x87 all but FNINIT, FNCLEX, FNSTSW, FNSTCW, FLDCW and FWAIT; MMX and AVX; SSE
+//! but for loads and stores where the [`Cpu`] gives access to the vector registers. A near branch with
+//! operand-size prefix in 64-bit mode is refused, for AMD's and Intel's processors differ. Whether the guest's
+//! CPUID offers an extension (POPCNT, BMI, ADX) is not looked at, but for RDTSCP, RDRAND and RDSEED. PUSHA, ENTER
+//! and the like raise #SS where the stack segment ends, also in real mode, where for some stack pointers the
+//! manual has #GP or a shutdown.
 mod address;
 mod alu;
 mod atomic;
