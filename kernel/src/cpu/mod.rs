@@ -23,6 +23,7 @@ pub mod mailbox;
 pub mod msr;
 #[cfg(target_os = "none")]
 pub mod percpu;
+pub mod random;
 #[cfg(target_os = "none")]
 pub mod smp;
 #[cfg(target_os = "none")]

@@ -421,7 +421,7 @@ impl<V: Vendor> Core<V> {
 
     /// What a CPUID result depends on.
     #[inline]
-    fn cpuid_state(&self, leaf: u32) -> CpuidState {
+    pub(super) fn cpuid_state(&self, leaf: u32) -> CpuidState {
         CpuidState {
             apic_id: self.index as u8,
             apic_enabled: self.lapic.is_enabled(),

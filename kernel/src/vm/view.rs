@@ -1,12 +1,14 @@
 //! A vCPU as the instruction emulator sees it: registers, memory through the guest's page tables, devices, ports.
 
-use super::emulate::{Access, AccessKind, Attributes, Cpu, Fault, Gpr, KnownOperand, Mode, Seg, Segment};
+use super::emulate::{
+    Access, AccessKind, Attributes, Cpu, Fault, Gpr, KnownOperand, Mode, Seg, Segment, X87Action,
+};
 use super::guest::Guest;
 use super::layout::{ECAM_SIZE, ECAM_START, IOAPIC_START};
 use super::paging::Place;
 use super::vcpu::Core;
-use crate::cpu::tsc;
-use crate::hw::{HwVcpu, SegmentName, Vendor};
+use crate::cpu::{random, tsc};
+use crate::hw::{extended, HwVcpu, SegmentName, Vendor};
 
 /// Offset of the local APIC's spurious-interrupt vector register, which holds its software enable bit.
 const SPURIOUS_VECTOR: u64 = 0xf0;
@@ -135,6 +137,10 @@ impl<V: Vendor> Cpu for View<'_, V> {
         self.core.hw.cr0()
     }
     #[inline]
+    fn cr4(&self) -> u64 {
+        self.core.hw.cr4()
+    }
+    #[inline]
     fn segment(&self, seg: Seg) -> Segment {
         let segment = match seg {
             Seg::Es => self.core.hw.segment(SegmentName::Es),
@@ -163,6 +169,9 @@ impl<V: Vendor> Cpu for View<'_, V> {
     #[inline]
     fn clear_interrupt_shadow(&mut self) {
         self.core.hw.clear_shadow();
+    }
+    fn set_interrupt_shadow(&mut self) {
+        self.core.hw.restore_shadow();
     }
     #[inline]
     fn interrupt_pending(&self) -> bool {
@@ -194,6 +203,10 @@ impl<V: Vendor> Cpu for View<'_, V> {
     }
 
     fn probe_write(&mut self, linear: u64, size: u8, access: Access) -> Result<(), Fault> {
+        self.parts(linear, size, access).map(|_| ())
+    }
+
+    fn probe_read(&mut self, linear: u64, size: u8, access: Access) -> Result<(), Fault> {
         self.parts(linear, size, access).map(|_| ())
     }
 
@@ -229,6 +242,54 @@ impl<V: Vendor> Cpu for View<'_, V> {
     fn port_out(&mut self, port: u16, size: u8, value: u32) -> Result<(), Fault> {
         self.core.port_out(self.guest, port, size, value);
         Ok(())
+    }
+
+    fn tsc(&mut self) -> u64 {
+        self.core.guest_tsc(self.guest, tsc::read())
+    }
+
+    fn tsc_aux(&self) -> Option<u32> {
+        self.guest.cpuid.caps().tsc_aux.then_some(self.core.msrs.tsc_aux)
+    }
+
+    fn has_random(&self, seed: bool) -> bool {
+        /// CPUID 1 ECX and 7 EBX (SDM vol. 2, CPUID).
+        const RDRAND: u32 = 1 << 30;
+        const RDSEED: u32 = 1 << 18;
+        let leaf = if seed { 7 } else { 1 };
+        let answer = self.guest.cpuid.lookup(leaf, 0, &self.core.cpuid_state(leaf));
+        if seed {
+            answer.ebx & RDSEED != 0
+        } else {
+            answer.ecx & RDRAND != 0
+        }
+    }
+
+    fn random(&mut self, seed: bool) -> Option<u64> {
+        if seed {
+            random::seed()
+        } else {
+            random::random()
+        }
+    }
+
+    fn x87(&mut self, action: X87Action) -> Option<u16> {
+        Some(match action {
+            X87Action::Initialize => {
+                extended::x87_initialize();
+                0
+            }
+            X87Action::ClearExceptions => {
+                extended::x87_clear_exceptions();
+                0
+            }
+            X87Action::Status => extended::x87_status(),
+            X87Action::Control => extended::x87_control(),
+            X87Action::LoadControl(control) => {
+                extended::x87_load_control(control);
+                0
+            }
+        })
     }
 }
 

@@ -35,6 +35,12 @@ impl Mode {
         }
     }
 
+    /// Real or virtual-8086 mode: segments are an 8086's, and there are no VEX prefixes.
+    #[must_use]
+    pub fn is_8086(self) -> bool {
+        matches!(self, Self::Real | Self::Vm86)
+    }
+
     /// Default operand and address size of the code, in bits.
     #[must_use]
     pub fn bitness(self) -> u32 {
@@ -181,6 +187,12 @@ pub struct Exception {
 impl Exception {
     /// #DE, divide error.
     pub const DIVIDE: Self = Self { vector: 0, error_code: None, cr2: None };
+    /// #BR, BOUND range exceeded.
+    pub const BOUND_RANGE: Self = Self { vector: 5, error_code: None, cr2: None };
+    /// #NM, device not available.
+    pub const DEVICE_NOT_AVAILABLE: Self = Self { vector: 7, error_code: None, cr2: None };
+    /// #MF, x87 floating-point exception pending.
+    pub const X87_PENDING: Self = Self { vector: 16, error_code: None, cr2: None };
     /// #UD, invalid opcode.
     pub const INVALID_OPCODE: Self = Self { vector: 6, error_code: None, cr2: None };
 
@@ -211,6 +223,21 @@ impl From<Exception> for Fault {
     }
 }
 
+/// What the emulator asks of a vCPU's x87 unit. None of it takes a pending x87 exception.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum X87Action {
+    /// Initializes the unit, as FNINIT.
+    Initialize,
+    /// Clears the exception flags, as FNCLEX.
+    ClearExceptions,
+    /// Answers the status word.
+    Status,
+    /// Answers the control word.
+    Control,
+    /// Loads the control word.
+    LoadControl(u16),
+}
+
 /// The vCPU that an instruction is emulated on. The kernel implements it over the VMCB or VMCS, the guest walk and
 /// the device bus; tests implement it over arrays.
 ///
@@ -237,14 +264,16 @@ pub trait Cpu {
     fn set_rip(&mut self, rip: u64);
     /// RFLAGS.
     fn rflags(&self) -> u64;
-    /// Sets RFLAGS. Only status flags and RF ever change.
+    /// Sets RFLAGS. VM and reserved bits never change.
     fn set_rflags(&mut self, rflags: u64);
     /// Current privilege level (SVM: VMCB.CPL; VMX: DPL of SS).
     fn cpl(&self) -> u8;
     /// Execution mode, see [`Mode::of`].
     fn mode(&self) -> Mode;
-    /// CR0 (AM is looked at).
+    /// CR0 (MP, EM, TS, NE and AM are looked at).
     fn cr0(&self) -> u64;
+    /// CR4 (VME, PVI and TSD are looked at).
+    fn cr4(&self) -> u64;
     /// A segment register.
     fn segment(&self, seg: Seg) -> Segment;
     /// Width of canonical addresses: 57 with CR4.LA57, else 48.
@@ -253,6 +282,8 @@ pub trait Cpu {
     }
     /// Ends the interrupt shadow of a preceding STI or MOV SS.
     fn clear_interrupt_shadow(&mut self);
+    /// Begins the interrupt shadow of an STI that set IF: no interrupt before the next instruction's end.
+    fn set_interrupt_shadow(&mut self);
     /// An interrupt that the guest could take now is waiting: a repeated instruction pauses.
     fn interrupt_pending(&self) -> bool {
         false
@@ -265,6 +296,8 @@ pub trait Cpu {
     /// Whether a [`Cpu::write`] to the same place would fault, without writing. The guest's accessed and dirty bits
     /// may be set. Asked before a port or a device is read whose value would be lost by a fault.
     fn probe_write(&mut self, linear: u64, size: u8, access: Access) -> Result<(), Fault>;
+    /// Whether a [`Cpu::read`] of the same place would fault, without reading (a device would notice).
+    fn probe_read(&mut self, linear: u64, size: u8, access: Access) -> Result<(), Fault>;
     /// Atomically replaces `old` by `new` (`size` up to 16, naturally aligned or not); false: memory held
     /// something else and is unchanged. The emulator has read `old` just before. Where `linear` is device memory,
     /// `new` is written and the answer is true, so that a locked instruction is one read and one write of the
@@ -283,6 +316,29 @@ pub trait Cpu {
     fn port_in(&mut self, port: u16, size: u8) -> Result<u32, Fault>;
     /// Writes `size` (1, 2 or 4) bytes to a port.
     fn port_out(&mut self, port: u16, size: u8, value: u32) -> Result<(), Fault>;
+
+    /// The time-stamp counter as the guest reads it.
+    fn tsc(&mut self) -> u64;
+    /// TSC_AUX; `None` without RDTSCP.
+    fn tsc_aux(&self) -> Option<u32>;
+
+    /// Whether the guest has RDRAND, or RDSEED (`seed`).
+    fn has_random(&self, seed: bool) -> bool {
+        let _ = seed;
+        false
+    }
+    /// A number of the processor's generator; `None`: none at the moment.
+    fn random(&mut self, seed: bool) -> Option<u64> {
+        let _ = seed;
+        None
+    }
+
+    /// Acts on the x87 unit. The emulator has checked CR0; the answer is the word asked for, and 0 where none is.
+    /// `None` where the unit cannot be reached, which makes these instructions unsupported.
+    fn x87(&mut self, action: X87Action) -> Option<u16> {
+        let _ = action;
+        None
+    }
 
     /// The low 128 bits of a vector register; `None` where they cannot be reached, which makes SSE loads and
     /// stores unsupported.

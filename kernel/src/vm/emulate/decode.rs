@@ -114,6 +114,66 @@ pub(super) enum Scan {
     Popcnt,
 }
 
+/// One status or direction flag set by an instruction of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum FlagOp {
+    ClearCarry,
+    SetCarry,
+    ComplementCarry,
+    ClearDirection,
+    SetDirection,
+}
+
+/// Adjustments of decimal numbers, packed and unpacked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Decimal {
+    Aaa,
+    Aas,
+    Daa,
+    Das,
+    Aam,
+    Aad,
+}
+
+/// Branches that look at the count register; all but JCXZ decrement it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Loop {
+    /// JCXZ, JECXZ, JRCXZ.
+    IfZero,
+    Always,
+    WhileEqual,
+    WhileNotEqual,
+}
+
+/// BMI1 and BMI2: general-register instructions with a VEX prefix.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Bmi {
+    Andn,
+    Bextr,
+    Blsi,
+    Blsmsk,
+    Blsr,
+    Bzhi,
+    Pdep,
+    Pext,
+    Mulx,
+    Rorx,
+    Sarx,
+    Shlx,
+    Shrx,
+}
+
+/// The x87 instructions that reset the unit and move its control and status words.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum X87 {
+    Init,
+    ClearExceptions,
+    StoreStatus,
+    StoreControl,
+    LoadControl,
+    Wait,
+}
+
 /// What an instruction does. Operands are in [`DecodedInsn`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Op {
@@ -151,6 +211,46 @@ pub(super) enum Op {
     Out,
     /// SSE move between a register and memory; true: the memory operand must be aligned.
     MovVector(bool),
+    /// NOP and its reserved forms (prefetches, ENDBR), PAUSE, fences.
+    Nop,
+    /// UD0, UD1, UD2.
+    Undefined,
+    Lea,
+    Bswap,
+    /// CBW, CWDE, CDQE: the accumulator's lower half sign-extended.
+    Widen,
+    /// CWD, CDQ, CQO: the accumulator sign-extended into RDX.
+    WidenPair,
+    Xlat,
+    Bound,
+    Salc,
+    /// CLFLUSH, CLFLUSHOPT, CLWB.
+    CacheLine,
+    /// RDTSC, or RDTSCP (true).
+    ReadTsc(bool),
+    /// RDRAND, or RDSEED (true).
+    Random(bool),
+    Jcc(u8),
+    Loop(Loop),
+    Ret,
+    PushAll,
+    PopAll,
+    PushFlags,
+    PopFlags,
+    /// Bytes to reserve in bits 15:0 of the immediate, nesting level above.
+    Enter,
+    Leave,
+    Flag(FlagOp),
+    /// CLI (false) or STI.
+    InterruptFlag(bool),
+    Lahf,
+    Sahf,
+    Decimal(Decimal),
+    /// ADCX (false) or ADOX.
+    AddCarry(bool),
+    Crc32,
+    Bmi(Bmi),
+    X87(X87),
     Unsupported(Unsupported),
 }
 
@@ -159,6 +259,8 @@ pub(super) enum Op {
 pub(super) enum Unsupported {
     Other,
     Vector,
+    /// A vector instruction whose encoding real and virtual-8086 mode do not have.
+    Vex,
     Far,
     Segment,
     Branch16,
@@ -168,9 +270,9 @@ impl Unsupported {
     pub(super) fn reason(self) -> &'static str {
         match self {
             Self::Other => "instruction outside the emulated set",
-            Self::Vector => "vector or x87 instruction",
+            Self::Vector | Self::Vex => "vector or x87 instruction",
             Self::Far => "far branch",
-            Self::Segment => "load or store of a segment, control or debug register",
+            Self::Segment => "load of a segment register, or move of a control or debug register",
             Self::Branch16 => "near branch with operand-size prefix in 64-bit mode, where vendors differ",
         }
     }
@@ -184,8 +286,12 @@ pub(super) enum Operand {
     /// AH, CH, DH or BH: bits 15:8 of RAX to RBX.
     High(Gpr),
     Xmm(u8),
+    /// A segment register's selector.
+    Seg(Seg),
     Mem,
     Imm,
+    /// Target of a near branch: the immediate is its distance from this instruction.
+    Near,
 }
 
 /// What is added to index and displacement.
@@ -214,7 +320,7 @@ pub(super) struct Address {
     pub(super) index: Option<Gpr>,
     /// log2 of the index's scale.
     pub(super) scale: u8,
-    /// Address size in bytes, 2, 4 or 8: offsets wrap there.
+    /// Address size in bytes, 2, 4 or 8: offsets wrap there. Of LOOP and JCXZ the size of the count.
     pub(super) size: u8,
     /// Effective segment, override applied.
     pub(super) seg: Seg,
@@ -229,7 +335,7 @@ pub struct DecodedInsn {
     pub(super) op: Op,
     pub(super) dst: Operand,
     pub(super) src: Operand,
-    /// Shift count of SHLD and SHRD, multiplier of three-operand IMUL.
+    /// Shift count of SHLD and SHRD, multiplier of three-operand IMUL, last operand of BMI instructions.
     pub(super) third: Operand,
     pub(super) len: u8,
     /// Bytes of the destination, or of what is compared, pushed or branched to.

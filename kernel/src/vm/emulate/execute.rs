@@ -1,6 +1,6 @@
 //! Executing a decoded instruction: dispatch, operands, data movement, completion.
 use super::cpu::{Access, AccessKind, Cpu, Exception, Fault, Mode};
-use super::decode::{DecodeError, DecodedInsn, Gpr, Op, Operand};
+use super::decode::{DecodeError, DecodedInsn, Gpr, Op, Operand, Unsupported};
 use super::flags::{self, mask, sign_extend, RF, STATUS, TF};
 use super::Outcome;
 
@@ -11,6 +11,10 @@ pub(super) struct Execution<'a, C> {
     pub(super) mode: Mode,
     /// The next memory access is the instruction's only one.
     pub(super) sole: bool,
+    /// Completion begins an interrupt shadow instead of ending one.
+    pub(super) shadow: bool,
+    /// Whether TF was set before an instruction that changed it.
+    pub(super) traced: Option<bool>,
 }
 
 /// Where an instruction that did not fault goes on.
@@ -27,7 +31,7 @@ pub(super) enum Flow {
 /// Executes `insn` at `cpu`'s RIP.
 #[inline]
 pub(super) fn execute<C: Cpu>(cpu: &mut C, insn: &DecodedInsn, mode: Mode) -> Outcome {
-    let mut execution = Execution { cpu, insn, mode, sole: insn.sole };
+    let mut execution = Execution { cpu, insn, mode, sole: insn.sole, shadow: false, traced: None };
     match execution.run() {
         Ok(flow) => execution.complete(flow),
         Err(fault) => failed(execution.cpu, fault),
@@ -43,6 +47,8 @@ pub(super) fn rejected<C: Cpu>(cpu: &mut C, mode: Mode, error: DecodeError) -> O
         DecodeError::TooLong => {
             Exception { vector: 13, error_code: (mode != Mode::Real).then_some(0), cr2: None }.into()
         }
+        // EVEX and XOP do not exist here. 3DNow!, which does on the CPUs that have it, is taken for one of them.
+        DecodeError::Unknown if mode.is_8086() => Exception::INVALID_OPCODE.into(),
         DecodeError::Unknown => Fault::Unsupported("instruction unknown to the decoder"),
     };
     failed(cpu, fault)
@@ -113,7 +119,50 @@ impl<C: Cpu> Execution<'_, C> {
             Op::In => self.input()?,
             Op::Out => self.output()?,
             Op::MovVector(aligned) => self.move_vector(aligned)?,
+            op => return self.run_other(op),
+        }
+        Ok(Flow::Next)
+    }
+
+    /// What rarely touches a device, out of the way of what does.
+    #[inline(never)]
+    fn run_other(&mut self, op: Op) -> Result<Flow, Fault> {
+        match op {
+            Op::Nop => {}
+            Op::Undefined => return Err(Exception::INVALID_OPCODE.into()),
+            Op::Lea => self.load_address()?,
+            Op::Bswap => self.swap_bytes()?,
+            Op::Widen => self.widen(),
+            Op::WidenPair => self.widen_pair(),
+            Op::Xlat => self.translate_byte()?,
+            Op::Bound => self.bound()?,
+            Op::Salc => self.set_al_by_carry(),
+            Op::CacheLine => self.cache_line()?,
+            Op::ReadTsc(with_aux) => self.read_tsc(with_aux)?,
+            Op::Random(seed) => self.random(seed)?,
+            Op::Jcc(code) => return self.jump_if(flags::condition(code, self.cpu.rflags())),
+            Op::Loop(kind) => return self.count_and_jump(kind),
+            Op::Ret => return self.ret(),
+            Op::PushAll => self.push_all()?,
+            Op::PopAll => self.pop_all()?,
+            Op::PushFlags => self.push_flags()?,
+            Op::PopFlags => self.pop_flags()?,
+            Op::Enter => self.enter()?,
+            Op::Leave => self.leave()?,
+            Op::Flag(flag) => self.change_flag(flag),
+            Op::InterruptFlag(set) => self.change_interrupt_flag(set)?,
+            Op::Lahf => self.load_ah(),
+            Op::Sahf => self.store_ah(),
+            Op::Decimal(decimal) => self.decimal(decimal)?,
+            Op::AddCarry(overflow) => self.add_carry(overflow)?,
+            Op::Crc32 => self.crc32()?,
+            Op::Bmi(bmi) => self.bmi(bmi)?,
+            Op::X87(x87) => self.x87(x87)?,
+            Op::Unsupported(Unsupported::Vex) if self.mode.is_8086() => {
+                return Err(Exception::INVALID_OPCODE.into());
+            }
             Op::Unsupported(what) => return Err(Fault::Unsupported(what.reason())),
+            _ => return Err(Fault::Unsupported(Unsupported::Other.reason())),
         }
         Ok(Flow::Next)
     }
@@ -121,8 +170,12 @@ impl<C: Cpu> Execution<'_, C> {
     #[inline]
     fn complete(&mut self, flow: Flow) -> Outcome {
         let rflags = self.cpu.rflags();
-        let trap = rflags & TF != 0;
-        self.cpu.clear_interrupt_shadow();
+        let trap = self.traced.unwrap_or(rflags & TF != 0);
+        if self.shadow {
+            self.cpu.set_interrupt_shadow();
+        } else {
+            self.cpu.clear_interrupt_shadow();
+        }
         let rip = match flow {
             Flow::Next => self.next_rip(),
             Flow::To(rip) => rip,
@@ -163,7 +216,8 @@ impl<C: Cpu> Execution<'_, C> {
             Operand::Imm => self.insn.imm & mask(size),
             Operand::Reg(gpr) => self.cpu.gpr(gpr) & mask(size),
             Operand::High(gpr) => self.cpu.gpr(gpr) >> 8 & 0xff,
-            Operand::Xmm(_) | Operand::None => 0,
+            Operand::Seg(seg) => self.cpu.segment(seg).selector.into(),
+            Operand::Xmm(_) | Operand::Near | Operand::None => 0,
         })
     }
 
@@ -180,7 +234,7 @@ impl<C: Cpu> Execution<'_, C> {
                 let rest = self.cpu.gpr(gpr) & !0xff00;
                 self.cpu.set_gpr(gpr, rest | (value & 0xff) << 8);
             }
-            Operand::Imm | Operand::Xmm(_) | Operand::None => {}
+            Operand::Imm | Operand::Xmm(_) | Operand::Seg(_) | Operand::Near | Operand::None => {}
         }
         Ok(())
     }

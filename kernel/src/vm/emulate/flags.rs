@@ -17,16 +17,28 @@ pub const ZF: u64 = 1 << 6;
 pub const SF: u64 = 1 << 7;
 /// Trap: single-step.
 pub const TF: u64 = 1 << 8;
+/// Interrupt enable.
+pub const IF: u64 = 1 << 9;
 /// Direction of string instructions.
 pub const DF: u64 = 1 << 10;
 /// Overflow.
 pub const OF: u64 = 1 << 11;
+/// I/O privilege level, two bits.
+pub const IOPL: u64 = 3 << 12;
+/// Nested task.
+pub const NT: u64 = 1 << 14;
 /// Resume: instruction breakpoints are ignored for one instruction.
 pub const RF: u64 = 1 << 16;
 /// Virtual-8086 mode.
 pub const VM: u64 = 1 << 17;
 /// Alignment check.
 pub const AC: u64 = 1 << 18;
+/// Virtual interrupt enable, of virtual-8086 mode extensions.
+pub const VIF: u64 = 1 << 19;
+/// Virtual interrupt pending.
+pub const VIP: u64 = 1 << 20;
+/// CPUID can be used if this can be changed.
+pub const ID: u64 = 1 << 21;
 /// The six flags that arithmetic sets.
 pub const STATUS: u64 = CF | PF | AF | ZF | SF | OF;
 

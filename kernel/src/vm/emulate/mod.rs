@@ -1,4 +1,5 @@
-//! The instruction emulator: one instruction of a guest, for memory that is a device's or write-protected.
+//! The instruction emulator: one instruction of a guest, because its memory is a device's or write-protected, or
+//! because the processor cannot run the guest's code as it is.
 //!
 //! # Interface
 //!
@@ -20,30 +21,46 @@
 //!   I/O permission) and in the [`Cpu`] (paging): the bytes may have been changed by another vCPU since the exit and
 //!   are not trusted to be what caused it.
 //! - A repeated instruction runs a bounded number of iterations, then RIP stays and [`Outcome::Continue`] is returned.
-//! - On completion RF and the interrupt shadow end, and a set TF is reported as an owed #DB.
+//! - On completion RF ends, and the interrupt shadow unless the instruction begins one; TF, as it was before the
+//!   instruction, is reported as an owed #DB.
 //!
 //! # Limits
 //!
-//! Instruction and data breakpoints (DR7) are not matched. Far transfers, segment loads, x87, MMX and AVX are
-//! not emulated; SSE loads and stores only where the [`Cpu`] gives access to the vector registers.
+//! Instruction and data breakpoints (DR7) are not matched. Not emulated: far transfers, interrupts and their
+//! returns, segment loads, system instructions (control and debug registers, descriptor tables, MSRs, CPUID,
+//! HLT), transactional memory; of x87 all but FNINIT, FNCLEX, FNSTSW, FNSTCW, FLDCW and FWAIT; MMX and AVX; SSE
+//! but for loads and stores where the [`Cpu`] gives access to the vector registers. A near branch with
+//! operand-size prefix in 64-bit mode is refused, for AMD's and Intel's processors differ. Whether the guest's
+//! CPUID offers an extension (POPCNT, BMI, ADX) is not looked at, but for RDTSCP, RDRAND and RDSEED. PUSHA, ENTER
+//! and the like raise #SS where the stack segment ends, also in real mode, where for some stack pointers the
+//! manual has #GP or a shutdown.
 mod address;
 mod alu;
 mod atomic;
+mod branch;
 pub mod cache;
 pub mod cpu;
+mod decimal;
 pub mod decode;
 mod execute;
+mod extensions;
+mod flag_insns;
 pub mod flags;
+mod frame;
 mod io;
 mod length;
+mod miscellany;
 mod stack;
 mod string;
 #[cfg(test)]
 mod tests;
 mod translate;
+mod x87;
 
 pub use cache::DecodeCache;
-pub use cpu::{Access, AccessKind, Attributes, Cpu, Exception, Fault, KnownOperand, Mode, Segment};
+pub use cpu::{
+    Access, AccessKind, Attributes, Cpu, Exception, Fault, KnownOperand, Mode, Segment, X87Action,
+};
 pub use decode::{DecodeError, DecodedInsn, Gpr, Seg};
 
 use alloc::collections::TryReserveError;

@@ -1,19 +1,23 @@
 //! Decoding: iced-x86's instruction translated into the compact form.
 use super::decode::{
-    Address, Alu, Base, BitOp, DecodeError, DecodedInsn, Gpr, Op, Operand, Repeat, Scan, Seg, StringOp,
-    Unary, Unsupported, MAX_LEN,
+    Address, Alu, Base, BitOp, Bmi, Decimal, DecodeError, DecodedInsn, FlagOp, Gpr, Loop, Op, Operand,
+    Repeat, Scan, Seg, StringOp, Unary, Unsupported, MAX_LEN, X87,
 };
 use super::flags::Shift;
 use iced_x86::{
-    Code, ConditionCode, Decoder, DecoderError, DecoderOptions, Instruction, Mnemonic, OpKind, Register,
+    Code, ConditionCode, Decoder, DecoderError, DecoderOptions, EncodingKind, Instruction, Mnemonic, OpKind,
+    Register,
 };
+
+/// Prefetches and what CET and MPX put into the reserved NOPs do nothing here: guests have neither.
+const OPTIONS: u32 = DecoderOptions::FORCE_RESERVED_NOP;
 
 impl DecodedInsn {
     /// Decodes the instruction that `bytes` begin with, as code of 16, 32 or 64 bits. No more than 15 bytes are
     /// looked at.
     pub(super) fn decode(bitness: u32, bytes: &[u8]) -> Result<Self, DecodeError> {
         let bytes = &bytes[..bytes.len().min(MAX_LEN)];
-        let Ok(mut decoder) = Decoder::try_with_ip(bitness, bytes, 0, DecoderOptions::NONE) else {
+        let Ok(mut decoder) = Decoder::try_with_ip(bitness, bytes, 0, OPTIONS) else {
             return Err(DecodeError::Unknown);
         };
         let insn = decoder.decode();
@@ -52,7 +56,7 @@ fn fits_when_longer(bitness: u32, bytes: &[u8]) -> bool {
     let prefixes = prefixes(bitness, bytes).len();
     (1..=prefixes).any(|dropped| {
         let shorter = &bytes[dropped..];
-        Decoder::try_with_ip(bitness, shorter, 0, DecoderOptions::NONE).is_ok_and(|mut decoder| {
+        Decoder::try_with_ip(bitness, shorter, 0, OPTIONS).is_ok_and(|mut decoder| {
             let _ = decoder.decode();
             decoder.last_error() == DecoderError::NoMoreBytes
         })
@@ -77,9 +81,12 @@ impl Translation<'_> {
             op = self.op();
             // An operand of a kind that has no name here is one that is not emulated.
             for (index, operand) in [dst, src, third].into_iter().enumerate() {
-                if operand == Operand::None && (index as u32) < insn.op_count() && !self.is_branch() {
+                if operand == Operand::None && (index as u32) < insn.op_count() && op != Op::Undefined {
                     op = Op::Unsupported(self.unsupported());
                 }
+            }
+            if matches!(dst, Operand::Seg(_)) && op != Op::Push {
+                op = Op::Unsupported(Unsupported::Segment);
             }
         }
         if insn.op_count() > 3 || (matches!(op, Op::MovVector(_)) && !self.moves_vector_memory()) {
@@ -89,15 +96,23 @@ impl Translation<'_> {
             Op::String(StringOp::Movs | StringOp::Cmps) => 2,
             Op::String(_) => 1,
             Op::Push | Op::Pop | Op::Call => 1 + usize::from(dst == Operand::Mem),
+            Op::Ret | Op::Leave | Op::PushFlags | Op::PopFlags => 1,
             _ => [dst, src, third].iter().filter(|o| **o == Operand::Mem).count(),
         };
         let size = match op {
             Op::MovVector(_) | Op::String(_) => insn.memory_size().size().min(16) as u8,
+            Op::Push | Op::PushFlags | Op::PopFlags => insn.stack_pointer_increment().unsigned_abs() as u8,
+            Op::PushAll | Op::PopAll => (insn.stack_pointer_increment().unsigned_abs() / 8) as u8,
+            Op::Ret | Op::Enter | Op::Leave => self.frame_size(),
+            Op::Widen | Op::WidenPair => self.accumulator_size(),
             _ => self.size(0),
         };
         DecodedInsn {
             imm: self.immediate(),
-            mem: self.address(),
+            mem: match op {
+                Op::Loop(_) => Address { size: self.count_size(), ..DecodedInsn::EMPTY.mem },
+                _ => self.address(),
+            },
             op,
             dst,
             src,
@@ -117,11 +132,6 @@ impl Translation<'_> {
         }
     }
 
-    fn is_branch(&self) -> bool {
-        matches!(self.insn.op0_kind(), OpKind::NearBranch16 | OpKind::NearBranch32 | OpKind::NearBranch64)
-            || matches!(self.insn.op0_kind(), OpKind::FarBranch16 | OpKind::FarBranch32)
-    }
-
     fn operand(&self, index: u32) -> Operand {
         if index >= self.insn.op_count() {
             return Operand::None;
@@ -139,6 +149,8 @@ impl Translation<'_> {
                 | OpKind::Immediate8to64
                 | OpKind::Immediate32to64,
             ) => Operand::Imm,
+            Ok(OpKind::Immediate8_2nd) if self.insn.mnemonic() == Mnemonic::Enter => Operand::Imm,
+            Ok(OpKind::NearBranch16 | OpKind::NearBranch32 | OpKind::NearBranch64) => Operand::Near,
             _ => Operand::None,
         }
     }
@@ -151,6 +163,9 @@ impl Translation<'_> {
             Ok(OpKind::Register) => insn.op_register(index).size(),
             Ok(OpKind::Memory) => insn.memory_size().size(),
             Ok(kind) if is_string_operand(kind) => insn.memory_size().size(),
+            Ok(OpKind::NearBranch16) => 2,
+            Ok(OpKind::NearBranch32) => 4,
+            Ok(OpKind::NearBranch64) => 8,
             // PUSH of an immediate and the like: what the stack moves by.
             Ok(_) => insn.stack_pointer_increment().unsigned_abs() as usize,
             Err(_) => 0,
@@ -158,8 +173,43 @@ impl Translation<'_> {
         size.min(64) as u8
     }
 
+    /// Operand size of RET, ENTER and LEAVE, whose operands do not show it.
+    fn frame_size(&self) -> u8 {
+        match self.insn.code() {
+            Code::Retnw | Code::Retnw_imm16 | Code::Enterw_imm16_imm8 | Code::Leavew => 2,
+            Code::Retnd | Code::Retnd_imm16 | Code::Enterd_imm16_imm8 | Code::Leaved => 4,
+            _ => 8,
+        }
+    }
+
+    /// Bytes of the result of CBW, CWDE and CDQE, and of each half of that of CWD, CDQ and CQO.
+    fn accumulator_size(&self) -> u8 {
+        match self.insn.mnemonic() {
+            Mnemonic::Cbw | Mnemonic::Cwd => 2,
+            Mnemonic::Cwde | Mnemonic::Cdq => 4,
+            _ => 8,
+        }
+    }
+
+    /// Bytes of the count register of LOOP and JCXZ: the address size.
+    fn count_size(&self) -> u8 {
+        match (self.bitness, prefixes(self.bitness, self.bytes).contains(&0x67)) {
+            (16, false) | (32, true) => 2,
+            (64, false) => 8,
+            _ => 4,
+        }
+    }
+
     fn immediate(&self) -> u64 {
-        (0..self.insn.op_count().min(3)).find_map(|i| self.insn.try_immediate(i).ok()).unwrap_or(0)
+        let insn = self.insn;
+        match insn.op0_kind() {
+            // Decoded for address 0, so the target is the distance.
+            OpKind::NearBranch16 | OpKind::NearBranch32 | OpKind::NearBranch64 => insn.near_branch_target(),
+            _ if insn.mnemonic() == Mnemonic::Enter => {
+                u64::from(insn.immediate16()) | u64::from(insn.immediate8_2nd()) << 16
+            }
+            _ => (0..insn.op_count().min(3)).find_map(|i| insn.try_immediate(i).ok()).unwrap_or(0),
+        }
     }
 
     fn address(&self) -> Address {
@@ -212,6 +262,8 @@ impl Translation<'_> {
             Unsupported::Segment
         } else if insn.is_call_far_indirect() || insn.is_jmp_far_indirect() {
             Unsupported::Far
+        } else if insn.encoding() == EncodingKind::VEX {
+            Unsupported::Vex
         } else if is(|r| r.is_vector_register() || r.is_mm() || r.is_st() || r.is_k()) {
             Unsupported::Vector
         } else {
@@ -274,8 +326,8 @@ impl Translation<'_> {
             M::Idiv => Op::Div(true),
             M::Push => Op::Push,
             M::Pop => Op::Pop,
-            M::Call if insn.is_call_near_indirect() => self.near(Op::Call),
-            M::Jmp if insn.is_jmp_near_indirect() => self.near(Op::Jmp),
+            M::Call if insn.is_call_near_indirect() || insn.is_call_near() => self.near(Op::Call),
+            M::Jmp if insn.is_jmp_near_indirect() || insn.is_jmp_short_or_near() => self.near(Op::Jmp),
             M::In => Op::In,
             M::Out => Op::Out,
             M::Movups | M::Movupd | M::Movdqu | M::Lddqu => Op::MovVector(false),
@@ -283,6 +335,68 @@ impl Translation<'_> {
                 Op::MovVector(true)
             }
             M::Movd | M::Movq => Op::MovVector(false),
+            M::Nop | M::Reservednop | M::Pause | M::Lfence | M::Sfence | M::Mfence => Op::Nop,
+            M::Ud0 | M::Ud1 | M::Ud2 => Op::Undefined,
+            M::Lea => Op::Lea,
+            M::Bswap => Op::Bswap,
+            M::Cbw | M::Cwde | M::Cdqe => Op::Widen,
+            M::Cwd | M::Cdq | M::Cqo => Op::WidenPair,
+            M::Xlatb => Op::Xlat,
+            M::Bound => Op::Bound,
+            M::Salc => Op::Salc,
+            M::Clflush | M::Clflushopt | M::Clwb => Op::CacheLine,
+            M::Rdtsc => Op::ReadTsc(false),
+            M::Rdtscp => Op::ReadTsc(true),
+            M::Rdrand => Op::Random(false),
+            M::Rdseed => Op::Random(true),
+            M::Jcxz | M::Jecxz | M::Jrcxz => self.near(Op::Loop(Loop::IfZero)),
+            M::Loop => self.near(Op::Loop(Loop::Always)),
+            M::Loope => self.near(Op::Loop(Loop::WhileEqual)),
+            M::Loopne => self.near(Op::Loop(Loop::WhileNotEqual)),
+            M::Ret => self.near(Op::Ret),
+            M::Pusha | M::Pushad => Op::PushAll,
+            M::Popa | M::Popad => Op::PopAll,
+            M::Pushf | M::Pushfd | M::Pushfq => Op::PushFlags,
+            M::Popf | M::Popfd | M::Popfq => Op::PopFlags,
+            M::Enter => Op::Enter,
+            M::Leave => Op::Leave,
+            M::Clc => Op::Flag(FlagOp::ClearCarry),
+            M::Stc => Op::Flag(FlagOp::SetCarry),
+            M::Cmc => Op::Flag(FlagOp::ComplementCarry),
+            M::Cld => Op::Flag(FlagOp::ClearDirection),
+            M::Std => Op::Flag(FlagOp::SetDirection),
+            M::Cli => Op::InterruptFlag(false),
+            M::Sti => Op::InterruptFlag(true),
+            M::Lahf => Op::Lahf,
+            M::Sahf => Op::Sahf,
+            M::Aaa => Op::Decimal(Decimal::Aaa),
+            M::Aas => Op::Decimal(Decimal::Aas),
+            M::Daa => Op::Decimal(Decimal::Daa),
+            M::Das => Op::Decimal(Decimal::Das),
+            M::Aam => Op::Decimal(Decimal::Aam),
+            M::Aad => Op::Decimal(Decimal::Aad),
+            M::Adcx => Op::AddCarry(false),
+            M::Adox => Op::AddCarry(true),
+            M::Crc32 => Op::Crc32,
+            M::Andn => Op::Bmi(Bmi::Andn),
+            M::Bextr => Op::Bmi(Bmi::Bextr),
+            M::Blsi => Op::Bmi(Bmi::Blsi),
+            M::Blsmsk => Op::Bmi(Bmi::Blsmsk),
+            M::Blsr => Op::Bmi(Bmi::Blsr),
+            M::Bzhi => Op::Bmi(Bmi::Bzhi),
+            M::Pdep => Op::Bmi(Bmi::Pdep),
+            M::Pext => Op::Bmi(Bmi::Pext),
+            M::Mulx => Op::Bmi(Bmi::Mulx),
+            M::Rorx => Op::Bmi(Bmi::Rorx),
+            M::Sarx => Op::Bmi(Bmi::Sarx),
+            M::Shlx => Op::Bmi(Bmi::Shlx),
+            M::Shrx => Op::Bmi(Bmi::Shrx),
+            M::Fninit => Op::X87(X87::Init),
+            M::Fnclex => Op::X87(X87::ClearExceptions),
+            M::Fnstsw => Op::X87(X87::StoreStatus),
+            M::Fnstcw => Op::X87(X87::StoreControl),
+            M::Fldcw => Op::X87(X87::LoadControl),
+            M::Wait => Op::X87(X87::Wait),
             _ if matches!(
                 insn.code(),
                 Code::Movss_xmm_xmmm32
@@ -296,6 +410,7 @@ impl Translation<'_> {
             _ => match (condition_user(insn.code()), self.unsupported()) {
                 (Some(ConditionUser::Set), _) => Op::Setcc(condition),
                 (Some(ConditionUser::Move), _) => Op::Cmovcc(condition),
+                (None, _) if insn.is_jcc_short_or_near() => self.near(Op::Jcc(condition)),
                 (None, reason) => Op::Unsupported(reason),
             },
         }
@@ -378,6 +493,7 @@ fn register(register: Register) -> Operand {
         Register::BH => Operand::High(Gpr::Rbx),
         r if r.is_gpr8() => Operand::Reg(low_byte(r)),
         r if r.is_xmm() => Operand::Xmm(r.number() as u8),
+        r if r.is_segment_register() => Operand::Seg(segment(r)),
         r => gpr(r).map_or(Operand::None, Operand::Reg),
     }
 }

@@ -3,7 +3,7 @@
 use super::fake::FakeCpu;
 use super::hostile::Random;
 use super::native::{Native, Registers, RAM_LEN};
-use crate::vm::emulate::flags::{AF, CF, DF, OF, PF, SF, STATUS, ZF};
+use crate::vm::emulate::flags::{AF, CF, DF, ID, IF, OF, PF, SF, STATUS, ZF};
 use crate::vm::emulate::{Emulator, Exception, Gpr, Mode, Outcome};
 use iced_x86::{Decoder, DecoderOptions, Instruction, Mnemonic as M, OpKind, Register};
 
@@ -22,8 +22,10 @@ enum Imm {
 /// An instruction with a ModRM operand (moffs apart), without its prefixes.
 #[derive(Clone, Copy)]
 struct Form {
-    /// F3 that is part of the opcode.
-    repeat: bool,
+    /// A 66, F2 or F3 that is part of the opcode.
+    prefix: Option<u8>,
+    /// Opcode map and implied prefix (pp) of a VEX encoding with random operands.
+    vex: Option<(u8, u8)>,
     opcode: &'static [u8],
     /// The reg field is part of the opcode.
     digit: Option<u8>,
@@ -37,7 +39,16 @@ struct Form {
 }
 
 const fn form(opcode: &'static [u8]) -> Form {
-    Form { repeat: false, opcode, digit: None, imm: Imm::No, lock: false, register: true, only64: false }
+    Form {
+        prefix: None,
+        vex: None,
+        opcode,
+        digit: None,
+        imm: Imm::No,
+        lock: false,
+        register: true,
+        only64: false,
+    }
 }
 
 impl Form {
@@ -57,7 +68,13 @@ impl Form {
         Self { register: false, ..self }
     }
     const fn repeat(self) -> Self {
-        Self { repeat: true, ..self }
+        self.prefix(0xf3)
+    }
+    const fn prefix(self, prefix: u8) -> Self {
+        Self { prefix: Some(prefix), ..self }
+    }
+    const fn vex(self, map: u8, pp: u8) -> Self {
+        Self { vex: Some((map, pp)), ..self }
     }
 }
 
@@ -155,6 +172,37 @@ fn exchanges() -> Vec<Form> {
     ]
 }
 
+/// BMI, ADX and CRC32, as far as this processor has them.
+fn extensions() -> Vec<Form> {
+    let mut forms = Vec::new();
+    if std::is_x86_feature_detected!("bmi1") {
+        forms.extend([one(0xf2).vex(2, 0), one(0xf7).vex(2, 0)]);
+        forms.extend((1..4).map(|digit| one(0xf3).digit(digit).vex(2, 0)));
+    }
+    if std::is_x86_feature_detected!("bmi2") {
+        forms.extend([one(0xf5).vex(2, 0), one(0xf5).vex(2, 3), one(0xf5).vex(2, 2), one(0xf6).vex(2, 3)]);
+        forms.extend((1..4).map(|pp| one(0xf7).vex(2, pp)));
+        forms.push(one(0xf0).imm8().vex(3, 3));
+    }
+    if std::is_x86_feature_detected!("adx") {
+        let carry = form(&[0x0f, 0x38, 0xf6]);
+        forms.extend([carry.prefix(0x66), carry.prefix(0xf3)]);
+    }
+    if std::is_x86_feature_detected!("sse4.2") {
+        forms.push(form(&[0x0f, 0x38, 0xf0]).prefix(0xf2));
+        forms.push(form(&[0x0f, 0x38, 0xf1]).prefix(0xf2));
+    }
+    forms
+}
+
+/// LEA, reads of segment registers, NOPs with operands, prefetches, cache lines.
+fn addresses() -> Vec<Form> {
+    let mut forms = vec![one(0x8d).memory(), two(0x1f).digit(0), two(0x18).digit(1).memory()];
+    forms.extend([two(0x1e).digit(5), two(0x0d).digit(1).memory(), two(0xae).digit(7).memory()]);
+    forms.extend((0..6).map(|digit| one(0x8c).digit(digit)));
+    forms
+}
+
 fn stack_and_branches() -> Vec<Form> {
     vec![one(0xff).digit(6), one(0x8f).digit(0), one(0xff).digit(2).memory(), one(0xff).digit(4).memory()]
 }
@@ -244,7 +292,7 @@ impl Bench {
         let random = &mut self.random;
         let wide = self.bitness == 64;
         let mut bytes = Vec::new();
-        let operand16 = random.chance(4);
+        let operand16 = form.vex.is_none() && random.chance(4);
         if operand16 {
             bytes.push(0x66);
         }
@@ -259,10 +307,14 @@ impl Bench {
         if lock {
             bytes.push(0xf0);
         }
-        if form.repeat {
-            bytes.push(0xf3);
-        }
-        if wide && random.chance(2) {
+        bytes.extend(form.prefix);
+        if let Some((map, pp)) = form.vex {
+            // R, X and B are inverted; outside 64-bit mode R and X are what makes this VEX and not LES.
+            let extended = if wide { random.next() as u8 & 0xe0 } else { 0xe0 };
+            let vvvv = random.below(if wide { 16 } else { 8 }) as u8 | if wide { 0 } else { 8 };
+            let w = if wide { random.next() as u8 & 0x80 } else { 0 };
+            bytes.extend([0xc4, extended | map, w | vvvv << 3 | pp]);
+        } else if wide && random.chance(2) {
             bytes.push(0x40 | random.below(16) as u8);
         }
         bytes.extend(form.opcode);
@@ -432,11 +484,17 @@ impl Bench {
         cpu.rflags = registers.rflags;
         cpu.rip = rip;
         cpu.ram.clone_from(&ram);
+        for (segment, selector) in cpu.segments.iter_mut().zip(self.native.selectors()) {
+            segment.selector = selector;
+        }
         let outcome = self.emulator.emulate(&mut cpu, &bytes);
         let context = || {
             format!("{:?} {bytes:02x?}\nfrom {:x?} flags {:x}", insn.code(), registers.gprs, registers.rflags)
         };
         if outcome == Outcome::Exception(Exception::DIVIDE) && matches!(insn.mnemonic(), M::Div | M::Idiv) {
+            return false;
+        }
+        if outcome == Outcome::Exception(Exception::BOUND_RANGE) && insn.mnemonic() == M::Bound {
             return false;
         }
         assert_eq!(outcome, Outcome::Done { trap: false }, "{}", context());
@@ -467,7 +525,7 @@ impl Bench {
                 context()
             );
         }
-        let mask = (STATUS | DF) & !undefined(&insn, &registers);
+        let mask = (STATUS | DF | IF | ID) & !undefined(&insn, &registers);
         assert_eq!(cpu.rflags & mask, after.rflags & mask, "flags: {}", context());
         self.executed += 1;
         true
@@ -511,6 +569,14 @@ impl Bench {
             (M::Cmpxchg16b, Some(at)) if self.random.chance(2) => {
                 case.ram[at..at + 8].copy_from_slice(&case.registers.gprs[0].to_le_bytes());
                 case.ram[at + 8..at + 16].copy_from_slice(&case.registers.gprs[2].to_le_bytes());
+            }
+            (M::Bound, _) => {
+                // Between zero and a large bound, more often than not.
+                if let Some(at) = self.operand(case, 1).map(|linear| (linear - self.native.ram()) as usize) {
+                    let size = size / 2;
+                    case.ram[at..at + size].copy_from_slice(&0_u64.to_le_bytes()[..size]);
+                    case.ram[at + 2 * size - 1] = 0x70;
+                }
             }
             // A 16-bit double shift by more than 16 has no defined result.
             (M::Shld | M::Shrd, _) => {
@@ -624,6 +690,127 @@ impl Bench {
     }
 }
 
+/// An instruction without ModRM.
+struct Plain {
+    bytes: Vec<u8>,
+    /// It takes an operand-size prefix and REX.W.
+    sized: bool,
+    /// It takes an address-size prefix.
+    counted: bool,
+}
+
+fn plain_insn(bytes: &[u8]) -> Plain {
+    Plain { bytes: bytes.to_vec(), sized: false, counted: false }
+}
+
+fn sized(bytes: &[u8]) -> Plain {
+    Plain { sized: true, ..plain_insn(bytes) }
+}
+
+/// Where branches go: over the five bytes between the instruction and the landing place.
+const OVER: u8 = 5;
+
+fn plain_insns(bitness: u32, random: &mut Random) -> Vec<Plain> {
+    let mut all: Vec<Plain> =
+        [0x9e, 0x9f, 0xf5, 0xf8, 0xf9, 0xfc, 0xfd, 0x90, 0xc3].map(|op| plain_insn(&[op])).into();
+    all.extend([0x98, 0x99, 0xc9, 0x9c, 0x9d].map(|op| sized(&[op])));
+    all.extend(
+        [&[0xf3, 0x90][..], &[0x0f, 0xae, 0xe8], &[0x0f, 0xae, 0xf0], &[0x0f, 0xae, 0xf8]].map(plain_insn),
+    );
+    all.push(plain_insn(&[0xc2, random.next() as u8, 0]));
+    all.push(sized(&[0x6a, random.next() as u8]));
+    all.push(plain_insn(&[0x68, random.next() as u8, 2, 3, random.next() as u8]));
+    for level in [0, 1, 2, 3, 31, random.next() as u8] {
+        all.push(sized(&[0xc8, random.next() as u8, random.below(2) as u8, level]));
+    }
+    for reg in [0, 1, 2, 3, 5, 6, 7] {
+        all.extend([sized(&[0x50 + reg]), sized(&[0x58 + reg]), sized(&[0x90 + reg])]);
+        all.push(plain_insn(&[0x0f, 0xc8 + reg]));
+        all.push(plain_insn(&[0xb8 + reg, 1, 2, 3, random.next() as u8]));
+        all.push(plain_insn(&[0xb0 + (reg & 3), random.next() as u8]));
+    }
+    for condition in 0..16 {
+        all.push(plain_insn(&[0x70 + condition, OVER]));
+        all.push(plain_insn(&[0x0f, 0x80 + condition, OVER, 0, 0, 0]));
+    }
+    all.extend([&[0xeb, OVER][..], &[0xe9, OVER, 0, 0, 0], &[0xe8, OVER, 0, 0, 0]].map(plain_insn));
+    all.extend((0xe0..=0xe3).map(|op| Plain { counted: true, ..plain_insn(&[op, OVER]) }));
+    all.push(Plain { counted: true, ..plain_insn(&[0xd7]) });
+    if bitness == 32 {
+        all.extend([0x27, 0x2f, 0x37, 0x3f, 0xd6].map(|op| plain_insn(&[op])));
+        all.extend(
+            [0xd4, 0xd5].map(|op| plain_insn(&[op, [10, random.next() as u8 | 1][random.below(2) as usize]])),
+        );
+        all.extend([0x60, 0x61].map(|op| sized(&[op])));
+        for reg in [0, 1, 2, 3, 5, 6, 7] {
+            all.extend([sized(&[0x40 + reg]), sized(&[0x48 + reg])]);
+        }
+    } else {
+        all.extend((0..8).map(|reg| plain_insn(&[0x48, 0x0f, 0xc8 + (reg | 1)])));
+        all.extend((0..8).map(|reg| plain_insn(&[0x41, 0x0f, 0xc8 + reg])));
+    }
+    all
+}
+
+impl Bench {
+    fn plain(&mut self, rounds: u32) {
+        for _ in 0..rounds {
+            for insn in plain_insns(self.bitness, &mut self.random) {
+                let case = self.plain_case(insn);
+                self.compare(case);
+            }
+        }
+    }
+
+    fn plain_case(&mut self, plain: Plain) -> Case {
+        let mut registers = self.registers();
+        let mut ram = self.ram();
+        for quadword in ram[0x1600..0x1c00].chunks_exact_mut(8) {
+            quadword.copy_from_slice(&value(&mut self.random).to_le_bytes());
+        }
+        let random = &mut self.random;
+        let wide = self.bitness == 64;
+        let mut bytes = Vec::new();
+        let short_address = plain.counted && wide && random.chance(2);
+        if short_address {
+            bytes.push(0x67);
+        }
+        if plain.sized && random.chance(2) {
+            bytes.push(0x66);
+        } else if plain.sized && wide && random.chance(2) {
+            bytes.push(0x48);
+        }
+        bytes.extend(plain.bytes);
+        let (ip, landing) = self.native.prepare(&bytes);
+        let insn = self.decode(&bytes, ip).expect("an instruction without ModRM");
+        let random = &mut self.random;
+        let stack = self.native.ram();
+        let top = (registers.gprs[4] - stack) as usize;
+        match insn.mnemonic() {
+            M::Ret => ram[top..top + 8].copy_from_slice(&landing.to_le_bytes()),
+            M::Popf | M::Popfd | M::Popfq => {
+                let image = random.next() & (STATUS | DF | ID | IF | 3 << 12) | 2;
+                ram[top..top + 8].copy_from_slice(&image.to_le_bytes());
+            }
+            M::Leave => registers.gprs[5] = stack + 0x1000 + random.below(0x800),
+            // Without outer levels RBP is only saved.
+            M::Enter if insn.immediate8_2nd() % 32 <= 1 => {}
+            M::Enter => {
+                let near = random.chance(2);
+                registers.gprs[5] = if near { registers.gprs[4] + random.below(32) } else { stack + 0x800 };
+            }
+            M::Xlatb => registers.gprs[3] = stack + OPERANDS as u64,
+            _ if plain.counted => registers.gprs[1] = random.below(3),
+            _ => {}
+        }
+        if short_address {
+            registers.gprs[1] |= random.next() << 32;
+            registers.gprs[3] |= random.next() << 32;
+        }
+        Case { bytes, insn, registers, ram }
+    }
+}
+
 /// Status flags that the manuals leave undefined after `insn`. AMD APM vol. 3.
 fn undefined(insn: &Instruction, before: &Registers) -> u64 {
     let size = match insn.op0_kind() {
@@ -661,6 +848,11 @@ fn undefined(insn: &Instruction, before: &Registers) -> u64 {
         M::Tzcnt | M::Lzcnt => OF | SF | AF | PF,
         M::Mul | M::Imul => SF | ZF | AF | PF,
         M::Div | M::Idiv => STATUS,
+        M::Andn | M::Blsi | M::Blsmsk | M::Blsr | M::Bzhi => AF | PF,
+        M::Bextr => AF | SF | PF,
+        M::Aaa | M::Aas => OF | SF | ZF | PF,
+        M::Daa | M::Das => OF,
+        M::Aam | M::Aad => OF | AF | CF,
         _ => 0,
     }
 }
@@ -697,6 +889,32 @@ fn exchanges_match_the_processor() {
 #[test]
 fn stack_and_branches_match_the_processor() {
     check(&stack_and_branches(), 1500, 5);
+}
+
+#[test]
+fn extensions_match_the_processor() {
+    check(&extensions(), 1000, 8);
+}
+
+#[test]
+fn addresses_match_the_processor() {
+    check(&addresses(), 500, 9);
+}
+
+#[test]
+fn instructions_without_operand_byte_match_the_processor() {
+    for bitness in [64, 32] {
+        let Some(mut bench) = Bench::new(bitness, 10) else { return };
+        bench.plain(200);
+        assert!(bench.executed > 200 * 90);
+    }
+}
+
+#[test]
+fn bounds_match_the_processor() {
+    let Some(mut bench) = Bench::new(32, 11) else { return };
+    bench.forms(&[one(0x62).memory()], 2000);
+    assert!(bench.executed > 300);
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! A CPU made of arrays: one stretch of RAM, one of device memory, pages that fault, ports, and a log of all of it.
 use crate::vm::emulate::{
     Access, AccessKind, Attributes, Cpu, Emulator, Exception, Fault, Gpr, Mode, Outcome, Seg, Segment,
+    X87Action,
 };
 
 /// What the emulator asked of memory and ports.
@@ -22,6 +23,13 @@ pub(super) struct FakeCpu {
     pub(super) cpl: u8,
     pub(super) mode: Mode,
     pub(super) cr0: u64,
+    pub(super) cr4: u64,
+    pub(super) tsc: u64,
+    pub(super) tsc_aux: Option<u32>,
+    /// What RDRAND and RDSEED find; the outer `None`: no such instructions.
+    pub(super) random: Option<Option<u64>>,
+    /// Control and status word of the x87 unit, if there is one.
+    pub(super) x87: Option<(u16, u16)>,
     pub(super) segments: [Segment; 7],
     pub(super) linear_bits: u32,
     pub(super) shadow: bool,
@@ -73,6 +81,11 @@ impl FakeCpu {
             cpl,
             mode,
             cr0: 0x11,
+            cr4: 0,
+            tsc: 0x1122_3344_5566_7788,
+            tsc_aux: Some(7),
+            random: Some(None),
+            x87: Some((0x40, 0)),
             segments: [data, code, data, data, data, data, task],
             linear_bits: 48,
             shadow: true,
@@ -225,12 +238,9 @@ impl Cpu for FakeCpu {
         self.rflags
     }
     fn set_rflags(&mut self, rflags: u64) {
+        let reserved = 0xffff_ffff_ffc0_802a;
         let changed = self.rflags ^ rflags;
-        assert_eq!(
-            changed & !(crate::vm::emulate::flags::STATUS | 1 << 16),
-            0,
-            "only status flags and RF change"
-        );
+        assert_eq!(changed & (reserved | crate::vm::emulate::flags::VM), 0, "VM and reserved bits stay");
         self.rflags = rflags;
     }
     fn cpl(&self) -> u8 {
@@ -242,6 +252,9 @@ impl Cpu for FakeCpu {
     fn cr0(&self) -> u64 {
         self.cr0
     }
+    fn cr4(&self) -> u64 {
+        self.cr4
+    }
     fn segment(&self, seg: Seg) -> Segment {
         self.segments[seg as usize]
     }
@@ -250,6 +263,9 @@ impl Cpu for FakeCpu {
     }
     fn clear_interrupt_shadow(&mut self) {
         self.shadow = false;
+    }
+    fn set_interrupt_shadow(&mut self) {
+        self.shadow = true;
     }
     fn interrupt_pending(&self) -> bool {
         self.interrupt
@@ -279,6 +295,13 @@ impl Cpu for FakeCpu {
     }
 
     fn probe_write(&mut self, linear: u64, size: u8, access: Access) -> Result<(), Fault> {
+        self.check(linear, size, access.kind)?;
+        self.log.push(Event::Probe { linear, size });
+        Ok(())
+    }
+
+    fn probe_read(&mut self, linear: u64, size: u8, access: Access) -> Result<(), Fault> {
+        assert_eq!(access.kind, AccessKind::Read);
         self.check(linear, size, access.kind)?;
         self.log.push(Event::Probe { linear, size });
         Ok(())
@@ -323,6 +346,38 @@ impl Cpu for FakeCpu {
         assert_eq!(u64::from(value) >> (8 * size), 0, "value wider than the port access");
         self.log.push(Event::Out { port, size, value });
         self.port_answer()
+    }
+
+    fn tsc(&mut self) -> u64 {
+        self.tsc
+    }
+    fn tsc_aux(&self) -> Option<u32> {
+        self.tsc_aux
+    }
+    fn has_random(&self, _: bool) -> bool {
+        self.random.is_some()
+    }
+    fn random(&mut self, seed: bool) -> Option<u64> {
+        self.random.flatten().map(|number| if seed { !number } else { number })
+    }
+    fn x87(&mut self, action: X87Action) -> Option<u16> {
+        let (control, status) = self.x87.as_mut()?;
+        Some(match action {
+            X87Action::Initialize => {
+                (*control, *status) = (0x37f, 0);
+                0
+            }
+            X87Action::ClearExceptions => {
+                *status &= 0x7f00;
+                0
+            }
+            X87Action::Status => *status,
+            X87Action::Control => *control,
+            X87Action::LoadControl(value) => {
+                *control = value;
+                0
+            }
+        })
     }
 
     fn xmm(&mut self, index: u8) -> Option<u128> {

@@ -124,6 +124,21 @@ impl Native {
         self.address(RAM)
     }
 
+    /// Selectors of ES, CS, SS, DS, FS and GS while the instruction runs.
+    pub(super) fn selectors(&self) -> [u16; 6] {
+        let mut selectors = [0; 6];
+        // SAFETY: moves from segment registers, into general registers.
+        unsafe {
+            asm!("mov {0:x}, es", "mov {1:x}, cs", "mov {2:x}, ss", "mov {3:x}, ds", "mov {4:x}, fs", "mov {5:x}, gs",
+                 out(reg) selectors[0], out(reg) selectors[1], out(reg) selectors[2], out(reg) selectors[3],
+                 out(reg) selectors[4], out(reg) selectors[5], options(nomem, nostack, preserves_flags));
+        }
+        if self.bitness == 32 {
+            (selectors[0], selectors[1], selectors[3]) = (USER_DS, USER_CS32, USER_DS);
+        }
+        selectors
+    }
+
     /// Writes the code around `insn`. Returns where it will be executed and where it may branch to.
     pub(super) fn prepare(&mut self, insn: &[u8]) -> (u64, u64) {
         let wide = self.bitness == 64;
