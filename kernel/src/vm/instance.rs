@@ -112,7 +112,8 @@ impl<V: Vendor> Specification<'_, V> {
             ConfiguredPageSize::Size4K => (FrameSize::Size4K, PageSize::Size4K),
             ConfiguredPageSize::Size1G => (FrameSize::Size1G, PageSize::Size1G),
         };
-        let ram = HostMemory::reserve(config.memory_bytes, frame_size)?;
+        let mut ram = HostMemory::reserve(config.memory_bytes, frame_size)?;
+        ram.add_fixed_pages(self.vendor.guest_pages())?;
         let cpuid = CpuidTable::new(
             &ThisCpu,
             &VmShape {

@@ -8,6 +8,7 @@
 
 use super::layout::{PCI_HOLE_END, PCI_HOLE_START};
 use super::ram::{BadGpa, GuestRam};
+use crate::hw::{GuestPage, OutOfMemory};
 use crate::mm::{self, FrameSize, Zone};
 use alloc::vec::Vec;
 use core::fmt;
@@ -63,12 +64,29 @@ struct Range {
 
 const IN_GIGA_FRAME: u64 = 1;
 
-/// All RAM of a VM.
+/// All RAM of a VM, and the pages that the hardware needs in it.
 #[derive(Debug)]
 pub struct HostMemory {
     ranges: Vec<Range>,
     granule: FrameSize,
+    fixed: Vec<FixedPage>,
 }
+
+/// A page that the guest can read and execute, but not write.
+#[derive(Debug)]
+struct FixedPage {
+    gpa: u64,
+    frame: PhysAddr,
+}
+
+impl Drop for FixedPage {
+    fn drop(&mut self) {
+        mm::free(self.frame, FrameSize::Size4K);
+    }
+}
+
+/// The cookie of the slot of fixed page n is this plus n; those of ranges of RAM are below.
+const FIXED: u64 = 1 << 32;
 
 /// Start and size of the ranges that `bytes` of RAM make, up to the PCI hole and from 4 GiB.
 pub fn ram_ranges(bytes: u64) -> impl Iterator<Item = (u64, u64)> {
@@ -84,7 +102,7 @@ impl HostMemory {
             return Err(refused);
         }
         let granule = page_size.min(FrameSize::Size2M);
-        let mut memory = Self { ranges: Vec::new(), granule };
+        let mut memory = Self { ranges: Vec::new(), granule, fixed: Vec::new() };
         for (start, bytes) in ram_ranges(bytes) {
             // Whatever was reserved so far is given back by `Drop` when a later step fails.
             let range = Range {
@@ -102,6 +120,19 @@ impl HostMemory {
             memory.zero_all();
         }
         Ok(memory)
+    }
+
+    /// Adds pages that the hardware needs beside the RAM.
+    pub fn add_fixed_pages(&mut self, pages: &[GuestPage]) -> Result<(), OutOfMemory> {
+        self.fixed.try_reserve_exact(pages.len()).map_err(|_| OutOfMemory)?;
+        for page in pages {
+            let frame = mm::alloc_zeroed(FrameSize::Size4K, Zone::Any).ok_or(OutOfMemory)?;
+            // SAFETY: a new frame in the physical map, which nothing else knows yet.
+            let content = unsafe { &mut *mm::phys_to_virt(frame).cast::<[u8; 4096]>() };
+            (page.fill)(content);
+            self.fixed.push(FixedPage { gpa: page.gpa, frame });
+        }
+        Ok(())
     }
 
     /// Zeroes everything now, so that 1 GiB pages can be mapped at the first fault.
@@ -261,16 +292,31 @@ impl HostMemory {
 
     /// Slots that show this memory to the guest; the cookie is the index of the range.
     pub fn slots(&self) -> impl Iterator<Item = Slot> + '_ {
-        self.ranges.iter().enumerate().filter_map(|(index, range)| {
+        let ram = self.ranges.iter().enumerate().filter_map(|(index, range)| {
             let frames = GfnRange::new(Gpa::new(range.start).ok()?.gfn(), range.bytes / PAGE_SIZE).ok()?;
             Some(Slot { range: frames, flags: SlotFlags::empty(), cookie: index as u64 })
-        })
+        });
+        let fixed = self.fixed.iter().enumerate().filter_map(|(index, page)| {
+            let frames = GfnRange::new(Gpa::new(page.gpa).ok()?.gfn(), 1).ok()?;
+            Some(Slot { range: frames, flags: SlotFlags::READ_ONLY, cookie: FIXED + index as u64 })
+        });
+        ram.chain(fixed)
+    }
+
+    /// The frame of the fixed page that a slot named, if it did.
+    #[cold]
+    fn fixed_frame(&self, at: &RamAddr) -> Option<PhysAddr> {
+        let index = at.cookie.checked_sub(FIXED)?;
+        self.fixed.get(index as usize).filter(|_| at.slot_offset < PAGE_SIZE).map(|page| page.frame)
     }
 
     /// Pointer to a place that a slot named, good up to the end of its page.
     #[inline]
     fn at(&self, at: &RamAddr) -> Result<*mut u8, NoPage> {
-        let range = self.ranges.get(at.cookie as usize).ok_or(NoPage)?;
+        let Some(range) = self.ranges.get(at.cookie as usize) else {
+            let frame = self.fixed_frame(at).ok_or(NoPage)?;
+            return Ok(mm::phys_to_virt(frame + at.slot_offset));
+        };
         let offset = at.slot_offset;
         if offset >= range.bytes {
             return Err(NoPage);
@@ -310,7 +356,12 @@ impl HostMemory {
 impl Backing for HostMemory {
     #[inline]
     fn resolve(&self, at: &RamAddr, want: PageSize, _: AccessKind) -> Resolved {
-        let Some(range) = self.ranges.get(at.cookie as usize) else { return Resolved::Absent };
+        let Some(range) = self.ranges.get(at.cookie as usize) else {
+            return self.fixed_frame(at).map_or(Resolved::Absent, |frame| Resolved::Ram {
+                pfn: Hpa::new_truncate(frame.as_u64()).pfn(),
+                size: PageSize::Size4K,
+            });
+        };
         let offset = at.slot_offset;
         if offset >= range.bytes {
             return Resolved::Absent;

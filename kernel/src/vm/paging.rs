@@ -243,10 +243,11 @@ impl Paging {
         Resolution::Mapped
     }
 
-    /// Where guest-physical address `gpa` leads.
+    /// Where an access of guest-physical address `gpa` leads. A `write` to read-only memory is a device's affair: nobody's.
     #[inline]
-    pub fn place<V: Vendor>(&self, memory: &GuestMemory<V>, gpa: u64) -> Place {
-        match memory.vm.shared(self.host_cpu).ram(Gpa::new_truncate(gpa)) {
+    pub fn place<V: Vendor>(&self, memory: &GuestMemory<V>, gpa: u64, write: bool) -> Place {
+        let (shared, at) = (memory.vm.shared(self.host_cpu), Gpa::new_truncate(gpa));
+        match if write { shared.writable(at) } else { shared.ram(at) } {
             Some(_) => Place::Ram(gpa),
             None => Place::Device(gpa),
         }

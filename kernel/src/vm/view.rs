@@ -34,7 +34,7 @@ impl<V: Vendor> View<'_, V> {
     #[inline]
     fn place(&mut self, linear: u64, size: u8, access: Access) -> Result<Place, Fault> {
         if let Some(gpa) = self.known.and_then(|known| known.translate(linear, size, access)) {
-            return Ok(self.core.paging.place(&self.guest.memory, gpa));
+            return Ok(self.core.paging.place(&self.guest.memory, gpa, access.kind.is_write()));
         }
         let kind = match access.kind {
             AccessKind::Read => mmu::Access::at_cpl(mmu::AccessKind::Read, self.core.hw.cpl()),
@@ -45,7 +45,7 @@ impl<V: Vendor> View<'_, V> {
         };
         let core = &mut *self.core;
         let gpa = core.paging.translate(&self.guest.memory, &core.hw, linear, kind)?;
-        Ok(core.paging.place(&self.guest.memory, gpa))
+        Ok(core.paging.place(&self.guest.memory, gpa, access.kind.is_write()))
     }
 
     #[inline]

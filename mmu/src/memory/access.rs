@@ -103,7 +103,7 @@ impl<B: Backing> Shared<'_, B> {
     }
 
     /// The place in writable RAM that `gpa` names.
-    fn writable(&self, gpa: Gpa) -> Option<RamAddr> {
+    pub fn writable(&self, gpa: Gpa) -> Option<RamAddr> {
         let found = self.memory().find_slot(gpa)?;
         (!found.flags().contains(SlotFlags::READ_ONLY)).then(|| found.ram())
     }

@@ -3,7 +3,7 @@
 
 use super::cache::{FieldsMut, Hot};
 use super::controls::Interruptibility;
-use super::event::{TYPE_SHIFT, VALID};
+use super::event::{TYPE_PRIVILEGED_EXCEPTION, TYPE_SHIFT, VALID};
 use super::exit::{
     reason, CrAccess, EptViolation, Interruption, IoAccess, TaskSwitch as Switch, TaskSwitchSource,
 };
@@ -143,6 +143,11 @@ fn exception_or_nmi(vcpu: &mut VmxVcpu) -> Exit {
     match vector {
         MACHINE_CHECK => Exit::MachineCheck,
         DEBUG => {
+            if info >> TYPE_SHIFT & 7 == TYPE_PRIVILEGED_EXCEPTION {
+                // INT1 is a trap: its handler returns behind it, but the exit leaves RIP at it (SDM vol. 3, 28.3.3).
+                let next = next_rip(vcpu);
+                vcpu.set_rip(next);
+            }
             // The exit comes before DR6 is written; the qualification says what would be (SDM vol. 3, table 28-1).
             let causes = vcpu.region.read(vmcs::EXIT_QUALIFICATION) & DR6_CAUSES;
             let dr6 = vcpu.dr6();

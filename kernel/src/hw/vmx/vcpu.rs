@@ -4,6 +4,7 @@
 use super::access_rights::{from_access_rights, to_access_rights};
 use super::cache::{Cache, FieldsMut, Hot};
 use super::capabilities::{cr0_for_hardware, cr4_for_hardware, EptVpid};
+use super::check::{explain, Failure};
 use super::choice::CR3_EXITING;
 use super::controls::{EntryControls, Interruptibility, Pin, Primary, Secondary};
 use super::cpu::{with_this_cpu, Machine, Vmx};
@@ -14,7 +15,7 @@ use super::real_mode::{self, Form};
 use super::region::Region;
 use super::registers::Registers;
 use super::vmcs::{self, Fields, GUEST_SEGMENTS, LDTR, TR};
-use super::{decode, entry, event, instruction_error, setup};
+use super::{decode, entry, event, setup};
 use crate::cpu::{msr, tsc};
 use crate::hw::tag::{Tag, TagAllocator};
 use crate::hw::{gpr, CpuState, Event, Exit, HwVcpu, OutOfMemory, Segment, SegmentName, TableRegister};
@@ -415,7 +416,7 @@ impl VmxVcpu {
             return Exit::InvalidState("the processor has no current VMCS");
         }
         let number = self.region.read(vmcs::INSTRUCTION_ERROR);
-        Exit::InvalidState(instruction_error::describe(number))
+        Exit::InvalidState(explain(&self.region, &self.machine.capabilities, Failure::Instruction(number)))
     }
 
     /// What the last exit tells.
@@ -437,7 +438,7 @@ impl VmxVcpu {
         match reason.basic() {
             basic::ENTRY_MACHINE_CHECK => Exit::MachineCheck,
             basic::MSR_LOADING => Exit::InvalidState("an entry of the VM-entry MSR-load area was refused"),
-            _ => Exit::InvalidState("the guest's state"),
+            _ => Exit::InvalidState(explain(&self.region, &self.machine.capabilities, Failure::Exit(reason))),
         }
     }
 }
