@@ -432,6 +432,8 @@ impl<V: Vendor> Core<V> {
             cr4: self.hw.cr4(),
             // Only leaf 0Dh depends on it.
             xcr0: if leaf == 0xd { self.extended.xcr0() } else { 1 },
+            // Only leaf 8000_0001h does.
+            long64: leaf == 0x8000_0001 && self.mode() == Mode::Long64,
         }
     }
 

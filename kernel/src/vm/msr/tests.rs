@@ -15,6 +15,7 @@ fn caps(vendor: Vendor) -> GuestCaps {
         xcr0: 7,
         tsc_aux: true,
         xsaves: true,
+        invpcid: true,
         lfence_serializing: true,
     }
 }
