@@ -7,7 +7,7 @@ use super::events::{DR6_BS, SINGLE_STEP};
 use super::exceptions::{DB, GP, UD};
 use super::guest::{Board, Guest};
 use super::mov_cr;
-use super::msr::{index, Gp, MsrContext, MsrEffect, MsrState, EFER_LMA};
+use super::msr::{index, switched_is_valid, Gp, MsrContext, MsrEffect, MsrState, EFER_LMA};
 use super::paging::Resolution;
 use super::pvclock;
 use super::report::{End, StopReason};
@@ -479,6 +479,9 @@ impl<V: Vendor> Core<V> {
 
     #[inline]
     fn write_msr(&mut self, guest: &Guest<V>, msr: u32, value: u64) -> Result<(), Gp> {
+        if !switched_is_valid(msr, value, guest.cpuid.caps()) {
+            return Err(Gp);
+        }
         if self.hw.set_switched_msr(msr, value) {
             return Ok(());
         }
