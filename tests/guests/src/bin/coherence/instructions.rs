@@ -55,9 +55,9 @@ const INSTRUCTIONS: &[Instruction] = &[
     instruction!("ENCLS", SGX, None, ".byte 0x0f, 0x01, 0xcf", inout("rax") 0 => _, out("rdx") _),
     instruction!("ENCLU", SGX, None, ".byte 0x0f, 0x01, 0xd7", inout("rax") 0 => _, out("rdx") _),
     instruction!("PCONFIG", &[(7, 0, D, 18)], None, ".byte 0x0f, 0x01, 0xc5", inout("rax") !0 => _),
-    instruction!("TPAUSE", WAITPKG, Some(0), ".byte 0x66, 0x0f, 0xae, 0xf1", in("ecx") 0, in("eax") 0, in("edx") 0),
-    instruction!("UMONITOR", WAITPKG, Some(0), ".byte 0xf3, 0x0f, 0xae, 0xf0", in("rax") AREA.get()),
-    instruction!("UMWAIT", WAITPKG, Some(0), ".byte 0xf2, 0x0f, 0xae, 0xf1", in("ecx") 0, in("eax") 0, in("edx") 0),
+    instruction!("TPAUSE", WAITPKG, Some(0), lax, ".byte 0x66, 0x0f, 0xae, 0xf1", in("ecx") 0, in("eax") 0, in("edx") 0),
+    instruction!("UMONITOR", WAITPKG, Some(0), lax, ".byte 0xf3, 0x0f, 0xae, 0xf0", in("rax") AREA.get()),
+    instruction!("UMWAIT", WAITPKG, Some(0), lax, ".byte 0xf2, 0x0f, 0xae, 0xf1", in("ecx") 0, in("eax") 0, in("edx") 0),
     instruction!("RDPRU", &[(EXT8, 0, B, 4)], Some(0), ".byte 0x0f, 0x01, 0xfd", in("ecx") 0, out("eax") _, out("edx") _),
     instruction!("MCOMMIT", &[(EXT8, 0, B, 8)], None, ".byte 0xf3, 0x0f, 0x01, 0xfa"),
     instruction!("INVLPGB", &[(EXT8, 0, B, 3)], None, ".byte 0x0f, 0x01, 0xfe", in("rax") 0, in("ecx") 0, in("edx") 0),
@@ -86,7 +86,7 @@ const INSTRUCTIONS: &[Instruction] = &[
     instruction!("CMPXCHG16B", &[(1, 0, C, 13)], Some(0), "mov r8, rbx", "cmpxchg16b [rdi]", "mov rbx, r8",
         in("rdi") AREA.get(), out("rax") _, out("rdx") _, out("r8") _),
     instruction!("RDRAND", &[(1, 0, C, 30)], Some(0), "rdrand eax", out("eax") _),
-    instruction!("RDSEED", &[(7, 0, B, 18)], Some(0), "rdseed eax", out("eax") _),
+    instruction!("RDSEED", &[(7, 0, B, 18)], Some(0), lax, "rdseed eax", out("eax") _),
     instruction!("ADCX", &[(7, 0, B, 19)], Some(0), "adcx eax, ecx", out("eax") _),
     instruction!("ANDN", &[(7, 0, B, 3)], Some(CR4_OSXSAVE), "andn eax, ecx, edx", out("eax") _),
     instruction!("PDEP", &[(7, 0, B, 8)], Some(CR4_OSXSAVE), "pdep eax, ecx, edx", out("eax") _),
@@ -160,7 +160,7 @@ fn switches() {
         let rdfsbase = || exec!("rdfsbase rax", out("rax") _);
         set_cr4(cr4() & !CR4_FSGSBASE);
         t.faults("RDFSBASE with FSGSBASE clear", catch(rdfsbase), UD, None);
-        // rdfsbase rax; mov eax, 1; hlt
+        // rdfsbase rax; hlt
         const USER: &[u8] = &[0xf3, 0x48, 0x0f, 0xae, 0xc0, 0xf4];
         t.faults("RDFSBASE in ring 3", Err::<(), _>(user::run(USER, Start::default()).0), UD, None);
         if bit((7, 0, B, 0)) {
@@ -176,7 +176,7 @@ fn switches() {
         t.faults("SYSCALL with SCE clear", Err::<(), _>(fault), UD, None);
         t.faults("SYSRET with SCE clear", catch(|| exec!(".byte 0x48, 0x0f, 0x07", out("rcx") _)), UD, None);
         if bit((EXT1, 0, D, 11)) {
-            // The target's first instruction, HLT's #UD stand-in, runs in ring 0.
+            // The target's first instruction, UD2, runs in ring 0.
             let target = AREA.addr() + 64;
             poke(target, 0x0b0fu16);
             wrmsr(MSR_EFER, rdmsr(MSR_EFER) | EFER_SCE);
