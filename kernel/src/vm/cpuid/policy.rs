@@ -271,6 +271,9 @@ impl Features {
         let leaf7_1 = if leaf7.eax >= 1 { host.leaf(7, 1) } else { CpuidLeaf::ZERO };
         let xsave = host.leaf(0xd, 0);
         let ext1 = host.leaf(EXTENDED + 1, 0);
+        // A component without a size (some emulators' PKRU) has no place in an area: it cannot be switched.
+        let sized = (2..xsave::SUBLEAVES).filter(|&component| host.leaf(0xd, component).eax != 0);
+        let states = sized.fold(STATE_LEGACY, |states, component| states | 1 << component);
         let mut features = Self {
             leaf1_ecx: leaf1.ecx & LEAF_1_ECX | X2APIC | TSC_DEADLINE | HYPERVISOR_PRESENT,
             // Without the first two Umbra would not be here.
@@ -280,7 +283,7 @@ impl Features {
             leaf7_edx: leaf7.edx & LEAF_7_EDX,
             leaf7_1_eax: leaf7_1.eax & LEAF_7_1_EAX,
             leaf7_1_edx: leaf7_1.edx & LEAF_7_1_EDX,
-            xcr0: xsave.eax & xsave::SUPPORTED as u32,
+            xcr0: xsave.eax & xsave::SUPPORTED as u32 & states,
             xsave_eax: host.leaf(0xd, 1).eax & LEAF_D_1_EAX,
             ext1_ecx: ext1.ecx & LEAF_8000_0001_ECX & !CMP_LEGACY,
             ext1_edx: ext1.edx & LEAF_8000_0001_EDX,
@@ -467,6 +470,23 @@ fn tsc_ratio(tsc_hz: u64) -> Option<CpuidLeaf> {
     (numerator != 0).then_some(CpuidLeaf::new(denominator, numerator, CRYSTAL_HZ as u32, 0))
 }
 
+/// ECX of Intel's leaf 8000_0006h as leaf 4 has the L2 cache: KiB, associativity, line size. Emulators are known to
+/// say different things in the two.
+fn l2_of_leaf_4(host: &Host<'_, impl HostCpuid>) -> Option<u32> {
+    let l2 = caches(host, 4).find(|cache| cache.eax >> 5 & 7 == 2 && cache.eax & 0x1f != 2)?;
+    let (ways, partitions, line) = ((l2.ebx >> 22) + 1, (l2.ebx >> 12 & 0x3ff) + 1, (l2.ebx & 0xfff) + 1);
+    let bytes =
+        [ways, partitions, line].map(u64::from).iter().product::<u64>().saturating_mul(u64::from(l2.ecx) + 1);
+    let associativity = match ways {
+        1 | 2 | 4 => ways,
+        8 => 6,
+        16 => 8,
+        // "See leaf 4".
+        _ => 7,
+    };
+    Some((bytes >> 10).min(0xffff) as u32 * (1 << 16) | associativity << 12 | line & 0xff)
+}
+
 /// Leaf 16h: the base, highest and reference rates in MHz. The TSC counts at the base rate, there is no turbo, and the
 /// reference is the crystal of leaf 15h.
 fn rates(tsc_hz: u64) -> Option<CpuidLeaf> {
@@ -618,7 +638,11 @@ impl CpuidTable {
         }
         let (l1, l2) = (host.leaf(EXTENDED + 5, 0), host.leaf(EXTENDED + 6, 0));
         self.set_extended(5, Kind::Plain, amd.then_some(l1));
-        self.set_extended(6, Kind::Plain, [if amd { l2 } else { CpuidLeaf::new(0, 0, l2.ecx, 0) }]);
+        self.set_extended(
+            6,
+            Kind::Plain,
+            [if amd { l2 } else { CpuidLeaf::new(0, 0, l2_of_leaf_4(host).unwrap_or(l2.ecx), 0) }],
+        );
         self.set_extended(7, Kind::Plain, [CpuidLeaf::new(0, 0, 0, INVARIANT_TSC)]);
         let linear = u32::from(self.caps.linear_bits());
         let cores = if amd { core_id_bits(shape.vcpus) << 12 | (vcpus - 1) } else { 0 };

@@ -216,6 +216,7 @@ fn obeys(host: &impl HostCpuid, shape: &VmShape) {
         for &leaf in HIDDEN_ON_INTEL {
             assert!(leaf >= max || look(leaf, 0) == [0; 4], "{leaf:x}");
         }
+        check_l2(&look);
         check_rates(&look, shape.tsc_hz);
         let last = look(0x18, 0)[A];
         for subleaf in 0..=last {
@@ -252,6 +253,20 @@ fn obeys(host: &impl HostCpuid, shape: &VmShape) {
     assert_eq!(caps.linear_bits() == 57, has((7, 0, C, 16)));
     assert_eq!(look(0x8000_0008, 0)[A] >> 8, caps.linear_bits().into());
     assert_eq!(look(0x8000_0008, 0)[A] & 0xff, caps.phys_bits.into());
+}
+
+/// Leaf 8000_0006h has the L2 cache that leaf 4 has.
+fn check_l2(look: &impl Fn(u32, u32) -> [u32; 4]) {
+    let mut caches = (0..8).map(|index| look(4, index)).take_while(|cache| cache[A] & 0x1f != 0);
+    let Some([_, shape, sets, _]) = caches.find(|cache| cache[A] >> 5 & 7 == 2 && cache[A] & 0x1f != 2)
+    else {
+        return;
+    };
+    let ways = u128::from((shape >> 22) + 1) * u128::from((shape >> 12 & 0x3ff) + 1);
+    let bytes = ways * u128::from((shape & 0xfff) + 1) * (u128::from(sets) + 1);
+    let ecx = look(0x8000_0006, 0)[C];
+    assert_eq!(u128::from(ecx >> 16), (bytes >> 10).min(0xffff));
+    assert_eq!(ecx & 0xff, (shape & 0xfff) + 1 & 0xff);
 }
 
 /// Leaves 15h and 16h tell the rate at which the TSC counts, and the crystal is the local APIC's clock of 1 GHz.
@@ -303,6 +318,19 @@ fn intel_generations() {
     assert_eq!(look(&icelake, 0x18, 3), CpuidLeaf::ZERO);
     assert_eq!(look(&icelake, 0x8000_0008, 0), CpuidLeaf::new(0x3934, 0x200, 0, 0));
     assert_eq!(look(&icelake, 0x1b, 0), CpuidLeaf::ZERO);
+    // 1 MiB in 16 ways, 512 KiB in 8, 1.25 MiB in 20.
+    let skylake = CpuidTable::new(&SKYLAKE, &shape(2));
+    assert_eq!(look(&skylake, 0x8000_0006, 0).ecx, 0x0400_8040);
+    assert_eq!(look(&nehalem, 0x8000_0006, 0).ecx, 0x0100_6040);
+    assert_eq!(look(&icelake, 0x8000_0006, 0).ecx, 0x0500_7040);
+    // A state without a size is none, and its feature goes with it.
+    let unsized_keys = Function(|leaf, subleaf| match (leaf, subleaf) {
+        (0xd, 9) => CpuidLeaf::ZERO,
+        _ => ICELAKE.cpuid(leaf, subleaf),
+    });
+    let table = CpuidTable::new(&unsized_keys, &shape(1));
+    assert_eq!((table.caps().xcr0, look(&table, 7, 0).ecx & 8, table.caps().cr4 & 1 << 22), (0xe7, 0, 0));
+    assert_eq!(look(&table, 0xd, 0).ecx, 0xa80);
     // Where four levels are all there is, the width says so.
     let four = Function(|leaf, subleaf| {
         let mut regs = ICELAKE.cpuid(leaf, subleaf);

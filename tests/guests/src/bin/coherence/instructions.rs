@@ -59,7 +59,9 @@ const INSTRUCTIONS: &[Instruction] = &[
     instruction!("UMONITOR", WAITPKG, Some(0), lax, ".byte 0xf3, 0x0f, 0xae, 0xf0", in("rax") AREA.get()),
     instruction!("UMWAIT", WAITPKG, Some(0), lax, ".byte 0xf2, 0x0f, 0xae, 0xf1", in("ecx") 0, in("eax") 0, in("edx") 0),
     instruction!("RDPRU", &[(EXT8, 0, B, 4)], Some(0), ".byte 0x0f, 0x01, 0xfd", in("ecx") 0, out("eax") _, out("edx") _),
-    instruction!("MCOMMIT", &[(EXT8, 0, B, 8)], None, ".byte 0xf3, 0x0f, 0x01, 0xfa"),
+    instruction!("MCOMMIT", &[(EXT8, 0, B, 8)], None, ".byte 0xf3, 0x0f, 0x01, 0xfa",
+        // What MONITORX wants, for those who take it for that.
+        in("rax") AREA.get(), in("ecx") 0, in("edx") 0),
     instruction!("INVLPGB", &[(EXT8, 0, B, 3)], None, ".byte 0x0f, 0x01, 0xfe", in("rax") 0, in("ecx") 0, in("edx") 0),
     instruction!("SERIALIZE", &[(7, 0, D, 14)], Some(0), ".byte 0x0f, 0x01, 0xe8"),
     instruction!("MOVDIRI", &[(7, 0, C, 27)], Some(0), ".byte 0x0f, 0x38, 0xf9, 0x07", in("rdi") AREA.get(), in("eax") 0),

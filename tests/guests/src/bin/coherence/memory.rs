@@ -107,6 +107,8 @@ pub(crate) fn run() {
         t.works("a read of a page with a key, which is ignored", catch(|| peek::<u8>(address)));
         if bit((7, 0, C, 3)) {
             set_cr4(cr4() | CR4_PKE);
+            // The translation that is cached may have been made without its key.
+            invlpg(address);
             let pkru = |value: u32| exec!("wrpkru", in("eax") value, in("ecx") 0, in("edx") 0);
             pkru(1 << 6);
             t.faults("the same with PKE and AD", catch(|| peek::<u8>(address)), PF, Some(E_P | E_PK));
