@@ -484,7 +484,8 @@ fn l2_of_leaf_4(host: &Host<'_, impl HostCpuid>) -> Option<u32> {
         // "See leaf 4".
         _ => 7,
     };
-    Some((bytes >> 10).min(0xffff) as u32 * (1 << 16) | associativity << 12 | line & 0xff)
+    let kib = (bytes >> 10).min(0xffff) as u32;
+    Some(kib << 16 | associativity << 12 | line & 0xff)
 }
 
 /// Leaf 16h: the base, highest and reference rates in MHz. The TSC counts at the base rate, there is no turbo, and the

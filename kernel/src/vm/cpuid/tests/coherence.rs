@@ -266,7 +266,7 @@ fn check_l2(look: &impl Fn(u32, u32) -> [u32; 4]) {
     let bytes = ways * u128::from((shape & 0xfff) + 1) * (u128::from(sets) + 1);
     let ecx = look(0x8000_0006, 0)[C];
     assert_eq!(u128::from(ecx >> 16), (bytes >> 10).min(0xffff));
-    assert_eq!(ecx & 0xff, (shape & 0xfff) + 1 & 0xff);
+    assert_eq!(ecx & 0xff, ((shape & 0xfff) + 1) & 0xff);
 }
 
 /// Leaves 15h and 16h tell the rate at which the TSC counts, and the crystal is the local APIC's clock of 1 GHz.
