@@ -13,6 +13,8 @@
 mod policy;
 pub mod xsave;
 
+/// CR4.LA57.
+const CR4_LA57: u64 = 1 << 12;
 /// CR4.OSXSAVE, mirrored in leaf 1.
 const CR4_OSXSAVE: u64 = 1 << 18;
 /// CR4.PKE, mirrored in leaf 7.
@@ -97,6 +99,8 @@ pub struct CpuState {
     pub cr4: u64,
     /// The guest's XCR0.
     pub xcr0: u64,
+    /// It executes 64-bit code.
+    pub long64: bool,
 }
 
 /// What the guest's CPU can do, as far as registers must be checked against it.
@@ -116,12 +120,23 @@ pub struct GuestCaps {
     pub tsc_aux: bool,
     /// IA32_XSS exists, with no bit that may be set.
     pub xsaves: bool,
+    /// INVPCID exists.
+    pub invpcid: bool,
     /// LFENCE waits for all earlier instructions: what DE_CFG bit 1 tells a guest on AMD. Follows from CPUID
     /// 8000_0021h; a host that sets DE_CFG bit 1 itself may set it as well.
     pub lfence_serializing: bool,
 }
 
 impl GuestCaps {
+    /// Width of linear addresses: 57 bits where CR4.LA57 exists, whether it is set or not.
+    pub const fn linear_bits(&self) -> u8 {
+        if self.cr4 & CR4_LA57 != 0 {
+            57
+        } else {
+            48
+        }
+    }
+
     /// Whether XSETBV of XCR0 takes `value` (SDM vol. 1, 13.3).
     pub const fn xcr0_is_valid(&self, value: u64) -> bool {
         value & !self.xcr0 == 0 && xsave::is_consistent(value)
@@ -161,7 +176,7 @@ const BASIC_SLOTS: usize = 0x20;
 const EXTENDED_SLOTS: usize = 0x22;
 /// Two leaves of Umbra's own and two of the paravirtual clock.
 const HYPERVISOR_SLOTS: usize = 4;
-const ENTRIES: usize = 64;
+const ENTRIES: usize = 72;
 
 /// The table of one VM, shared by its vCPUs.
 #[derive(Clone, Debug)]
@@ -228,8 +243,11 @@ impl CpuidTable {
             }
             Kind::ExtendedFeatures => {
                 regs = self.entry(slot, 0);
-                if self.caps.vendor == Vendor::Amd && !cpu.apic_enabled {
-                    regs.edx &= !policy::APIC;
+                match self.caps.vendor {
+                    // Intel's CPUs have the instruction in 64-bit mode alone, and say so.
+                    Vendor::Intel if !cpu.long64 => regs.edx &= !policy::SYSCALL,
+                    Vendor::Amd if !cpu.apic_enabled => regs.edx &= !policy::APIC,
+                    _ => {}
                 }
             }
             Kind::AmdTopology => {

@@ -8,7 +8,7 @@ use super::events::{DR6_BS, SINGLE_STEP};
 use super::exceptions::{DB, GP, UD};
 use super::guest::{Board, Guest};
 use super::mov_cr;
-use super::msr::{index, Gp, MsrContext, MsrEffect, MsrState, EFER_LMA};
+use super::msr::{index, switched_is_valid, Gp, MsrContext, MsrEffect, MsrState, EFER_LMA};
 use super::paging::Resolution;
 use super::pvclock;
 use super::report::{End, StopReason};
@@ -428,6 +428,8 @@ impl<V: Vendor> Core<V> {
             cr4: self.hw.cr4(),
             // Only leaf 0Dh depends on it.
             xcr0: if leaf == 0xd { self.extended.xcr0() } else { 1 },
+            // Only leaf 8000_0001h does.
+            long64: leaf == 0x8000_0001 && self.mode() == Mode::Long64,
         }
     }
 
@@ -473,6 +475,9 @@ impl<V: Vendor> Core<V> {
 
     #[inline]
     fn write_msr(&mut self, guest: &Guest<V>, msr: u32, value: u64) -> Result<(), Gp> {
+        if !switched_is_valid(msr, value, guest.cpuid.caps()) {
+            return Err(Gp);
+        }
         if self.hw.set_switched_msr(msr, value) {
             return Ok(());
         }

@@ -9,6 +9,18 @@
 //! PAT. They start enabled with write-back as default (as firmware would leave them), so that kernels trust them
 //! and PAT.
 //!
+//! What Intel's kernels read without being promised it, and why it is as it is here:
+//!
+//! - MISC_ENABLE: bits 22 (limit CPUID to leaf 2) and 34 (no NX), 16 (EIST) and 18 (MONITOR) are clear, as CPUID says,
+//!   and stay so; kernels look at the first two and would clear them. Only fast strings can be switched.
+//! - PLATFORM_ID is 0, BIOS_SIGN_ID a constant whatever was written before: there is no microcode to update.
+//! - FEATURE_CONTROL is locked with VMX, SMX and SGX off, as firmware leaves it where it offers none of them.
+//! - PLATFORM_INFO (CEh), MISC_FEATURES_ENABLES (140h), PPIN, the ratios, RAPL's and the uncore's are absent. No CPUID
+//!   bit stands for them, their layout depends on the model, and kernels read them with a fault handler.
+//! - ARCH_CAPABILITIES, CORE_CAPABILITIES, SPEC_CTRL, PRED_CMD, FLUSH_CMD, MCU_OPT_CTRL, TSX_CTRL, PERF_CAPABILITIES,
+//!   ENERGY_PERF_BIAS, MPERF, APERF, HWP's and the thermal ones are absent because their CPUID bits are clear.
+//! - The last-branch registers of the P6 family (1DBh to 1DEh) are AMD's alone.
+//!
 //! Intel SDM vol. 4; AMD APM vol. 2, appendix A, and AMD's processor programming references for C001_xxxx.
 use crate::devices::lapic::{ApicAction, LocalApic, X2APIC_MSR_FIRST, X2APIC_MSR_LAST};
 use crate::vm::cpuid::{GuestCaps, Vendor};
@@ -280,7 +292,6 @@ impl MsrState {
             msr::TSC_AUX if caps.tsc_aux => Ok(self.tsc_aux.into()),
             msr::XSS if caps.xsaves => Ok(0),
             msr::P5_MC_ADDR | msr::P5_MC_TYPE | msr::MCG_CAP | msr::DEBUGCTL => Ok(0),
-            msr::LAST_BRANCH_FROM_IP..=msr::LAST_EXCEPTION_TO_IP => Ok(0),
             msr::MCG_STATUS => Ok(self.mcg_status),
             _ => match self.mtrrs.read(msr) {
                 Some(value) => Ok(value),
@@ -311,6 +322,7 @@ impl MsrState {
             msr::DE_CFG if caps.lfence_serializing => Ok(DE_CFG_LFENCE_SERIALIZING),
             msr::DE_CFG
             | msr::SYSCFG
+            | msr::LAST_BRANCH_FROM_IP..=msr::LAST_EXCEPTION_TO_IP
             | msr::IORR_FIRST..=msr::IORR_LAST
             | msr::INT_PENDING
             | msr::MMIO_CFG_BASE => Ok(0),
@@ -403,6 +415,27 @@ pub const fn efer_after_write(value: u64, old: u64, paging: bool, caps: &GuestCa
         return Err(Gp);
     }
     Ok(value & !EFER_LMA | old & EFER_LMA)
+}
+
+/// Whether WRMSR of a switched MSR ([`PASSTHROUGH`]) takes `value`, where it is not the processor that decides. Bases and
+/// targets are canonical; AMD's SYSENTER targets have 32 bits and take anything (APM vol. 2, 6.1.2); Intel's SFMASK has
+/// no high half (SDM vol. 4, table 2-2), AMD's drops it.
+pub const fn switched_is_valid(msr: u32, value: u64, caps: &GuestCaps) -> bool {
+    let intel = matches!(caps.vendor, Vendor::Intel);
+    match msr {
+        msr::LSTAR | msr::CSTAR | msr::FS_BASE | msr::GS_BASE | msr::KERNEL_GS_BASE => {
+            is_canonical(value, caps.linear_bits())
+        }
+        msr::SYSENTER_ESP | msr::SYSENTER_EIP => !intel || is_canonical(value, caps.linear_bits()),
+        msr::SFMASK => !intel || value >> 32 == 0,
+        _ => true,
+    }
+}
+
+/// Whether all bits from the highest of `bits` on are the same (SDM vol. 1, 3.3.7.1).
+const fn is_canonical(address: u64, bits: u8) -> bool {
+    let high = address as i64 >> (bits - 1);
+    high == 0 || high == -1
 }
 
 /// Whether each byte is a memory type of PAT: UC, WC, WT, WP, WB, UC- (SDM table 12-10).

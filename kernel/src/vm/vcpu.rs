@@ -88,7 +88,7 @@ pub struct Vcpu<V: Vendor> {
 
 /// CPUID 8000_0001h EDX bit 26. No vCPU state changes it.
 fn has_1g_pages(cpuid: &CpuidTable) -> bool {
-    let state = CpuidState { apic_id: 0, apic_enabled: true, cr4: 0, xcr0: 1 };
+    let state = CpuidState { apic_id: 0, apic_enabled: true, cr4: 0, xcr0: 1, long64: true };
     cpuid.lookup(0x8000_0001, 0, &state).edx & 1 << 26 != 0
 }
 

@@ -3,6 +3,8 @@ use super::*;
 use proptest::prelude::*;
 use std::vec::Vec;
 
+mod coherence;
+
 // ---- Hosts ----
 
 /// A CPU as a list of leaves: (leaf, subleaf, [EAX, EBX, ECX, EDX]).
@@ -129,14 +131,15 @@ const OLD_INTEL: Table = Table(&[
     (0x8000_0008, 0, [0x0000_3024, 0, 0, 0]),
 ]);
 
-const HOSTS: [&Table; 4] = [&EMULATED_AMD, &ZEN, &SKYLAKE, &OLD_INTEL];
+const HOSTS: [&Table; 6] =
+    [&EMULATED_AMD, &ZEN, &SKYLAKE, &OLD_INTEL, &coherence::NEHALEM, &coherence::ICELAKE];
 
 fn shape(vcpus: u8) -> VmShape {
     VmShape { vcpus, max_phys_bits: 48, tsc_hz: 1_000_000_000, shadow_paging: false }
 }
 
 fn cpu(apic_id: u8) -> CpuState {
-    CpuState { apic_id, apic_enabled: true, cr4: 0, xcr0: 1 }
+    CpuState { apic_id, apic_enabled: true, cr4: 0, xcr0: 1, long64: true }
 }
 
 // ---- Rules ----
@@ -303,6 +306,10 @@ fn check_topology(table: &CpuidTable, shape: &VmShape) {
             if leaf > max_basic {
                 continue;
             }
+            if leaf == 0x1f && amd {
+                assert_eq!(look(leaf, 0), CpuidLeaf::ZERO, "Intel's alone");
+                continue;
+            }
             let (smt, core, end) = (look(leaf, 0), look(leaf, 1), look(leaf, 2));
             assert_eq!((smt.eax, smt.ebx, smt.ecx), (0, 1, 0x100));
             assert_eq!((core.ebx, core.ecx), (vcpus, 0x201));
@@ -386,7 +393,7 @@ fn the_family_vendor_and_caches_are_the_hosts() {
     assert_eq!(look(2, 0), SKYLAKE.cpuid(2, 0));
     assert_eq!(look(4, 3).eax, 3 << 26 | 3 << 14 | 0x163);
     assert_eq!(look(4, 4), CpuidLeaf::ZERO);
-    assert_eq!(look(EXTENDED + 6, 0), SKYLAKE.cpuid(EXTENDED + 6, 0));
+    assert_eq!(look(EXTENDED + 2, 0), SKYLAKE.cpuid(EXTENDED + 2, 0));
     // AVX-512 came through, MPX and TSX did not.
     assert_eq!(table.caps().xcr0, 0x2e7);
     assert_eq!(look(0xd, 0).ecx, 0xa88);
@@ -439,9 +446,9 @@ fn out_of_range_leaves() {
             assert_eq!(table.lookup(leaf, 0, &state), CpuidLeaf::ZERO);
         }
     }
-    // On an old Intel the highest leaf is the TSC ratio, raised to be readable.
+    // On an old Intel the highest leaf is that of the rates, raised to be readable.
     let old = CpuidTable::new(&OLD_INTEL, &shape(1));
-    assert_eq!(old.lookup(0x1234, 9, &state), CpuidLeaf::new(1, 1, 1_000_000_000, 0));
+    assert_eq!(old.lookup(0x1234, 9, &state), CpuidLeaf::new(1000, 1000, 1000, 0));
     // Subleaves of a leaf without any are all the same.
     assert_eq!(amd.lookup(1, 7, &state), amd.lookup(1, 0, &state));
     assert_eq!(amd.lookup(EXTENDED + 1, 7, &state), amd.lookup(EXTENDED + 1, 0, &state));
@@ -529,7 +536,7 @@ proptest! {
     fn any_lookup_is_survived(leaf: u32, subleaf: u32, apic_id: u8, cr4: u64, xcr0: u64, near in 0u32..0x40) {
         for host in HOSTS {
             let table = CpuidTable::new(host, &shape(4));
-            let state = CpuState { apic_id, apic_enabled: leaf & 1 != 0, cr4, xcr0 };
+            let state = CpuState { apic_id, apic_enabled: leaf & 1 != 0, cr4, xcr0, long64: apic_id & 1 != 0 };
             for leaf in [leaf, near, EXTENDED + near, HYPERVISOR + near] {
                 let _ = table.lookup(leaf, subleaf, &state);
                 let _ = table.lookup(leaf, subleaf & 0x3f, &state);
@@ -542,7 +549,7 @@ proptest! {
 fn the_clocks_leaves_carry_kvms_signature_and_nothing_but_the_clock() {
     use crate::vm::pvclock;
     let table = CpuidTable::new(&ZEN, &shape(1));
-    let state = CpuState { apic_id: 0, apic_enabled: true, cr4: 0, xcr0: 1 };
+    let state = CpuState { apic_id: 0, apic_enabled: true, cr4: 0, xcr0: 1, long64: true };
     let leaf = table.lookup(pvclock::CPUID_BASE, 0, &state);
     assert_eq!((leaf.eax, leaf.ebx), (pvclock::CPUID_BASE + 1, u32::from_le_bytes(*b"KVMK")));
     assert_eq!(table.lookup(pvclock::CPUID_BASE + 1, 0, &state), CpuidLeaf::new(1 << 3 | 1 << 24, 0, 0, 0));

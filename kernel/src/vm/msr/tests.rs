@@ -15,6 +15,7 @@ fn caps(vendor: Vendor) -> GuestCaps {
         xcr0: 7,
         tsc_aux: true,
         xsaves: true,
+        invpcid: true,
         lfence_serializing: true,
     }
 }
@@ -289,6 +290,64 @@ fn vendor_registers() {
     assert_eq!(amd.write(msr::MCG_STATUS, 8), Err(Gp));
     assert_eq!((amd.write(msr::XSS, 0), amd.write(msr::XSS, 1)), (Ok(MsrEffect::None), Err(Gp)));
     assert_eq!((amd.write(msr::DEBUGCTL, 0), amd.write(msr::DEBUGCTL, 1)), (Ok(MsrEffect::None), Err(Gp)));
+}
+
+#[test]
+fn what_intels_cpuid_hides_faults() {
+    let mut cpu = Cpu::new(Vendor::Intel);
+    // CORE_CAPABILITIES, PLATFORM_INFO, MPERF, APERF, FLUSH_CMD, TSX_CTRL, MCU_OPT_CTRL, MISC_FEATURES_ENABLES, PERFEVTSEL,
+    // PERF_STATUS, thermal, ENERGY_PERF_BIAS, last branches, SMRR, PERF_CAPABILITIES, DS_AREA, RAPL, CET, HWP, UMWAIT.
+    for msr in [
+        0xcf, 0xce, 0xe7, 0xe8, 0x10b, 0x122, 0x123, 0x140, 0x186, 0x198, 0x19b, 0x1b0, 0x1c9, 0x1db, 0x1dc,
+        0x1dd, 0x1de, 0x1f2, 0x345, 0x600, 0x606, 0x6a0, 0x6a2, 0x770, 0xe1, 0x4e, 0x33, 0x34, 0x4c1, 0xc8f,
+        0x985, 0x560,
+    ] {
+        assert_eq!((cpu.read(msr), cpu.write(msr, 0)), (Err(Gp), Err(Gp)), "{msr:#x}");
+    }
+    // Limit CPUID, no NX, MONITOR, EIST: clear, and not to be set.
+    for bit in [22, 34, 18, 16, 7, 3] {
+        assert_eq!(cpu.read(msr::MISC_ENABLE).map(|value| value >> bit & 1), Ok(0), "bit {bit}");
+        assert_eq!(cpu.write(msr::MISC_ENABLE, MISC_ENABLE_RESET | 1 << bit), Err(Gp), "bit {bit}");
+    }
+    assert_eq!(cpu.write(msr::FEATURE_CONTROL, 5), Err(Gp), "locked");
+    // The revision is there after the ritual of writing 0 and CPUID.
+    assert_eq!(cpu.write(msr::MICROCODE_REVISION, 0), Ok(MsrEffect::None));
+    assert_ne!(cpu.read(msr::MICROCODE_REVISION), Ok(0));
+}
+
+#[test]
+fn switched_registers_take_what_the_processor_would() {
+    const BASES: [u32; 5] = [msr::LSTAR, msr::CSTAR, msr::FS_BASE, msr::GS_BASE, msr::KERNEL_GS_BASE];
+    const SYSENTER: [u32; 2] = [msr::SYSENTER_ESP, msr::SYSENTER_EIP];
+    for vendor in VENDORS {
+        let four_levels = caps(vendor);
+        let five_levels = GuestCaps { cr4: four_levels.cr4 | 1 << 12, ..four_levels };
+        for (value, in_48, in_57) in [
+            (0, true, true),
+            (0x7fff_ffff_ffff, true, true),
+            (0x8000_0000_0000, false, true),
+            (0xffff_7fff_ffff_ffff, false, true),
+            (0xffff_8000_0000_0000, true, true),
+            (0x00ff_ffff_ffff_ffff, false, true),
+            (0x0100_0000_0000_0000, false, false),
+            (0xfeff_ffff_ffff_ffff, false, false),
+            (1 << 63, false, false),
+            (u64::MAX, true, true),
+        ] {
+            for msr in BASES {
+                assert_eq!(switched_is_valid(msr, value, &four_levels), in_48, "{msr:#x} {value:#x}");
+                assert_eq!(switched_is_valid(msr, value, &five_levels), in_57, "{msr:#x} {value:#x}");
+            }
+            for msr in SYSENTER {
+                let expected = vendor == Vendor::Amd || in_48;
+                assert_eq!(switched_is_valid(msr, value, &four_levels), expected, "{msr:#x} {value:#x}");
+            }
+            assert!(switched_is_valid(msr::STAR, value, &four_levels));
+            assert!(switched_is_valid(msr::PAT, value, &four_levels), "not one of them");
+        }
+        assert!(switched_is_valid(msr::SFMASK, 0xffff_ffff, &four_levels));
+        assert_eq!(switched_is_valid(msr::SFMASK, 1 << 32, &four_levels), vendor == Vendor::Amd);
+    }
 }
 
 #[test]
