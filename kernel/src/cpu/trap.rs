@@ -3,12 +3,15 @@
 #![allow(unsafe_code)]
 
 use super::{backtrace, lapic, msr, percpu};
+use crate::hw;
 use crate::{console, mm, power};
 use core::arch::naked_asm;
 use core::mem::size_of;
 use core::sync::atomic::Ordering;
 use x86_64::registers::control::{Cr2, Cr3};
 
+/// #DB.
+const DEBUG: u8 = 1;
 /// #PF.
 pub const PAGE_FAULT: u8 = 14;
 /// Non-maskable interrupt.
@@ -146,6 +149,7 @@ extern "C" fn common() {
 extern "C" fn dispatch(frame: &mut TrapFrame) {
     match frame.vector as u8 {
         NMI => nmi(),
+        DEBUG if hw::is_stray_debug_trap(frame.rip) => {}
         GENERAL_PROTECTION if msr::recover(frame) => {}
         vector if vector < FIRST_INTERRUPT => exception(frame),
         TIMER => {

@@ -14,6 +14,9 @@ pub mod svm;
 pub mod tag;
 pub mod vmx;
 
+#[cfg(target_os = "none")]
+pub use svm::is_stray_debug_trap;
+
 use crate::cpu::features::Features;
 use bitflags::bitflags;
 use core::fmt;

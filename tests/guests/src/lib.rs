@@ -6,8 +6,8 @@
 //! success: a guest that hangs or dies never prints `done`.
 //!
 //! Words on the command line: `only=PREFIX` runs the cases whose name begins so, `trace` names each case before
-//! it starts, `tcg` says that the processor underneath is QEMU's TCG (see [`platform`]), `cr-writes-intercepted`
-//! that bad writes of CR3 and CR4 never reach it.
+//! it starts, `tcg` says that the processor underneath is QEMU's TCG (see [`platform`]), `bochs-svm` and `bochs-vmx`
+//! that it is Bochs, `cr-writes-intercepted` that bad writes of CR3 and CR4 never reach it.
 //!
 //! Privileged wrappers here are safe functions on purpose. A test guest owns its whole machine and wrecking it is
 //! often the point; wrong use fails a case, not a system.

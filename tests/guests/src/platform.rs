@@ -1,7 +1,8 @@
-//! What the guest runs on: Umbra or a bare emulator, and whether QEMU's TCG executes its instructions.
+//! What the guest runs on: Umbra or a bare emulator, and which emulator executes its instructions.
 //!
 //! TCG departs from the architecture in a few places. They show through Umbra too, since Umbra does not emulate
-//! what the processor executes; a case about one of them asks [`tcg`] and says what is wrong.
+//! what the processor executes; a case about one of them asks [`tcg`] and says what is wrong. Bochs departs in others,
+//! nearly all of them in its SVM: the command line names it with `bochs-svm` or `bochs-vmx`.
 use crate::cpu::{cpuid, peek};
 use crate::multiboot;
 use crate::paging::{Space, E_P, P, PLAYGROUND, W};
@@ -41,6 +42,16 @@ pub fn bare_tcg() -> bool {
 /// Whether QEMU's TCG executes the instructions, with or without Umbra between.
 pub fn tcg() -> bool {
     TCG.load(Relaxed)
+}
+
+/// Whether Bochs executes the instructions, under a hypervisor that uses its SVM.
+pub fn bochs_svm() -> bool {
+    multiboot::boot().word("bochs-svm")
+}
+
+/// Whether Bochs executes the instructions, under a hypervisor that uses its VMX.
+pub fn bochs_vmx() -> bool {
+    multiboot::boot().word("bochs-vmx")
 }
 
 /// Finds out about TCG: by its signature, by the command line, or by its best known error.

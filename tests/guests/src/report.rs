@@ -129,6 +129,15 @@ impl Case {
         }
         platform::tcg()
     }
+
+    /// Skips on Bochs under a hypervisor that uses its SVM, with what that does wrong. True when skipped.
+    pub fn skip_on_bochs_svm(&mut self, wrong: &str) -> bool {
+        if platform::bochs_svm() {
+            self.skip("Bochs's SVM is known wrong here: ");
+            let _ = self.note.write_str(wrong);
+        }
+        platform::bochs_svm()
+    }
 }
 
 /// A case that is one fault: `run` must end in `vector` with `error`.

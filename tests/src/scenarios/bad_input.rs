@@ -4,7 +4,7 @@ use std::fs;
 
 use anyhow::{bail, ensure, Result};
 use xtask::bundle::Bundle;
-use xtask::emulator::Machine;
+use xtask::emulator::{BochsCpu, Machine};
 use xtask::size::Size;
 
 use crate::cases::Cases;
@@ -24,6 +24,9 @@ pub(super) fn all() -> Vec<Scenario> {
         .collect();
     all.extend([
         Scenario::new("no_svm", no_svm),
+        Scenario::new("no_vmx", |ctx| unfit(ctx, BochsCpu::Prescott, "VMX"))
+            .needs(&[Need::Grub, Need::Bochs]),
+        Scenario::new("no_ept", |ctx| unfit(ctx, BochsCpu::Penryn, "EPT")).needs(&[Need::Grub, Need::Bochs]),
         Scenario::new("small_machine", small_machine),
         Scenario::new("guest_larger_than_host", guest_larger_than_host),
         Scenario::new("initrd_missing", initrd_missing),
@@ -156,6 +159,11 @@ fn small_bundle(more: &str) -> Bundle {
 fn no_svm(ctx: &Ctx) -> Result<Cases> {
     let machine = Machine { cpu: Some("max,-svm".into()), ..ctx.machine() };
     require_words(&refusal(ctx, &machine, &small_bundle("memory = \"16M\""))?, &["SVM"])
+}
+
+/// A processor of Bochs that lacks what Umbra must have.
+fn unfit(ctx: &Ctx, cpu: BochsCpu, lacks: &str) -> Result<Cases> {
+    require_words(&refusal(ctx, &ctx.bochs(cpu), &small_bundle("memory = \"16M\""))?, &[lacks])
 }
 
 /// Not enough for Umbra and this guest.

@@ -3,6 +3,18 @@
 
 use core::arch::naked_asm;
 
+extern "C" {
+    /// The instruction behind VMRUN.
+    fn umbra_after_vmrun();
+}
+
+/// Whether a #DB at `rip` is one that the guest left behind: some processors deliver a debug trap of the guest's last
+/// instruction before #VMEXIT to the host (AMD revision guide for family 10h, 41322, erratum 246; also Bochs 2.7). It
+/// is to be ignored, and it comes while FS, GS and TR are still the guest's.
+pub fn is_stray_debug_trap(rip: u64) -> bool {
+    rip == umbra_after_vmrun as *const () as u64
+}
+
 /// Runs the guest of the VMCB at physical address `vmcb` until it exits.
 ///
 /// `gprs` holds the guest's registers in encoding order; RAX and RSP are in the VMCB. FS, GS, TR, LDTR and the
@@ -46,6 +58,8 @@ pub(super) unsafe extern "sysv64" fn enter(gprs: *mut [u64; 16], vmcb: u64, host
         "mov rdi, [rdi + 8*7]",
         "vmload rax",
         "vmrun rax",
+        ".global umbra_after_vmrun",
+        "umbra_after_vmrun:",
         "vmsave rax",
         // RSP and RAX are the host's again: [rsp] is `host`, [rsp + 8] is `gprs`.
         "mov rax, [rsp]",

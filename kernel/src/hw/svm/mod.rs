@@ -14,3 +14,5 @@ mod vcpu;
 
 #[cfg(target_os = "none")]
 pub use cpu::Svm;
+#[cfg(target_os = "none")]
+pub use entry::is_stray_debug_trap;

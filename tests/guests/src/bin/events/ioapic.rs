@@ -156,6 +156,11 @@ pub(crate) fn run() {
         lapic::write(lapic::LDR, 0);
     });
     case("ioapic.nmi_mode", |t| {
+        if t.skip_on_bochs_svm(
+            "a guest that spins with IF clear is not interrupted, so no device's time passes",
+        ) {
+            return;
+        }
         trap::expect(trap::NMI, Eoi::None);
         ioapic::set_entry(PIT_PIN, 4 << 8);
         pit::program(0, 2, 4000);

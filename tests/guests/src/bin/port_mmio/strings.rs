@@ -172,6 +172,9 @@ fn two_pages(base: u64) {
     space.map_new(base + PAGE, P | W);
 }
 
+/// Why cases about the address of a page fault that a hypervisor injects do not apply.
+const CR2_IS_LOST: &str = "VMRUN does not load CR2, so that an injected page fault has another's address";
+
 fn boundaries() {
     with_fw_cfg("ins.across_pages", |t| {
         let base = PLAYGROUND + 0x2_0000;
@@ -208,6 +211,9 @@ fn faults() {
         });
     }
     with_fw_cfg("ins.page_fault_in_the_middle", |t| {
+        if t.skip_on_bochs_svm(CR2_IS_LOST) {
+            return;
+        }
         let base = PLAYGROUND + 0x5_0000;
         Space::current().map_new(base, P | W);
         fix();
@@ -223,6 +229,9 @@ fn faults() {
         t.eq("RDI", rdi, base + PAGE + 2);
     });
     case("outs.page_fault_in_the_middle", |t| {
+        if t.skip_on_bochs_svm(CR2_IS_LOST) {
+            return;
+        }
         let base = PLAYGROUND + 0x6_0000;
         Space::current().map_new(base, P | W);
         fill(base + PAGE - 3, &[0x31, 0x32, 0x33]);
@@ -236,11 +245,17 @@ fn faults() {
         t.eq("RSI", rsi, base + PAGE + 2);
     });
     case("ins.fault_code_and_address", |t| {
+        if t.skip_on_bochs_svm(CR2_IS_LOST) {
+            return;
+        }
         let got = trap::catch(|| exec!("insb", inout("rdi") PLAYGROUND + 0x7_0123 => _, in("dx") 0x21u16));
         let fault = t.faults("INSB to a page that is not there", got, PF, Some(E_W));
         t.eq("CR2", fault.cr2, PLAYGROUND + 0x7_0123);
     });
     case("outs.fault_code_and_address", |t| {
+        if t.skip_on_bochs_svm(CR2_IS_LOST) {
+            return;
+        }
         outb(SCRATCH, 0x99);
         let got = trap::catch(|| exec!("outsb", inout("rsi") PLAYGROUND + 0x7_0456 => _, in("dx") SCRATCH));
         let fault = t.faults("OUTSB from a page that is not there", got, PF, Some(0));
