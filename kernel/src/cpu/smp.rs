@@ -218,7 +218,11 @@ pub fn run_on_and_wait(index: usize, run: fn(usize), arg: usize) -> Result<(), C
 }
 
 /// Runs `run` with `arg` on CPU number `index`, interrupts off, and returns what it returns.
-pub fn call<T: Copy + Send + Sync, R: Send>(index: usize, arg: &T, run: fn(&T) -> R) -> Result<R, CallError> {
+pub fn call<T: Copy + Send + Sync + 'static, R: Send + 'static>(
+    index: usize,
+    arg: &T,
+    run: fn(&T) -> R,
+) -> Result<R, CallError> {
     struct Frame<T, R> {
         arg: T,
         run: fn(&T) -> R,

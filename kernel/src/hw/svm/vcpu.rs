@@ -487,7 +487,12 @@ impl HwVcpu for SvmVcpu {
     }
     #[inline]
     fn request_nmi_window(&mut self, on: bool) {
-        if self.nmi != NmiBlock::Open {
+        if self.nmi == NmiBlock::Open {
+            // Another event goes first: look again when it has been delivered, or is about to be.
+            if on {
+                self.request_interrupt_window(true);
+            }
+        } else {
             let mut nmi = self.nmi;
             nmi.prepare_entry(self.vmcb_mut(), on);
             self.nmi = nmi;

@@ -251,6 +251,18 @@ pub fn cr4_for_hardware(guest_cr4: u64, capabilities: &VmxCapabilities) -> u64 {
     (guest_cr4 | capabilities.cr4_fixed0) & capabilities.cr4_fixed1
 }
 
+/// Whether a processor with this signature (CPUID 1 EAX) is one whose VMX-preemption timer counts at a wrong rate, by its
+/// specification update: AAJ124, AAK139, AAM126, AAN92, AAO65, AAP86, AAT59, BA86, BC81, BD73 and BV68.
+pub const fn has_faulty_preemption_timer(signature: u32) -> bool {
+    matches!(
+        signature,
+        0x0001_06a0 | 0x0001_06a1 | 0x0001_06a4 | 0x0001_06a5 | 0x0001_06e5 // Nehalem
+            | 0x0002_0652 | 0x0002_0655 // Westmere
+            | 0x0002_06e6 // Nehalem-EX
+            | 0x0003_06a8 // Ivy Bridge
+    )
+}
+
 /// What IA32_FEATURE_CONTROL says of VMXON. SDM vol. 3, 24.7.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FeatureControl {
@@ -406,6 +418,12 @@ mod tests {
         assert!([0x481, 0x482, 0x483, 0x484].iter().all(|msr| !skylake.contains(msr)));
         assert!(skylake.windows(2).all(|pair| pair[0] != pair[1]), "each once");
         assert!(!read(&NEHALEM).contains(&0x491), "no VM functions");
+    }
+
+    #[test]
+    fn the_preemption_timer_is_not_trusted_where_it_counts_wrong() {
+        assert!(has_faulty_preemption_timer(0x0001_06e5) && has_faulty_preemption_timer(0x0003_06a8));
+        assert!(!has_faulty_preemption_timer(0x0003_06a9) && !has_faulty_preemption_timer(0x0005_0654));
     }
 
     #[test]

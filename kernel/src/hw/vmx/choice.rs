@@ -105,8 +105,11 @@ impl Controls {
     /// by itself where the CPU can; then [`Secondary::UNRESTRICTED_GUEST`] is among them, and CR3 is the
     /// guest's own.
     pub fn choose(capabilities: &VmxCapabilities, unrestricted: bool) -> Result<Self, Missing> {
-        let pin =
-            adjust(Pin::EXTERNAL_INTERRUPT_EXITING | Pin::NMI_EXITING, Pin::VIRTUAL_NMIS, capabilities.pin)?;
+        let pin = adjust(
+            Pin::EXTERNAL_INTERRUPT_EXITING | Pin::NMI_EXITING | Pin::VIRTUAL_NMIS,
+            Pin::empty(),
+            capabilities.pin,
+        )?;
         let unrestricted = unrestricted && capabilities.unrestricted_guest();
         let primary = choose_primary(capabilities, unrestricted)?;
         let secondary = choose_secondary(capabilities, unrestricted)?;
@@ -174,7 +177,7 @@ fn choose_primary(capabilities: &VmxCapabilities, unrestricted: bool) -> Result<
         | Primary::MSR_BITMAPS
         | Primary::SECONDARY_CONTROLS;
     // Off until an interrupt waits, but without it none could ever be injected late.
-    let needed_later = Primary::INTERRUPT_WINDOW_EXITING;
+    let needed_later = Primary::INTERRUPT_WINDOW_EXITING | Primary::NMI_WINDOW_EXITING;
     wanted |= if possible.contains(Primary::UNCONDITIONAL_IO_EXITING) {
         Primary::UNCONDITIONAL_IO_EXITING
     } else {
@@ -199,9 +202,7 @@ fn choose_secondary(capabilities: &VmxCapabilities, unrestricted: bool) -> Resul
         | Secondary::PAUSE_LOOP_EXITING
         | Secondary::ENCLS_EXITING;
     // A VPID is of use only with a way to flush it.
-    if capabilities.ept_vpid.contains(EptVpid::INVVPID)
-        && capabilities.ept_vpid.intersects(EptVpid::INVVPID_SINGLE | EptVpid::INVVPID_ALL)
-    {
+    if capabilities.ept_vpid.contains(EptVpid::INVVPID | EptVpid::INVVPID_ALL) {
         optional |= Secondary::VPID;
     }
     if unrestricted {

@@ -2,7 +2,8 @@
 #![allow(unsafe_code)] // MSR writes and VMXON, and the per-CPU cells.
 
 use super::capabilities::{
-    feature_control, EptVpid, FeatureControl, VmxCapabilities, MSR_FEATURE_CONTROL, MSR_VMX_BASIC,
+    feature_control, has_faulty_preemption_timer, EptVpid, FeatureControl, VmxCapabilities,
+    MSR_FEATURE_CONTROL, MSR_VMX_BASIC,
 };
 use super::choice::{examine, Controls, Unsuitable};
 use super::controls::{Primary, Secondary};
@@ -145,7 +146,9 @@ impl Vendor for Vmx {
         let read = |index| unsafe { msr::read(index) };
         let linear_bits = if features.la57 { 57 } else { 48 };
         let capabilities = VmxCapabilities::read(read, features.physical_address_bits, linear_bits);
-        let controls = examine(&capabilities, true).map_err(refusal)?;
+        let mut controls = examine(&capabilities, true).map_err(refusal)?;
+        let signature = core::arch::x86_64::__cpuid(1).eax;
+        controls.preemption_timer &= !has_faulty_preemption_timer(signature);
         let ept = capabilities.ept_vpid;
         let format = Ept::new(&EptHost {
             five_level: false,

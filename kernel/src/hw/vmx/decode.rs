@@ -147,7 +147,10 @@ fn exception_or_nmi(vcpu: &mut VmxVcpu) -> Exit {
                 // INT1 is a trap: its handler returns behind it, but the exit leaves RIP at it (SDM vol. 3, 28.3.3).
                 let next = next_rip(vcpu);
                 vcpu.set_rip(next);
+                vcpu.clear_shadow();
             }
+            // The exit forgets a step that was pending, which an entry in a shadow wants to see (27.3.1.5).
+            vcpu.settle_shadow();
             // The exit comes before DR6 is written; the qualification says what would be (SDM vol. 3, table 28-1).
             let causes = vcpu.region.read(vmcs::EXIT_QUALIFICATION) & DR6_CAUSES;
             let dr6 = vcpu.dr6();

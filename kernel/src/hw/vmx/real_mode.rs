@@ -8,6 +8,7 @@
 //!   interrupt vector table at address zero by itself (SDM vol. 3, 21.3, method 5 of table 21-2) and port accesses exit as in
 //!   real mode.
 use crate::hw::{GuestPage, Segment};
+use crate::vm::msr::{EFER_LMA, EFER_LME};
 
 /// Guest-physical address of the identity tables' page directory: below the usual place of firmware, away from all devices.
 pub const IDENTITY_TABLE: u64 = 0xfffb_c000;
@@ -47,8 +48,17 @@ fn fill_end_of_io_map(page: &mut [u8; 4096]) {
     page[(TASK_STATE_LIMIT as usize) & 0xfff] = 0xff;
 }
 
-/// CR4 while the identity tables are in use: VME for interrupt redirection and PSE for 4 MiB pages.
-pub const CR4: u64 = 1 << 0 | 1 << 4;
+/// CR4.VME: interrupt redirection of virtual-8086 mode.
+const CR4_VME: u64 = 1 << 0;
+/// CR4.PSE: 4 MiB pages.
+const CR4_PSE: u64 = 1 << 4;
+/// Bits of CR4 that mean the same with and without paging: VME, PVI, TSD, DE, MCE, PCE, OSFXSR, OSXMMEXCPT, UMIP, FSGSBASE,
+/// OSXSAVE.
+const CR4_KEPT: u64 = 0xf | 1 << 6 | 1 << 8 | 1 << 9 | 1 << 10 | 1 << 11 | 1 << 16 | 1 << 18;
+const CR0_PE: u64 = 1 << 0;
+/// CR0.AM: has no effect in real mode, which runs at CPL 0.
+const CR0_AM: u64 = 1 << 18;
+const CR0_PG: u64 = 1 << 31;
 /// RFLAGS.VM.
 pub const RFLAGS_VM: u64 = 1 << 17;
 /// RFLAGS.IOPL: at 3, CLI, STI, PUSHF, POPF, INT n and IRET of virtual-8086 mode do what they do in real mode.
@@ -70,12 +80,36 @@ pub enum Form {
     Vm86,
 }
 
+/// CR0 of the VMCS for the guest's `cr0`, but for bits that VMX fixes.
+pub const fn cr0(cr0: u64, form: Form) -> u64 {
+    match form {
+        Form::Own => cr0,
+        Form::Unpaged => cr0 | CR0_PE | CR0_PG,
+        Form::Vm86 => cr0 & !CR0_AM | CR0_PE | CR0_PG,
+    }
+}
+
+/// CR4 of the VMCS for the guest's `cr4`, but for bits that VMX fixes.
+pub const fn cr4(cr4: u64, form: Form) -> u64 {
+    match form {
+        Form::Own => cr4,
+        Form::Unpaged => cr4 & CR4_KEPT | CR4_PSE,
+        Form::Vm86 => cr4 & CR4_KEPT | CR4_PSE | CR4_VME,
+    }
+}
+
+/// EFER of the VMCS for the guest's `efer`: while the guest is unpaged the hardware, which is not, must not be in long mode.
+pub const fn efer(efer: u64, form: Form) -> u64 {
+    match form {
+        Form::Own => efer,
+        Form::Unpaged | Form::Vm86 => efer & !(EFER_LME | EFER_LMA),
+    }
+}
+
 /// The form in which a guest with these registers can be entered; None if it must be emulated until it can. `segments` are
 /// ES, CS, SS, DS, FS, GS.
 pub fn form(cr0: u64, segments: &[Segment; 6]) -> Option<Form> {
-    const PE: u64 = 1;
-    const PG: u64 = 1 << 31;
-    match (cr0 & PE != 0, cr0 & PG != 0) {
+    match (cr0 & CR0_PE != 0, cr0 & CR0_PG != 0) {
         (true, true) => Some(Form::Own),
         (true, false) => Some(Form::Unpaged),
         (false, _) => segments.iter().all(fits_vm86).then_some(Form::Vm86),
@@ -154,6 +188,23 @@ mod tests {
                 assert_eq!(form(0x8000_0011, &segments), Some(Form::Own));
             }
         }
+    }
+
+    #[test]
+    fn unpaged_code_keeps_what_does_not_concern_paging() {
+        const OSFXSR: u64 = 1 << 9;
+        const PAE: u64 = 1 << 5;
+        for form in [Form::Unpaged, Form::Vm86] {
+            assert_eq!(cr4(OSFXSR | PAE | 1 << 7 | 1 << 20, form) & !CR4_VME, OSFXSR | CR4_PSE);
+            assert_eq!(cr0(0x10, form), 0x8000_0011);
+            assert_eq!(efer(EFER_LME | 1, form), 1);
+        }
+        assert_eq!(cr4(OSFXSR, Form::Vm86) & CR4_VME, CR4_VME);
+        assert_eq!(cr0(CR0_AM | 0x10, Form::Vm86) & CR0_AM, 0, "no alignment checks at CPL 0");
+        assert_eq!(
+            (cr0(0x11, Form::Own), cr4(PAE, Form::Own), efer(EFER_LME, Form::Own)),
+            (0x11, PAE, EFER_LME)
+        );
     }
 
     #[test]

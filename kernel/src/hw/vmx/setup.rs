@@ -2,6 +2,7 @@
 #![allow(unsafe_code)] // Reads of the registers that make the host's state.
 
 use super::cache::FieldsMut;
+use super::controls::{ExitControls, Primary, Secondary};
 use super::controls::{EXCEPTION_ALIGNMENT_CHECK, EXCEPTION_DEBUG, EXCEPTION_MACHINE_CHECK};
 use super::cpu::Machine;
 use super::entry::landing;
@@ -43,7 +44,6 @@ pub(super) fn write_controls(
     region.set(vmcs::CR3_TARGET_COUNT, 0);
     region.set(vmcs::MSR_BITMAPS, machine.msr_bitmap.as_u64());
     region.set(vmcs::EPT_POINTER, eptp);
-    use super::controls::{Primary, Secondary};
     if controls.primary.contains(Primary::IO_BITMAPS) {
         region.set(vmcs::IO_BITMAP_A, machine.io_bitmaps.as_u64());
         region.set(vmcs::IO_BITMAP_B, machine.io_bitmaps.as_u64() + 4096);
@@ -81,7 +81,7 @@ pub(super) fn write_controls(
 }
 
 /// Writes what an exit on this CPU loads (SDM vol. 3, 25.5 and 28.5).
-pub(super) fn write_host_state(region: &Region) {
+pub(super) fn write_host_state(region: &Region, exit: ExitControls) {
     // SAFETY: reads of registers that every CPU with long mode has.
     let (gs_base, fs_base, efer, pat) =
         unsafe { (msr::read(msr::GS_BASE), msr::read(FS_BASE), msr::read(msr::EFER), msr::read(msr::PAT)) };
@@ -103,8 +103,13 @@ pub(super) fn write_host_state(region: &Region) {
     region.set(vmcs::HOST_SYSENTER_CS, 0);
     region.set(vmcs::HOST_SYSENTER_ESP, 0);
     region.set(vmcs::HOST_SYSENTER_EIP, 0);
-    region.set(vmcs::HOST_EFER, efer);
-    region.set(vmcs::HOST_PAT, pat);
+    // These fields exist only with their controls; without, the MSR areas do it.
+    if exit.contains(ExitControls::LOAD_EFER) {
+        region.set(vmcs::HOST_EFER, efer);
+    }
+    if exit.contains(ExitControls::LOAD_PAT) {
+        region.set(vmcs::HOST_PAT, pat);
+    }
     region.set(vmcs::HOST_RIP, landing as *const () as u64);
 }
 

@@ -4,9 +4,9 @@
 use super::access_rights::{from_access_rights, to_access_rights};
 use super::cache::{Cache, FieldsMut, Hot};
 use super::capabilities::{cr0_for_hardware, cr4_for_hardware, EptVpid};
-use super::check::{explain, Failure};
+use super::check::{explain, guest_state_error, Failure, GuestState};
 use super::choice::CR3_EXITING;
-use super::controls::{EntryControls, Interruptibility, Pin, Primary, Secondary};
+use super::controls::{Activity, EntryControls, Interruptibility, Pin, Primary, Secondary};
 use super::cpu::{with_this_cpu, Machine, Vmx};
 use super::exit::{interrupted_event, ExitReason};
 use super::instructions::{invept, invvpid_all, InveptScope};
@@ -20,7 +20,7 @@ use crate::cpu::{msr, tsc};
 use crate::hw::tag::{Tag, TagAllocator};
 use crate::hw::{gpr, CpuState, Event, Exit, HwVcpu, OutOfMemory, Segment, SegmentName, TableRegister};
 use crate::mm::{self, FrameSize, Zone};
-use crate::vm::msr::{EFER_LMA, EFER_LME, PAT_RESET};
+use crate::vm::msr::{EFER_LMA, PAT_RESET};
 use x86_64::PhysAddr;
 
 const RFLAGS_TF: u64 = 1 << 8;
@@ -63,6 +63,8 @@ pub struct VmxVcpu {
     efer: u64,
     /// How the VMCS holds the guest's state.
     pub(super) form: Form,
+    /// Without unrestricted guest: the state was changed by software, so it may need another form, or have none.
+    unsettled: bool,
     /// The guest's CR3 while the VMCS has that of the identity tables.
     unpaged_cr3: u64,
     /// Attributes of ES to GS, and the LDTR and TR, while the VMCS has those of virtual-8086 mode.
@@ -118,6 +120,7 @@ impl VmxVcpu {
             cr4_shadow: 0,
             efer: 0,
             form: Form::Own,
+            unsettled: true,
             unpaged_cr3: 0,
             real_attributes: [0; 6],
             real_tr: Segment::default(),
@@ -137,7 +140,6 @@ impl VmxVcpu {
             has_length: false,
         };
         vcpu.region.set(vmcs::GUEST_RSP, 0);
-        vcpu.region.set(vmcs::CR0_MASK, !CR0_OWN);
         vcpu.set_pat(PAT_RESET);
         vcpu.write_form_masks();
         vcpu.load_state(&CpuState::reset());
@@ -151,7 +153,7 @@ impl VmxVcpu {
         if self.cpu != cpu {
             self.cpu = cpu;
             self.tag = Tag::default();
-            setup::write_host_state(&self.region);
+            setup::write_host_state(&self.region, self.machine.controls.exit);
             self.areas.set_host();
         }
         if !vpids.is_current(self.tag) {
@@ -178,18 +180,23 @@ impl VmxVcpu {
         debug_assert!(flushed.is_ok());
     }
 
-    /// Sets who owns which bits of CR4, and which exceptions exit, in this form.
+    /// Sets who owns which bits of CR0 and CR4, and which exceptions exit, in this form.
     fn write_form_masks(&mut self) {
-        let mask = match self.form {
-            Form::Own => !self.cr4_allowed | CR4_MCE | CR4_VMXE,
-            Form::Unpaged | Form::Vm86 => u64::MAX,
-        };
-        self.region.set(vmcs::CR4_MASK, mask);
+        self.region.set(vmcs::CR0_MASK, self.cr0_mask());
+        self.region.set(vmcs::CR4_MASK, self.cr4_mask());
         let exceptions = if self.form == Form::Vm86 { u32::MAX } else { setup::INTERCEPTED_EXCEPTIONS };
         self.region.set(vmcs::EXCEPTION_BITMAP, exceptions);
         // CPUs that cannot run CR3 accesses free have these bits fixed; then they exit in each form.
         let cr3 = CR3_EXITING - Primary::from_bits_retain(self.machine.capabilities.primary as u32);
         self.primary.set(cr3, self.form != Form::Own);
+    }
+
+    #[inline]
+    fn cr0_mask(&self) -> u64 {
+        match self.form {
+            Form::Own | Form::Unpaged => !CR0_OWN,
+            Form::Vm86 => u64::MAX,
+        }
     }
 
     #[inline]
@@ -200,32 +207,40 @@ impl VmxVcpu {
         }
     }
 
-    /// Makes the VMCS hold the guest's state in the form `form`.
-    #[cold]
-    fn change_form(&mut self, form: Form) {
-        let state = self.state();
-        self.write_state(form, &state);
-    }
-
     /// Brings the VMCS into a form that can be entered; false if there is none.
     #[inline]
     fn settle_form(&mut self) -> bool {
-        if self.machine.unrestricted() {
-            return true;
-        }
-        // What is paged and was entered before still is enterable, unless somebody changed it.
-        self.settle_restricted_form()
+        // What the guest itself makes of an enterable state is one.
+        self.machine.unrestricted() || !self.unsettled || self.settle_restricted_form()
     }
 
+    #[cold]
     fn settle_restricted_form(&mut self) -> bool {
-        use SegmentName::{Cs, Ds, Es, Fs, Gs, Ss};
-        let cr0 = self.cr0();
-        let segments = [Es, Cs, Ss, Ds, Fs, Gs].map(|name| self.segment(name));
-        let Some(form) = real_mode::form(cr0, &segments) else { return false };
-        if form != self.form {
-            self.change_form(form);
+        let state = self.state();
+        let Some(form) = real_mode::form(state.cr0, &state.segments) else { return false };
+        if form != Form::Vm86 && self.is_refused(form, &state) {
+            return false;
         }
+        if form != self.form {
+            self.write_state(form, &state);
+        }
+        self.unsettled = false;
         true
+    }
+
+    /// Whether an entry in this form would refuse the state, as it does between the switch to protected mode and the loads
+    /// of segments that follow.
+    fn is_refused(&self, form: Form, state: &CpuState) -> bool {
+        let entered = CpuState {
+            cr0: real_mode::cr0(state.cr0, form),
+            cr4: real_mode::cr4(state.cr4, form),
+            efer: real_mode::efer(state.efer, form),
+            ..state.clone()
+        };
+        let capabilities = &self.machine.capabilities;
+        let judged =
+            GuestState::of_guest(&entered, capabilities, Interruptibility::empty(), Activity::Active);
+        guest_state_error(&judged, capabilities, false).is_some()
     }
 
     /// Writes what was set since the last entry.
@@ -258,7 +273,7 @@ impl VmxVcpu {
     }
 
     /// Makes the shadow and what is pending agree with RFLAGS, as entries demand (SDM vol. 3, 27.3.1.5).
-    fn settle_shadow(&mut self) {
+    pub(super) fn settle_shadow(&mut self) {
         let rflags = self.cache.get(Hot::Rflags, &self.region);
         let mut state = self.interruptibility();
         if rflags & RFLAGS_IF == 0 {
@@ -295,36 +310,26 @@ impl VmxVcpu {
     /// Sets EFER and what depends on it.
     fn write_efer(&mut self, form: Form, efer: u64) {
         self.efer = efer;
-        // While the guest is unpaged the hardware, if it is not, must not be in long mode.
-        let hardware = match form {
-            Form::Own => efer,
-            Form::Unpaged | Form::Vm86 => efer & !(EFER_LME | EFER_LMA),
-        };
-        self.region.set(vmcs::GUEST_EFER, hardware);
+        let hardware = real_mode::efer(efer, form);
+        if self.machine.controls.entry.contains(EntryControls::LOAD_EFER) {
+            self.region.set(vmcs::GUEST_EFER, hardware);
+        }
         self.areas.set_guest(msr::EFER, hardware);
     }
 
     fn write_cr0(&mut self, form: Form, cr0: u64) {
         self.cr0_shadow = cr0;
         let machine = self.machine;
-        let hardware = match form {
-            Form::Own => cr0,
-            Form::Unpaged | Form::Vm86 => cr0 | CR0_PE | CR0_PG,
-        };
-        let hardware = cr0_for_hardware(hardware & !CR0_CACHE, &machine.capabilities, machine.unrestricted());
-        self.cache.set(Hot::Cr0, hardware);
+        let hardware = real_mode::cr0(cr0, form) & !CR0_CACHE;
+        self.cache.set(Hot::Cr0, cr0_for_hardware(hardware, &machine.capabilities, machine.unrestricted()));
         self.region.set(vmcs::CR0_SHADOW, cr0);
     }
 
     fn write_cr4(&mut self, form: Form, cr4: u64) {
         self.cr4_shadow = cr4;
-        let own = match form {
-            Form::Own => cr4,
-            Form::Unpaged | Form::Vm86 => real_mode::CR4,
-        };
         let host_mce = self.machine.host_cr4 & CR4_MCE;
-        let hardware = cr4_for_hardware(own & !CR4_MCE | host_mce, &self.machine.capabilities);
-        self.cache.set(Hot::Cr4, hardware);
+        let hardware = real_mode::cr4(cr4, form) & !CR4_MCE | host_mce;
+        self.cache.set(Hot::Cr4, cr4_for_hardware(hardware, &self.machine.capabilities));
         self.region.set(vmcs::CR4_SHADOW, cr4);
     }
 
@@ -427,6 +432,7 @@ impl VmxVcpu {
         if reason.entry_failed() {
             return self.entry_failed(reason);
         }
+        self.region.set_launched();
         self.vectoring = self.region.read(vmcs::IDT_VECTORING);
         decode::exit(self, reason.basic())
     }
@@ -491,7 +497,6 @@ impl HwVcpu for VmxVcpu {
         if how != entry::EXITED {
             return self.not_entered(how);
         }
-        self.region.set_launched();
         self.rsp = self.region.read(vmcs::GUEST_RSP);
         self.gprs[gpr::RSP] = self.rsp;
         self.exit()
@@ -523,14 +528,14 @@ impl HwVcpu for VmxVcpu {
     }
     #[inline]
     fn cr0(&self) -> u64 {
-        self.cache.get(Hot::Cr0, &self.region) & CR0_OWN | self.cr0_shadow & !CR0_OWN
+        let mask = self.cr0_mask();
+        self.cache.get(Hot::Cr0, &self.region) & !mask | self.cr0_shadow & mask
     }
     fn set_cr0(&mut self, cr0: u64) {
         const MODE: u64 = CR0_PE | CR0_PG;
         if (cr0 ^ self.cr0_shadow) & MODE != 0 && !self.machine.unrestricted() {
-            // The form may be another one from now on: `settle_form` finds it.
             let state = CpuState { cr0, ..self.state() };
-            self.write_state(Form::Own, &state);
+            self.set_state(&state);
         } else {
             self.write_cr0(self.form, cr0);
         }
@@ -649,7 +654,9 @@ impl HwVcpu for VmxVcpu {
         true
     }
     fn set_pat(&mut self, pat: u64) {
-        self.region.set(vmcs::GUEST_PAT, pat);
+        if self.machine.controls.entry.contains(EntryControls::LOAD_PAT) {
+            self.region.set(vmcs::GUEST_PAT, pat);
+        }
         self.areas.set_guest(msr::PAT, pat);
     }
     fn set_tsc_offset(&mut self, offset: u64) {
@@ -680,6 +687,7 @@ impl HwVcpu for VmxVcpu {
     fn set_state(&mut self, state: &CpuState) {
         // Not necessarily a form that can be entered: `settle_form` finds that.
         self.write_state(Form::Own, state);
+        self.unsettled = true;
         self.flush = true;
     }
 
@@ -723,7 +731,8 @@ impl HwVcpu for VmxVcpu {
         // The shadow of STI needs IF set; that of MOV SS holds back the same, and more.
         let open = self.cache.get(Hot::Rflags, &self.region) & RFLAGS_IF != 0;
         let shadow = if open { Interruptibility::STI } else { Interruptibility::MOV_SS };
-        self.set_interruptibility(self.interruptibility() | shadow);
+        let others = self.interruptibility() - (Interruptibility::STI | Interruptibility::MOV_SS);
+        self.set_interruptibility(others | shadow);
     }
     #[inline]
     fn clear_shadow(&mut self) {
@@ -743,11 +752,14 @@ impl HwVcpu for VmxVcpu {
     }
     #[inline]
     fn take_undeliverable(&mut self) -> Option<Event> {
-        let by_software = self.cr0_shadow & CR0_PE == 0 && !self.machine.unrestricted();
-        if by_software {
-            self.injection.take()
-        } else {
+        if self.injection.is_none() || self.machine.unrestricted() {
+            return None;
+        }
+        let by_hardware = self.cr0_shadow & CR0_PE != 0 && self.settle_form();
+        if by_hardware {
             None
+        } else {
+            self.injection.take()
         }
     }
     #[inline]
@@ -777,7 +789,10 @@ impl HwVcpu for VmxVcpu {
     }
     #[inline]
     fn request_nmi_window(&mut self, on: bool) {
-        self.primary.set(Primary::NMI_WINDOW_EXITING, on);
+        // In the shadow of STI the window counts as open (SDM vol. 3, 26.2), but an NMI may not be injected there (27.3.1.5). The
+        // caller looks again soon after a shadow.
+        let in_shadow = self.interruptibility().contains(Interruptibility::STI);
+        self.primary.set(Primary::NMI_WINDOW_EXITING, on && !in_shadow);
     }
     #[inline]
     fn intercept_cr8_writes(&mut self, on: bool) {
