@@ -347,6 +347,10 @@ pub trait HwVcpu: Send {
     fn pdptes(&self) -> Option<[u64; 4]> {
         None
     }
+    /// Loads the PDPTE registers, where the hardware has such.
+    fn set_pdptes(&mut self, pdptes: [u64; 4]) {
+        let _ = pdptes;
+    }
     /// Sets CR2.
     fn set_cr2(&mut self, cr2: u64);
     /// CR3.

@@ -113,6 +113,12 @@ impl Events {
         self.nmi_block = NmiBlock::AtIret { rip: hw.rip(), step: false, guest_tf: false };
     }
 
+    /// An IRET that did not run on the hardware has completed.
+    pub fn unblock_nmi<H: HwVcpu>(&mut self, hw: &mut H) {
+        hw.intercept_iret(false);
+        self.nmi_block = NmiBlock::Open;
+    }
+
     /// A debug exception exited. True if it was our own step over an IRET, which the guest must not see.
     pub fn swallows_debug<H: HwVcpu>(&mut self, hw: &mut H) -> bool {
         let NmiBlock::AtIret { step: true, guest_tf, .. } = self.nmi_block else { return false };
@@ -330,6 +336,20 @@ mod tests {
         assert_eq!(hw.dr6, 0xffff_0ff0);
         events.prepare_entry(&mut hw, &mut Source::default());
         assert_eq!(hw.injected, Some(Event::Nmi));
+    }
+
+    #[test]
+    fn an_emulated_iret_ends_the_handler_at_once() {
+        let (mut events, mut hw) = (Events::default(), open());
+        events.raise_nmi();
+        events.prepare_entry(&mut hw, &mut Source::default());
+        hw.injected = None;
+        events.raise_nmi();
+        events.unblock_nmi(&mut hw);
+        assert!(!hw.iret_exits);
+        events.prepare_entry(&mut hw, &mut Source::default());
+        assert_eq!(hw.injected, Some(Event::Nmi));
+        assert_eq!(hw.rflags & RFLAGS_TF, 0);
     }
 
     #[test]

@@ -427,7 +427,7 @@ impl<V: Vendor> Core<V> {
 
     /// What a CPUID result depends on.
     #[inline]
-    fn cpuid_state(&self, leaf: u32) -> CpuidState {
+    pub(super) fn cpuid_state(&self, leaf: u32) -> CpuidState {
         CpuidState {
             apic_id: self.index as u8,
             apic_enabled: self.lapic.is_enabled(),
@@ -468,7 +468,7 @@ impl<V: Vendor> Core<V> {
     }
 
     #[inline]
-    fn read_msr(&mut self, guest: &Guest<V>, msr: u32) -> Result<u64, Gp> {
+    pub(super) fn read_msr(&mut self, guest: &Guest<V>, msr: u32) -> Result<u64, Gp> {
         match self.hw.switched_msr(msr) {
             Some(value) => Ok(value),
             None if msr == pvclock::MSR_SYSTEM_TIME => Ok(self.system_time),
@@ -478,7 +478,7 @@ impl<V: Vendor> Core<V> {
     }
 
     #[inline]
-    fn write_msr(&mut self, guest: &Guest<V>, msr: u32, value: u64) -> Result<(), Gp> {
+    pub(super) fn write_msr(&mut self, guest: &Guest<V>, msr: u32, value: u64) -> Result<(), Gp> {
         if self.hw.set_switched_msr(msr, value) {
             return Ok(());
         }
@@ -587,11 +587,7 @@ impl<V: Vendor> Core<V> {
     /// What the guest's CPU allows in control registers.
     pub(super) fn control_limits(guest: &Guest<V>) -> control_regs::Limits {
         let caps = guest.cpuid.caps();
-        control_regs::Limits {
-            cr4: caps.cr4,
-            phys_bits: caps.phys_bits,
-            amd: caps.vendor == CpuVendor::Amd,
-        }
+        control_regs::Limits { cr4: caps.cr4, phys_bits: caps.phys_bits, amd: caps.vendor == CpuVendor::Amd }
     }
 
     /// Obeys what other CPUs ask of this one.

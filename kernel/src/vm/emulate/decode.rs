@@ -114,6 +114,68 @@ pub(super) enum Scan {
     Popcnt,
 }
 
+/// System instructions and far transfers. Operands are in [`DecodedInsn`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum System {
+    /// MOV from and to a segment register, PUSH and POP of one.
+    StoreSegment,
+    LoadSegment,
+    PushSegment,
+    PopSegment,
+    /// LDS, LES, LFS, LGS, LSS; the segment register is the third operand.
+    LoadFar,
+    JumpFar,
+    CallFar,
+    ReturnFar,
+    InterruptReturn,
+    /// INT n, INT3, INTO, INT1.
+    Interrupt,
+    Breakpoint,
+    Overflow,
+    DebugTrap,
+    /// SGDT and LGDT, or (true) SIDT and LIDT.
+    StoreTable(bool),
+    LoadTable(bool),
+    /// SLDT or (true) STR.
+    StoreSelector(bool),
+    LoadLdt,
+    LoadTask,
+    /// SMSW and LMSW.
+    StoreStatus,
+    LoadStatus,
+    ClearTaskSwitched,
+    ReadControl,
+    WriteControl,
+    ReadDebug,
+    WriteDebug,
+    /// INVLPG and INVPCID.
+    InvalidatePage,
+    InvalidateContext,
+    CacheFlush,
+    Halt,
+    Cpuid,
+    ReadMsr,
+    WriteMsr,
+    /// RDTSC or (true) RDTSCP.
+    ReadTsc(bool),
+    ReadXcr,
+    WriteXcr,
+    SwapGs,
+    Sysenter,
+    Sysexit,
+    Syscall,
+    Sysret,
+    /// LAR, LSL, VERR or (true) VERW, ARPL.
+    Rights,
+    Limit,
+    Verify(bool),
+    AdjustRpl,
+    /// #GP(0).
+    Refused,
+    /// #UD.
+    Undefined,
+}
+
 /// What an instruction does. Operands are in [`DecodedInsn`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Op {
@@ -151,6 +213,7 @@ pub(super) enum Op {
     Out,
     /// SSE move between a register and memory; true: the memory operand must be aligned.
     MovVector(bool),
+    System(System),
     Unsupported(Unsupported),
 }
 
@@ -186,6 +249,9 @@ pub(super) enum Operand {
     Xmm(u8),
     Mem,
     Imm,
+    Segment(Seg),
+    Control(u8),
+    Debug(u8),
 }
 
 /// What is added to index and displacement.
@@ -271,6 +337,12 @@ impl DecodedInsn {
     #[cfg(test)]
     pub(super) fn repeats(&self) -> bool {
         self.repeat != Repeat::Once && matches!(self.op, Op::String(_))
+    }
+
+    /// Whether it may touch descriptor tables, stacks and task states beside its operand.
+    #[cfg(test)]
+    pub(super) fn is_system(&self) -> bool {
+        matches!(self.op, Op::System(_))
     }
 
     /// Whether the operand is found by a bit offset in a register.

@@ -22,6 +22,10 @@ pub(super) enum Flow {
     To(u64),
     /// With its next iteration.
     Again,
+    /// Behind it, in an interrupt shadow in which nothing traps.
+    Shadow,
+    /// Everything is done, RIP and RFLAGS included.
+    Ended(Outcome),
 }
 
 /// Executes `insn` at `cpu`'s RIP.
@@ -49,7 +53,7 @@ pub(super) fn rejected<C: Cpu>(cpu: &mut C, mode: Mode, error: DecodeError) -> O
 }
 
 #[cold]
-fn failed<C: Cpu>(cpu: &mut C, fault: Fault) -> Outcome {
+pub(super) fn failed<C: Cpu>(cpu: &mut C, fault: Fault) -> Outcome {
     match fault {
         Fault::Exception(exception) => {
             let rflags = cpu.rflags();
@@ -113,6 +117,7 @@ impl<C: Cpu> Execution<'_, C> {
             Op::In => self.input()?,
             Op::Out => self.output()?,
             Op::MovVector(aligned) => self.move_vector(aligned)?,
+            Op::System(system) => return self.system(system),
             Op::Unsupported(what) => return Err(Fault::Unsupported(what.reason())),
         }
         Ok(Flow::Next)
@@ -120,11 +125,20 @@ impl<C: Cpu> Execution<'_, C> {
 
     #[inline]
     fn complete(&mut self, flow: Flow) -> Outcome {
+        if let Flow::Ended(outcome) = flow {
+            return outcome;
+        }
         let rflags = self.cpu.rflags();
-        let trap = rflags & TF != 0;
+        let mut trap = rflags & TF != 0;
         self.cpu.clear_interrupt_shadow();
         let rip = match flow {
-            Flow::Next => self.next_rip(),
+            Flow::Next | Flow::Ended(_) => self.next_rip(),
+            Flow::Shadow => {
+                // SDM vol. 3, 6.8.3: the trap is not taken either.
+                self.cpu.set_interrupt_shadow();
+                trap = false;
+                self.next_rip()
+            }
             Flow::To(rip) => rip,
             Flow::Again => {
                 self.cpu.set_rflags(rflags | RF);
@@ -164,6 +178,7 @@ impl<C: Cpu> Execution<'_, C> {
             Operand::Reg(gpr) => self.cpu.gpr(gpr) & mask(size),
             Operand::High(gpr) => self.cpu.gpr(gpr) >> 8 & 0xff,
             Operand::Xmm(_) | Operand::None => 0,
+            Operand::Segment(_) | Operand::Control(_) | Operand::Debug(_) => 0,
         })
     }
 
@@ -181,6 +196,7 @@ impl<C: Cpu> Execution<'_, C> {
                 self.cpu.set_gpr(gpr, rest | (value & 0xff) << 8);
             }
             Operand::Imm | Operand::Xmm(_) | Operand::None => {}
+            Operand::Segment(_) | Operand::Control(_) | Operand::Debug(_) => {}
         }
         Ok(())
     }

@@ -30,21 +30,31 @@ mod address;
 mod alu;
 mod atomic;
 pub mod cache;
+mod change;
 pub mod cpu;
 pub mod decode;
+mod deliver;
 mod execute;
+mod far;
 pub mod flags;
 mod io;
 mod length;
+mod segment;
 mod stack;
 mod string;
+mod system;
+mod task;
 #[cfg(test)]
 mod tests;
 mod translate;
+mod translate_system;
 
 pub use cache::DecodeCache;
 pub use cpu::{Access, AccessKind, Attributes, Cpu, Exception, Fault, KnownOperand, Mode, Segment};
 pub use decode::{DecodeError, DecodedInsn, Gpr, Seg};
+pub use task::{TaskReason, TaskSwitch};
+
+use crate::hw::Event;
 
 use alloc::collections::TryReserveError;
 
@@ -111,6 +121,32 @@ impl Emulator {
         match self.cache.lookup(mode.bitness(), bytes) {
             Ok(insn) => execute::execute(cpu, insn, mode),
             Err(error) => execute::rejected(cpu, mode, error),
+        }
+    }
+
+    /// Delivers `event` in the processor's place, before the instruction at RIP: through the IVT in real mode, through
+    /// the IDT elsewhere. [`Outcome::Done`]: the CPU is at the handler's first instruction.
+    /// [`Outcome::Exception`]: nothing happened but this exception during the delivery; what comes of the two is
+    /// what [`combine`](crate::vm::exceptions::combine) says. If a task gate was used, the exception may also be the
+    /// first one of the new task, which is told by TR. DR6 and CR2 have been set before, NMIs are blocked by
+    /// the caller.
+    pub fn deliver<C: Cpu>(&mut self, cpu: &mut C, event: Event) -> Outcome {
+        match deliver::deliver(cpu, event) {
+            Ok(outcome) => outcome,
+            // The pushed image of RFLAGS is the interrupted program's: RF is not touched.
+            Err(Fault::Exception(exception)) => Outcome::Exception(exception),
+            Err(Fault::Retry) => Outcome::Retry,
+            Err(Fault::Stop) => Outcome::Stop,
+            Err(Fault::Unsupported(reason)) => Outcome::Unsupported { reason },
+        }
+    }
+
+    /// Switches tasks in the processor's place. [`Outcome::Exception`]: in the old task, if RIP is still there; else
+    /// in the new one, as is the #DB of a TSS with its T flag set.
+    pub fn task_switch<C: Cpu>(&mut self, cpu: &mut C, switch: TaskSwitch) -> Outcome {
+        match task::switch(cpu, &switch) {
+            Ok(outcome) => outcome,
+            Err(fault) => execute::failed(cpu, fault),
         }
     }
 }

@@ -59,14 +59,17 @@ fn fits_when_longer(bitness: u32, bytes: &[u8]) -> bool {
     })
 }
 
-struct Translation<'a> {
-    insn: &'a Instruction,
+pub(super) struct Translation<'a> {
+    pub(super) insn: &'a Instruction,
     bitness: u32,
     bytes: &'a [u8],
 }
 
 impl Translation<'_> {
     fn translate(&self) -> DecodedInsn {
+        if let Some(decoded) = self.system() {
+            return decoded;
+        }
         let insn = self.insn;
         let (mut op, dst, src, third);
         if insn.is_string_instruction() {
@@ -158,11 +161,11 @@ impl Translation<'_> {
         size.min(64) as u8
     }
 
-    fn immediate(&self) -> u64 {
+    pub(super) fn immediate(&self) -> u64 {
         (0..self.insn.op_count().min(3)).find_map(|i| self.insn.try_immediate(i).ok()).unwrap_or(0)
     }
 
-    fn address(&self) -> Address {
+    pub(super) fn address(&self) -> Address {
         let insn = self.insn;
         let kinds = || (0..insn.op_count()).filter_map(|i| insn.try_op_kind(i).ok());
         if let Some(size) = kinds().find_map(string_address_size) {
@@ -365,7 +368,7 @@ fn string_address_size(kind: OpKind) -> Option<u8> {
     }
 }
 
-fn gpr(register: Register) -> Option<Gpr> {
+pub(super) fn gpr(register: Register) -> Option<Gpr> {
     (register.is_gpr16() || register.is_gpr32() || register.is_gpr64())
         .then(|| Gpr::ALL[register.number() & 15])
 }
@@ -387,7 +390,7 @@ fn low_byte(register: Register) -> Gpr {
     Gpr::ALL[register.full_register().number() & 15]
 }
 
-fn segment(register: Register) -> Seg {
+pub(super) fn segment(register: Register) -> Seg {
     match register {
         Register::ES => Seg::Es,
         Register::CS => Seg::Cs,

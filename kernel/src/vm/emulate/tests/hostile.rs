@@ -235,7 +235,8 @@ proptest! {
         cpu.disturbed = 0;
         cpu.interrupt = true; // one iteration
         let Some(places) = addressed(&cpu, &bytes) else { return Ok(()) };
-        let bit_offset = DecodedInsn::decode(64, &bytes).is_ok_and(|insn| insn.has_bit_offset());
+        let bit_offset = DecodedInsn::decode(64, &bytes)
+            .is_ok_and(|insn| insn.has_bit_offset() || insn.is_system());
         let mut after = cpu.clone();
         let _ = Emulator::new().unwrap().emulate(&mut after, &bytes);
         for (_, linear, size) in after.touched() {
