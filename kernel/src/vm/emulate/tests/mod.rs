@@ -1,6 +1,7 @@
 //! Tests of the emulator: by group on a fake CPU, against the host's processor, and with hostile input.
 mod arithmetic;
 mod decoding;
+mod descriptors;
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 mod differential;
 mod fake;
@@ -11,3 +12,5 @@ mod native;
 mod rules;
 mod segments;
 mod strings;
+mod tasks;
+mod world;
