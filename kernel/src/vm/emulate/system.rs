@@ -398,7 +398,9 @@ impl<C: Cpu> Execution<'_, C> {
         }
         self.privileged()?;
         if state.dr7 & DR7_GD != 0 {
+            // GD ends here, for the exception may be injected by hardware, which does not touch it.
             state.dr6 |= DR6_BD;
+            state.dr7 &= !DR7_GD;
             self.cpu.set_state(&state);
             return Err(DB.into());
         }

@@ -13,4 +13,5 @@ mod rules;
 mod segments;
 mod strings;
 mod tasks;
+mod transfers;
 mod world;
