@@ -12,6 +12,7 @@ mod native;
 mod rules;
 mod segments;
 mod strings;
+mod system;
 mod tasks;
 mod transfers;
 mod world;
