@@ -1,4 +1,6 @@
-//! The instruction emulator: one instruction of a guest, for memory that is a device's or write-protected.
+//! The instruction emulator: one instruction of a guest, for memory that is a device's or write-protected, and for
+//! states that the hardware cannot run: real mode and unpaged code where VMX has no unrestricted guest. It also
+//! delivers events and switches tasks where the hardware does not.
 //!
 //! # Interface
 //!
@@ -8,6 +10,8 @@
 //!   `bytes` are up to fifteen bytes, as many as could be fetched.
 //! - [`Emulator::insn_len`]`(mode, bytes) -> Result<u8, `[`DecodeError`]`>`: only the length, to skip an intercepted
 //!   instruction where the processor does not report the next RIP.
+//! - [`Emulator::deliver`]`(&mut cpu, event)`: an interrupt or exception through the IVT or IDT.
+//! - [`Emulator::task_switch`]`(&mut cpu, `[`TaskSwitch`]`)`: a hardware task switch.
 //! - [`Cpu`]: the trait through which the emulator sees a vCPU: registers, segments, paged memory, ports.
 //!   [`Mode::of`] computes the mode; [`KnownOperand`] is the optional shortcut past the guest walk.
 //! - [`Exception`], [`Fault`]: how a [`Cpu`] refuses an access.
@@ -19,13 +23,19 @@
 //! - Everything is done with the guest's own rights at its CPL, checked here (segmentation, canonical form, alignment,
 //!   I/O permission) and in the [`Cpu`] (paging): the bytes may have been changed by another vCPU since the exit and
 //!   are not trusted to be what caused it.
+//! - A segment load, far transfer or event is put together as one change (`change`): translations are tried, accessed
+//!   bits set by locked exchanges, the stack written, and then the whole state is replaced. A task switch has its
+//!   commit point in the middle, as in the processor: what fails behind it is an exception of the new task.
 //! - A repeated instruction runs a bounded number of iterations, then RIP stays and [`Outcome::Continue`] is returned.
 //! - On completion RF and the interrupt shadow end, and a set TF is reported as an owed #DB.
 //!
 //! # Limits
 //!
-//! Instruction and data breakpoints (DR7) are not matched. Far transfers, segment loads, x87, MMX and AVX are
-//! not emulated; SSE loads and stores only where the [`Cpu`] gives access to the vector registers.
+//! Instruction and data breakpoints (DR7) are not matched. x87, MMX and AVX are not emulated; SSE loads and stores
+//! only where the [`Cpu`] gives access to the vector registers. VMX, SVM, SMX, MONITOR and MWAIT raise #UD.
+//! INVPCID and INVLPG may flush more than they name. A 16-bit task begins with zeros in the upper halves of its
+//! registers, which the manuals leave open. A second MOV SS right behind the first extends the interrupt shadow.
+//! CET's shadow stacks and FRED do not exist.
 mod address;
 mod alu;
 mod atomic;

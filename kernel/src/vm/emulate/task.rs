@@ -115,6 +115,12 @@ struct Image {
     size: u8,
 }
 
+/// What the new task's CR3 asks for.
+struct Tables {
+    flush: Flush,
+    pdptes: Option<[u64; 4]>,
+}
+
 /// Switches tasks. An error: nothing happened.
 pub(super) fn switch<C: Cpu>(cpu: &mut C, switch: &TaskSwitch) -> Result<Outcome, Fault> {
     let image = leave(cpu, switch)?;
@@ -174,7 +180,7 @@ fn leave<C: Cpu>(cpu: &mut C, switch: &TaskSwitch) -> Result<Image, Fault> {
         let link = change.field(&task, 0, 2)?;
         change.write(link, 2, old_task.selector.into(), AccessKind::SystemWrite)?;
     }
-    let pdptes = change.load_cr3(&task, image.cr3)?;
+    let Tables { flush, pdptes } = change.load_cr3(&task, image.cr3)?;
     let state = &mut change.state;
     state.tr = Segment { attributes: task.attributes | u16::from(BUSY), ..task };
     state.cr0 |= CR0_TS;
@@ -200,13 +206,11 @@ fn leave<C: Cpu>(cpu: &mut C, switch: &TaskSwitch) -> Result<Image, Fault> {
     for (gpr, value) in Gpr::ALL.into_iter().zip(image.gprs) {
         cpu.set_gpr(gpr, value);
     }
-    if let Some((flush, pdptes)) = pdptes {
-        if flush != Flush::None {
-            cpu.flush();
-        }
-        if let Some(pdptes) = pdptes {
-            cpu.set_pdptes(pdptes);
-        }
+    if flush != Flush::None {
+        cpu.flush();
+    }
+    if let Some(pdptes) = pdptes {
+        cpu.set_pdptes(pdptes);
     }
     cpu.clear_interrupt_shadow();
     Ok(image)
@@ -316,9 +320,9 @@ impl<C: Cpu> Change<'_, C> {
     }
 
     /// CR3 from a 32-bit TSS while paging: what is to be flushed, and the PDPTEs to be loaded.
-    fn load_cr3(&mut self, task: &Segment, cr3: u64) -> Result<Option<(Flush, Option<[u64; 4]>)>, Fault> {
+    fn load_cr3(&mut self, task: &Segment, cr3: u64) -> Result<Tables, Fault> {
         if task.attributes & 8 == 0 || self.state.cr0 & CR0_PG == 0 {
-            return Ok(None);
+            return Ok(Tables { flush: Flush::None, pdptes: None });
         }
         let limits = self.cpu.limits();
         let now = Now {
@@ -333,13 +337,13 @@ impl<C: Cpu> Change<'_, C> {
         let written = control_regs::write_cr3(&now, cr3, &limits).map_err(|_| invalid)?;
         self.state.cr3 = written.cr3;
         if !written.load_pdptes {
-            return Ok(Some((written.flush, None)));
+            return Ok(Tables { flush: written.flush, pdptes: None });
         }
         let pdptes = self.cpu.read_pdptes(control_regs::pdpte_address(cr3))?;
         if !control_regs::pdptes_are_valid(&pdptes, limits.phys_bits) {
             return Err(invalid);
         }
-        Ok(Some((written.flush, Some(pdptes))))
+        Ok(Tables { flush: written.flush, pdptes: Some(pdptes) })
     }
 
     /// LDTR of the new task.
