@@ -4,6 +4,7 @@
 //! 10.8.5 (long mode); AMD APM vol. 2, 3.1 and 14.6. Pure: who calls applies the [`Change`].
 
 use super::msr::{EFER_LMA, EFER_LME};
+use crate::hw::{CpuState, Segment, SegmentName};
 
 /// CR0: protection enabled.
 pub const CR0_PE: u64 = 1 << 0;
@@ -86,6 +87,19 @@ pub struct Now {
     pub cs_long: bool,
     /// Attributes of TR.
     pub tr_attributes: u16,
+}
+
+impl From<&CpuState> for Now {
+    fn from(state: &CpuState) -> Self {
+        Self {
+            cr0: state.cr0,
+            cr3: state.cr3,
+            cr4: state.cr4,
+            efer: state.efer,
+            cs_long: state.segments[SegmentName::Cs as usize].attributes & Segment::LONG != 0,
+            tr_attributes: state.tr.attributes,
+        }
+    }
 }
 
 /// Which translations the write invalidates.

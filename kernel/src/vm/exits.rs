@@ -464,7 +464,7 @@ impl<V: Vendor> Core<V> {
     }
 
     #[inline]
-    fn read_msr(&mut self, guest: &Guest<V>, msr: u32) -> Result<u64, Gp> {
+    pub(super) fn read_msr(&mut self, guest: &Guest<V>, msr: u32) -> Result<u64, Gp> {
         match self.hw.switched_msr(msr) {
             Some(value) => Ok(value),
             None if msr == pvclock::MSR_SYSTEM_TIME => Ok(self.system_time),
@@ -474,7 +474,7 @@ impl<V: Vendor> Core<V> {
     }
 
     #[inline]
-    fn write_msr(&mut self, guest: &Guest<V>, msr: u32, value: u64) -> Result<(), Gp> {
+    pub(super) fn write_msr(&mut self, guest: &Guest<V>, msr: u32, value: u64) -> Result<(), Gp> {
         if !switched_is_valid(msr, value, guest.cpuid.caps()) {
             return Err(Gp);
         }
@@ -572,15 +572,7 @@ impl<V: Vendor> Core<V> {
 
     /// The control registers as a write of one of them finds them.
     pub(super) fn control_registers(&self) -> control_regs::Now {
-        let hw = &self.hw;
-        control_regs::Now {
-            cr0: hw.cr0(),
-            cr3: hw.cr3(),
-            cr4: hw.cr4(),
-            efer: hw.efer(),
-            cs_long: hw.segment(SegmentName::Cs).attributes & CS_LONG != 0,
-            tr_attributes: hw.state().tr.attributes,
-        }
+        (&self.hw.state()).into()
     }
 
     /// What the guest's CPU allows in control registers.
@@ -640,7 +632,7 @@ impl<V: Vendor> Core<V> {
     }
 
     /// The four PDPTEs at `cr3`; all ones where there is no RAM.
-    fn read_pdptes(&self, guest: &Guest<V>, cr3: u64) -> [u64; 4] {
+    pub(super) fn read_pdptes(&self, guest: &Guest<V>, cr3: u64) -> [u64; 4] {
         let mut bytes = [0xff; 32];
         let at = control_regs::pdpte_address(cr3);
         if guest.memory.read(self.paging.host_cpu(), at, &mut bytes).is_err() {
