@@ -30,6 +30,8 @@ pub const CR0_CD: u64 = 1 << 30;
 pub const CR0_PG: u64 = 1 << 31;
 /// CR4: virtual-8086 mode extensions.
 pub const CR4_VME: u64 = 1 << 0;
+/// CR4: protected-mode virtual interrupts.
+pub const CR4_PVI: u64 = 1 << 1;
 /// CR4: time stamp disabled at CPL 1 to 3.
 pub const CR4_TSD: u64 = 1 << 2;
 /// CR4: debugging extensions.

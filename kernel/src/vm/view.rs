@@ -1,6 +1,6 @@
 //! A vCPU as the instruction emulator sees it: registers, memory through the guest's page tables, devices, ports.
 
-use super::control_regs::{Change, GeneralProtection, Limits, Now};
+use super::control_regs::{Change, GeneralProtection, Limits, Now, CR4_LA57};
 use super::emulate::{
     Access, AccessKind, Attributes, Cpu, Fault, Gpr, KnownOperand, Mode, Seg, Segment, X87Action,
 };
@@ -13,8 +13,6 @@ use crate::hw::{extended, CpuState, HwVcpu, SegmentName, Vendor};
 
 /// Offset of the local APIC's spurious-interrupt vector register, which holds its software enable bit.
 const SPURIOUS_VECTOR: u64 = 0xf0;
-/// CR4.LA57.
-const CR4_LA57: u64 = 1 << 12;
 
 /// The vCPU and its VM for the length of one emulated instruction.
 pub(super) struct View<'a, V: Vendor> {

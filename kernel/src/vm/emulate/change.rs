@@ -1,9 +1,11 @@
 //! A change of the CPU's state, put together piece by piece and made at once when nothing of it can fault any more.
+use super::address::is_canonical;
 use super::cpu::{Access, AccessKind, Cpu, Exception, Fault, Mode};
 use super::decode::Gpr;
 use super::flags::{self, mask};
 use super::segment::Descriptor;
 use crate::hw::{CpuState, Segment, SegmentName};
+use crate::vm::control_regs::CR0_AM;
 use crate::vm::msr::EFER_LMA;
 
 /// #TS, invalid TSS.
@@ -15,7 +17,6 @@ pub(super) const SS: u8 = 12;
 /// #GP, general protection.
 pub(super) const GP: u8 = 13;
 
-const CR0_AM: u64 = 1 << 18;
 /// A call gate copies up to 31 parameters beside SS, the stack pointer, CS and the instruction pointer.
 const WRITES: usize = 36;
 /// CS, SS and, of one instruction, no more than one data segment or system descriptor beside them.
@@ -151,8 +152,7 @@ impl<'a, C: Cpu> Change<'a, C> {
 
     /// Whether an address is the sign extension of its implemented bits.
     pub(super) fn canonical(&self, linear: u64) -> bool {
-        let unused = 64_u32.wrapping_sub(self.cpu.linear_bits());
-        (linear.wrapping_shl(unused) as i64).wrapping_shr(unused) as u64 == linear
+        is_canonical(linear, self.cpu.linear_bits())
     }
 
     /// Reads a piece of a system table.

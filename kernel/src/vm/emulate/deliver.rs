@@ -31,7 +31,7 @@ pub(super) fn deliver<C: Cpu>(cpu: &mut C, event: Event) -> Result<Outcome, Faul
     if let Some(selector) = change.interrupt(vector, false, error_code)? {
         let next_rip = change.state.rip;
         let switch =
-            TaskSwitch { selector, reason: TaskSwitchCause::Gate, next_rip, error_code, external: true };
+            TaskSwitch { selector, cause: TaskSwitchCause::Gate, next_rip, error_code, external: true };
         return task::switch(change.cpu, &switch);
     }
     if event == Event::Exception(DB, None) {
@@ -240,8 +240,8 @@ impl<C: Cpu> Execution<'_, C> {
         match change.interrupt(vector, software, None)? {
             Some(selector) => {
                 let external = !software;
-                let reason = TaskSwitchCause::Gate;
-                let switch = TaskSwitch { selector, reason, next_rip, error_code: None, external };
+                let cause = TaskSwitchCause::Gate;
+                let switch = TaskSwitch { selector, cause, next_rip, error_code: None, external };
                 task::switch(self.cpu, &switch).map(Flow::Ended)
             }
             None => {

@@ -446,10 +446,10 @@ impl<C: Cpu> Execution<'_, C> {
     pub(super) fn switch_task(
         &mut self,
         selector: u16,
-        reason: TaskSwitchCause,
+        cause: TaskSwitchCause,
         next_rip: u64,
     ) -> Result<Flow, Fault> {
-        let switch = TaskSwitch { selector, reason, next_rip, error_code: None, external: false };
+        let switch = TaskSwitch { selector, cause, next_rip, error_code: None, external: false };
         super::task::switch(self.cpu, &switch).map(Flow::Ended)
     }
 }

@@ -24,7 +24,7 @@ pub struct TaskSwitch {
     /// Selector of the new TSS.
     pub selector: u16,
     /// What causes it.
-    pub reason: TaskSwitchCause,
+    pub cause: TaskSwitchCause,
     /// Where the old task will go on.
     pub next_rip: u64,
     /// Error code of the exception that came through a task gate.
@@ -134,15 +134,15 @@ pub(super) fn switch<C: Cpu>(cpu: &mut C, switch: &TaskSwitch) -> Result<Outcome
 /// selectors, without their descriptors. SDM vol. 3, 7.3, steps 1 to 12.
 fn leave<C: Cpu>(cpu: &mut C, switch: &TaskSwitch) -> Result<Image, Fault> {
     use system_type::{BUSY_TSS, BUSY_TSS_16, TSS, TSS_16};
-    let TaskSwitch { selector, reason, next_rip, .. } = *switch;
+    let TaskSwitch { selector, cause, next_rip, .. } = *switch;
     let mut change = Change::new(cpu);
     change.external = u32::from(switch.external);
-    let invalid = if reason == TaskSwitchCause::Iret { TS } else { GP };
+    let invalid = if cause == TaskSwitchCause::Iret { TS } else { GP };
     if change.mode == Mode::Real || change.long_mode() || selector & 4 != 0 || is_null(selector) {
         return Err(change.selector_fault(invalid, selector));
     }
     let descriptor = change.descriptor(selector, invalid)?;
-    let expected = if reason == TaskSwitchCause::Iret { [BUSY_TSS, BUSY_TSS_16] } else { [TSS, TSS_16] };
+    let expected = if cause == TaskSwitchCause::Iret { [BUSY_TSS, BUSY_TSS_16] } else { [TSS, TSS_16] };
     if descriptor.is_segment() || !expected.contains(&descriptor.kind()) {
         return Err(change.selector_fault(invalid, selector));
     }
@@ -152,16 +152,16 @@ fn leave<C: Cpu>(cpu: &mut C, switch: &TaskSwitch) -> Result<Image, Fault> {
     let task = descriptor.segment(selector);
     let image = change.read_image(&task)?;
     let old_task = change.state.tr;
-    change.save_old_task(&old_task, reason, next_rip)?;
-    if matches!(reason, TaskSwitchCause::Jump | TaskSwitchCause::Iret) {
+    change.save_old_task(&old_task, cause, next_rip)?;
+    if matches!(cause, TaskSwitchCause::Jump | TaskSwitchCause::Iret) {
         if let Some(old) = change.try_descriptor(old_task.selector)? {
             change.leave_task(&old);
         }
     }
-    if reason != TaskSwitchCause::Iret {
+    if cause != TaskSwitchCause::Iret {
         change.mark(&descriptor, BUSY)?;
     }
-    let nested = matches!(reason, TaskSwitchCause::Call | TaskSwitchCause::Gate);
+    let nested = matches!(cause, TaskSwitchCause::Call | TaskSwitchCause::Gate);
     if nested {
         let link = change.field(&task, 0, 2)?;
         change.write(link, 2, old_task.selector.into(), AccessKind::SystemWrite)?;
@@ -281,11 +281,11 @@ impl<C: Cpu> Change<'_, C> {
     }
 
     /// Plans to save the registers in the TSS of the task that is left.
-    fn save_old_task(&mut self, task: &Segment, reason: TaskSwitchCause, next_rip: u64) -> Result<(), Fault> {
+    fn save_old_task(&mut self, task: &Segment, cause: TaskSwitchCause, next_rip: u64) -> Result<(), Fault> {
         let layout = layout(task.attributes);
         let size = layout.size;
         let mut rflags = self.state.rflags;
-        if reason == TaskSwitchCause::Iret {
+        if cause == TaskSwitchCause::Iret {
             rflags &= !NT;
         }
         let save = |change: &mut Self, offset, size, value| {

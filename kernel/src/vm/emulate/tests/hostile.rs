@@ -465,7 +465,7 @@ fn system_instructions_over_noise() {
                 emulator.deliver(&mut after, event)
             }
             1 => {
-                let reasons = [
+                let causes = [
                     TaskSwitchCause::Call,
                     TaskSwitchCause::Iret,
                     TaskSwitchCause::Jump,
@@ -473,7 +473,7 @@ fn system_instructions_over_noise() {
                 ];
                 let switch = TaskSwitch {
                     selector: selector(&mut random) as u16,
-                    reason: reasons[random.below(4) as usize],
+                    cause: causes[random.below(4) as usize],
                     next_rip: random.next(),
                     error_code: random.chance(2).then_some(random.next() as u32),
                     external: random.chance(2),

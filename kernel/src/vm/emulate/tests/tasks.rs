@@ -26,9 +26,9 @@ fn tasks(cpl: u8) -> FakeCpu {
     cpu
 }
 
-fn switch(cpu: &mut FakeCpu, reason: TaskSwitchCause) -> Outcome {
+fn switch(cpu: &mut FakeCpu, cause: TaskSwitchCause) -> Outcome {
     let next_rip = cpu.rip + 7;
-    let switch = TaskSwitch { selector: SLOT, reason, next_rip, error_code: None, external: false };
+    let switch = TaskSwitch { selector: SLOT, cause, next_rip, error_code: None, external: false };
     Emulator::new().unwrap().task_switch(cpu, switch)
 }
 
@@ -126,22 +126,22 @@ fn faults_before_the_commit_point_belong_to_the_old_task() {
         (TaskSwitchCause::Call, system(0x89, NEW, 0x66), 10), // too short
         (TaskSwitchCause::Jump, system(0x81, NEW, 0x2a), 10),
     ];
-    for (reason, descriptor, vector) in cases {
+    for (cause, descriptor, vector) in cases {
         let mut cpu = tasks(0);
         put(&mut cpu, SLOT, *descriptor);
         let before = cpu.clone();
-        assert_eq!(switch(&mut cpu, *reason), exception(*vector, code), "{reason:?} {descriptor:x}");
+        assert_eq!(switch(&mut cpu, *cause), exception(*vector, code), "{cause:?} {descriptor:x}");
         cpu.rflags &= !(1 << 16);
         cpu.assert_same_state(&before);
     }
-    for (selector, reason, expected) in [
+    for (selector, cause, expected) in [
         (SLOT | 4, TaskSwitchCause::Call, exception(13, u32::from(SLOT | 4))),
         (0x80, TaskSwitchCause::Jump, exception(13, 0x80)),
         (0x80, TaskSwitchCause::Iret, exception(10, 0x80)),
         (0, TaskSwitchCause::Iret, exception(10, 0)),
     ] {
         let mut cpu = tasks(0);
-        let switch = TaskSwitch { selector, reason, next_rip: 0, error_code: None, external: false };
+        let switch = TaskSwitch { selector, cause, next_rip: 0, error_code: None, external: false };
         assert_eq!(Emulator::new().unwrap().task_switch(&mut cpu, switch), expected);
     }
     // An old TSS that cannot be written.
