@@ -1,4 +1,4 @@
-//! `bench exits`: what an exit costs, counted in instructions by a test guest while QEMU counts for it.
+//! `bench exits`: what an exit costs, counted in instructions by a test guest while the emulator counts for it.
 
 use std::process::ExitCode;
 use std::time::Duration;
@@ -6,8 +6,9 @@ use std::time::Duration;
 use anyhow::{bail, Context, Result};
 
 use crate::bundle::Bundle;
-use crate::emulator::{Icount, Machine, Session};
+use crate::emulator::{check_model, Boot, Icount, Kind, Machine, Session};
 use crate::setup::{self, Component};
+use crate::size::Size;
 use crate::{build, paths, say};
 
 /// The guest needs seconds; a guest that hangs must not.
@@ -21,6 +22,12 @@ pub enum Bench {
         /// One line of JSON on standard output
         #[arg(long)]
         json: bool,
+        /// The emulator: QEMU for SVM, Bochs for VMX
+        #[arg(long, value_enum, default_value_t)]
+        emulator: Kind,
+        /// The emulator's processor [default: the one that offers most]
+        #[arg(long, value_name = "MODEL")]
+        cpu: Option<String>,
     },
 }
 
@@ -53,14 +60,21 @@ struct Cost {
 
 /// Runs a benchmark.
 pub fn bench(bench: &Bench) -> Result<ExitCode> {
-    let Bench::Exits { json } = bench;
-    let ready = setup::ensure(&[Component::Target, Component::Qemu])?;
+    let Bench::Exits { json, emulator, cpu } = bench;
+    let needed = match emulator {
+        Kind::Qemu => &[Component::Target, Component::Qemu][..],
+        Kind::Bochs => &[Component::Target, Component::Bochs, Component::Grub],
+    };
+    let ready = setup::ensure(needed)?;
+    if let Some(model) = cpu {
+        check_model(*emulator, model)?;
+    }
     let images = build::build(ready.compiler()?)?;
     let config = "[[vm]]\nname = \"bench\"\nmemory = \"64M\"\nkernel = \"bench_exits\"\npage_size = \"4K\"\n\
                   exit_port = 0xf4\non_reset = \"stop\"\n";
     let bundle = Bundle::new(config).file_from("bench_exits", &images.guest("bench_exits"))?;
     let dir = paths::target_dir().join("bench");
-    let machine = Machine { icount: Icount::On, ..Machine::new(&dir) };
+    let machine = Machine { cpu: cpu.clone(), ..machine(*emulator, Machine::new(&dir)) };
     let outcome = Session::start(&machine, &bundle)?.finish(LIMIT)?;
     let costs = costs_in(&outcome.log).with_context(|| {
         format!("the benchmark failed; its log is {}", paths::display(&dir.join("console.log")))
@@ -68,10 +82,32 @@ pub fn bench(bench: &Bench) -> Result<ExitCode> {
     if *json {
         println!("{}", to_json(&costs));
     } else {
-        print!("{}", table(&costs));
-        say!("instructions are exact, cache and TLB misses are not in them: QEMU counts, it does not time");
+        let on = virtualization(&outcome.log);
+        print!("{}", table(&costs, &format!("on {}, {on}", emulator.name()), *emulator));
+        say!(
+            "cache and TLB misses are not in these figures: {} counts instructions, it does not time",
+            emulator.name()
+        );
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// A machine that counts instructions: QEMU when it is told to, Bochs always.
+fn machine(emulator: Kind, plain: Machine) -> Machine {
+    match emulator {
+        Kind::Qemu => Machine { icount: Icount::On, ..plain },
+        Kind::Bochs => Machine { kind: Kind::Bochs, boot: Boot::Iso, memory: Size::mib(512), ..plain },
+    }
+}
+
+/// What Umbra says it uses.
+fn virtualization(log: &str) -> &'static str {
+    let uses = |word: &str| log.lines().any(|line| line.starts_with("umbra: ") && line.contains(word));
+    ["SVM with nested paging", "VMX with EPT"]
+        .into_iter()
+        .find(|name| uses(name))
+        .or_else(|| ["VMX", "SVM"].into_iter().find(|name| uses(name)))
+        .unwrap_or("virtualization unknown")
 }
 
 /// The costs in the guest's lines `bench KEY instructions=N exits=N`, in the order of [`OPERATIONS`]; each once.
@@ -111,19 +147,18 @@ fn to_json(costs: &[Cost]) -> String {
     format!("{{{}}}", members.join(","))
 }
 
-fn table(costs: &[Cost]) -> String {
+/// The costs under a line that says what they were counted `on`. KVM's were counted in QEMU and stand beside those only.
+fn table(costs: &[Cost], on: &str, emulator: Kind) -> String {
+    let beside = |text: &'static str| if emulator == Kind::Qemu { text } else { "" };
+    let line = |name: &str, instructions: &str, exits: &str, kvm: &str| {
+        let line = format!("{name:<26} {instructions:>12} {exits:>6}   {kvm}");
+        format!("{}\n", line.trim_end())
+    };
     let mut text =
-        format!("{:<26} {:>12} {:>6}   {}\n", "operation", "instructions", "exits", "KVM's instructions");
+        format!("{on}\n") + &line("operation", "instructions", "exits", beside("KVM's instructions"));
     for (operation, cost) in OPERATIONS.iter().zip(costs) {
-        let line = format!(
-            "{:<26} {:>12} {:>6}   {}",
-            operation.name,
-            grouped(cost.instructions),
-            cost.exits,
-            operation.kvm
-        );
-        text.push_str(line.trim_end());
-        text.push('\n');
+        let (instructions, exits) = (grouped(cost.instructions), cost.exits.to_string());
+        text += &line(operation.name, &instructions, &exits, beside(operation.kvm));
     }
     text
 }
@@ -177,6 +212,16 @@ mod tests {
     }
 
     #[test]
+    fn the_log_says_what_was_measured() {
+        let log =
+            |words: &str| format!("umbra: hello\r\numbra:   {words} on 1 of 1 CPUs: 16 ASIDs\r\nbench x\r\n");
+        assert_eq!(virtualization(&log("SVM with nested paging")), "SVM with nested paging");
+        assert_eq!(virtualization(&log("VMX with EPT")), "VMX with EPT");
+        assert_eq!(virtualization(&log("VMX, EPT")), "VMX");
+        assert_eq!(virtualization(""), "virtualization unknown");
+    }
+
+    #[test]
     fn json_is_one_line_with_every_key() {
         let json = to_json(&costs_in(&log()).unwrap());
         assert!(!json.contains('\n'));
@@ -188,9 +233,14 @@ mod tests {
 
     #[test]
     fn the_table_has_a_line_for_each_operation() {
-        let text = table(&costs_in(&log()).unwrap());
-        assert_eq!(text.lines().count(), 1 + OPERATIONS.len());
+        let costs = costs_in(&log()).unwrap();
+        let text = table(&costs, "on QEMU, SVM", Kind::Qemu);
+        assert_eq!(text.lines().count(), 2 + OPERATIONS.len());
+        assert!(text.starts_with("on QEMU, SVM\n"), "{text}");
         assert!(text.contains("CPUID                             1,234      1   2,984\n"), "{text}");
+        let text = table(&costs, "on Bochs, VMX", Kind::Bochs);
+        assert!(text.contains("CPUID                             1,234      1\n"), "{text}");
+        assert!(!text.contains("KVM"), "{text}");
         assert_eq!(grouped(1_234_567), "1,234,567");
         assert_eq!((grouped(0), grouped(999)), ("0".into(), "999".into()));
     }

@@ -81,6 +81,7 @@ mod tests {
             &["run", "--vm", "umbra.toml", "--until", "login:", "--timeout", "60"],
             &["test", "--long", "--filter", "boot"],
             &["bench", "exits", "--json"],
+            &["bench", "exits", "--emulator", "bochs", "--cpu", "ryzen"],
             &["check"],
         ] {
             assert!(Cli::try_parse_from(["cargo xtask"].iter().chain(args)).is_ok(), "{args:?}");

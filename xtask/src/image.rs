@@ -44,13 +44,15 @@ pub fn make(options: &Options) -> Result<PathBuf> {
     fs::create_dir_all(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
     let archive = dir.join("bundle.cpio");
     fs::write(&archive, bundle.archive()?).with_context(|| format!("cannot write {}", archive.display()))?;
-    write_iso(&images.umbra, &archive, &dir.join("iso"), &iso)?;
+    write_iso(&images.umbra, &archive, "", &dir.join("iso"), &iso)?;
     say!("the image starts from CD, disk or USB, on BIOS and UEFI");
     Ok(iso)
 }
 
-/// GRUB talks on the serial line where there is one, and starts Umbra at once.
-const GRUB_CFG: &str = "\
+/// GRUB's configuration: it talks on the serial line where there is one, and starts Umbra at once, after the command
+/// `first`.
+fn grub_cfg(first: &str) -> String {
+    let menu = "\
 if serial --unit=0 --speed=115200; then
     terminal_input serial console
     terminal_output serial
@@ -62,6 +64,8 @@ menuentry \"Umbra\" {
     module2 /boot/bundle.cpio
 }
 ";
+    menu.replace("    multiboot2", &format!("    {first}\n    multiboot2"))
+}
 
 /// GRUB's image maker, by the names that distributions give it.
 pub fn grub_mkrescue() -> Option<&'static str> {
@@ -69,7 +73,8 @@ pub fn grub_mkrescue() -> Option<&'static str> {
 }
 
 /// Writes a hybrid ISO with `umbra` and the archive `bundle` to `iso`, using the folder `work`, which is emptied first.
-pub fn write_iso(umbra: &Path, bundle: &Path, work: &Path, iso: &Path) -> Result<()> {
+/// GRUB executes the command `first` before it loads them.
+pub fn write_iso(umbra: &Path, bundle: &Path, first: &str, work: &Path, iso: &Path) -> Result<()> {
     let Some(mkrescue) = grub_mkrescue() else {
         bail!("grub-mkrescue is not installed; `cargo xtask setup` installs it");
     };
@@ -78,7 +83,7 @@ pub fn write_iso(umbra: &Path, bundle: &Path, work: &Path, iso: &Path) -> Result
     }
     let boot = work.join("boot");
     fs::create_dir_all(boot.join("grub")).with_context(|| format!("cannot create {}", boot.display()))?;
-    fs::write(boot.join("grub/grub.cfg"), GRUB_CFG)?;
+    fs::write(boot.join("grub/grub.cfg"), grub_cfg(first))?;
     fs::copy(umbra, boot.join("umbra")).with_context(|| format!("cannot read {}", umbra.display()))?;
     fs::copy(bundle, boot.join("bundle.cpio"))
         .with_context(|| format!("cannot read {}", bundle.display()))?;
@@ -97,7 +102,8 @@ mod tests {
     #[test]
     fn the_menu_loads_what_the_image_holds() {
         for line in ["multiboot2 /boot/umbra\n", "module2 /boot/bundle.cpio\n", "set timeout=0\n"] {
-            assert!(GRUB_CFG.contains(line), "{line}");
+            assert!(grub_cfg("").contains(line), "{line}");
         }
+        assert!(grub_cfg("wrmsr 1 2").contains("{\n    wrmsr 1 2\n    multiboot2 /boot/umbra\n"));
     }
 }

@@ -181,6 +181,7 @@ impl Chipset {
         }
     }
 
+    #[inline(always)]
     fn read8(&mut self, port: u16, now_ns: u64) -> u8 {
         match port {
             COM1..=COM1_LAST => {
@@ -238,6 +239,7 @@ impl Chipset {
         u32::from_le_bytes(bytes)
     }
 
+    #[inline(always)]
     fn write8(&mut self, port: u16, value: u8, now_ns: u64) -> Option<ChipsetEvent> {
         match port {
             COM1..=COM1_LAST => {

@@ -314,6 +314,7 @@ impl Pic {
     }
 
     /// Writes one of the six ports.
+    #[inline]
     pub fn write(&mut self, port: u16, value: u8) {
         match port {
             MASTER_CMD => self.state.master.write_command(value),

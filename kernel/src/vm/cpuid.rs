@@ -205,7 +205,7 @@ impl CpuidTable {
     }
 
     /// The result of a guest's CPUID.
-    #[inline]
+    #[inline(always)]
     pub fn lookup(&self, leaf: u32, subleaf: u32, cpu: &CpuState) -> CpuidLeaf {
         let slot = self.slot(leaf);
         match slot.kind {

@@ -46,7 +46,7 @@ impl<V: Vendor> Vcpu<V> {
             Exit::Port(access) => self.port(guest, access),
             Exit::SecondStage(fault) => self.second_stage_fault(guest, fault),
             Exit::Hlt => {
-                if self.skip(guest) {
+                if self.skip_rare(guest) {
                     self.core.activity = Activity::Halted;
                     self.core.attention = true;
                 }
@@ -57,7 +57,7 @@ impl<V: Vendor> Vcpu<V> {
             }
             Exit::InterruptWindow | Exit::NmiWindow | Exit::Deadline => self.core.attention = true,
             Exit::Pause => {
-                self.skip(guest);
+                self.skip_rare(guest);
                 self.core.gives_way = true;
                 self.core.attention = true;
             }
@@ -67,7 +67,7 @@ impl<V: Vendor> Vcpu<V> {
             Exit::Xsetbv => self.xsetbv(guest),
             Exit::CacheFlush => {
                 // Both need CPL 0, which the processor checked before the intercept (APM table 15-7).
-                self.skip(guest);
+                self.skip_rare(guest);
             }
             Exit::Undefined => self.raise(guest, UD, None),
             Exit::Refused => self.raise(guest, GP, Some(0)),
@@ -95,7 +95,7 @@ impl<V: Vendor> Vcpu<V> {
 
     /// Goes on behind the intercepted instruction. False if it could not be fetched again; then the guest takes
     /// the fault of that fetch, and the instruction has no effect.
-    #[inline]
+    #[inline(always)]
     fn skip(&mut self, guest: &Guest<V>) -> bool {
         let next = match self.core.hw.exit_next_rip() {
             Some(next) => next,
@@ -108,8 +108,15 @@ impl<V: Vendor> Vcpu<V> {
         true
     }
 
+    /// The same, out of the way of the exits that are to be fast.
+    #[cold]
+    #[inline(never)]
+    fn skip_rare(&mut self, guest: &Guest<V>) -> bool {
+        self.skip(guest)
+    }
+
     /// Where the instruction at RIP ends, found by reading it.
-    #[inline]
+    #[inline(always)]
     fn next_rip(&mut self, guest: &Guest<V>) -> Option<u64> {
         let (bytes, len) = match self.core.fetch(guest) {
             Ok(fetched) => fetched,
@@ -428,7 +435,7 @@ impl<V: Vendor> Vcpu<V> {
         if self.core.hw.cpl() != 0 || register != 0 || !guest.cpuid.caps().xcr0_is_valid(value) {
             return self.raise(guest, GP, Some(0));
         }
-        if self.skip(guest) {
+        if self.skip_rare(guest) {
             self.core.extended.set_xcr0(value);
         }
     }

@@ -241,7 +241,7 @@ impl MsrState {
     }
 
     /// RDMSR.
-    #[inline]
+    #[inline(always)]
     pub fn read(&self, msr: u32, cx: &mut MsrContext<'_>) -> Result<u64, Gp> {
         // The frequent ones first.
         match msr {
@@ -257,7 +257,7 @@ impl MsrState {
     }
 
     /// WRMSR.
-    #[inline]
+    #[inline(always)]
     pub fn write(&mut self, msr: u32, value: u64, cx: &mut MsrContext<'_>) -> Result<MsrEffect, Gp> {
         match msr {
             msr::TSC_DEADLINE => {

@@ -44,7 +44,7 @@ impl fmt::Display for StopReason {
             Self::TripleFault => f.write_str(
                 "triple fault: an exception could not be delivered, nor the double fault after it",
             ),
-            Self::InvalidState(why) => write!(f, "invalid guest state: {why}"),
+            Self::InvalidState(why) => write!(f, "the processor refused to enter the guest: {why}"),
             Self::Unsupported(what) => write!(f, "instruction not emulated: {what}"),
             Self::FetchOutsideRam { gpa } => {
                 write!(f, "instruction fetch from guest-physical {gpa:#x}, which is not RAM")

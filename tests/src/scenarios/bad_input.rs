@@ -4,7 +4,7 @@ use std::fs;
 
 use anyhow::{bail, ensure, Result};
 use xtask::bundle::Bundle;
-use xtask::emulator::{BochsCpu, Machine};
+use xtask::emulator::{BochsCpu, Machine, Vmx};
 use xtask::size::Size;
 
 use crate::cases::Cases;
@@ -27,6 +27,7 @@ pub(super) fn all() -> Vec<Scenario> {
         Scenario::new("no_vmx", |ctx| unfit(ctx, BochsCpu::Prescott, "VMX"))
             .needs(&[Need::Grub, Need::Bochs]),
         Scenario::new("no_ept", |ctx| unfit(ctx, BochsCpu::Penryn, "EPT")).needs(&[Need::Grub, Need::Bochs]),
+        Scenario::new("vmx_locked_off", vmx_locked_off).needs(&[Need::Grub, Need::Bochs]),
         Scenario::new("small_machine", small_machine),
         Scenario::new("guest_larger_than_host", guest_larger_than_host),
         Scenario::new("initrd_missing", initrd_missing),
@@ -164,6 +165,11 @@ fn no_svm(ctx: &Ctx) -> Result<Cases> {
 /// A processor of Bochs that lacks what Umbra must have.
 fn unfit(ctx: &Ctx, cpu: BochsCpu, lacks: &str) -> Result<Cases> {
     require_words(&refusal(ctx, &ctx.bochs(cpu), &small_bundle("memory = \"16M\""))?, &[lacks])
+}
+
+fn vmx_locked_off(ctx: &Ctx) -> Result<Cases> {
+    let machine = Machine { vmx: Vmx::LockedOff, ..ctx.bochs(BochsCpu::SkylakeX) };
+    require_words(&refusal(ctx, &machine, &small_bundle("memory = \"16M\""))?, &["VMX", "firmware"])
 }
 
 /// Not enough for Umbra and this guest.

@@ -4,12 +4,16 @@ mod bad_input;
 mod boot;
 mod guests;
 mod linux;
+mod refused_entries;
 
 use crate::scenario::Scenario;
 
 /// The registry.
 pub(crate) fn all() -> Vec<Scenario> {
-    [boot::all(), bad_input::all(), guests::all(), linux::all()].into_iter().flatten().collect()
+    [boot::all(), bad_input::all(), guests::all(), refused_entries::all(), linux::all()]
+        .into_iter()
+        .flatten()
+        .collect()
 }
 
 #[cfg(test)]

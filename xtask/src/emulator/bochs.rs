@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 
 use super::cpu::BochsCpu;
-use super::machine::Machine;
+use super::machine::{Machine, Vmx};
 use crate::exec::CommandLine;
 
 /// The program.
@@ -37,7 +37,7 @@ fn configuration(machine: &Machine, share: &Path) -> String {
     format!(
         "\
 display_library: rfb, options=\"timeout=0\"
-romimage: file={share}/BIOS-bochs-latest
+romimage: file={share}/{bios}
 vgaromimage: file={share}/VGABIOS-lgpl-latest
 cpu: model={cpu}, count={cpus}, ips=50000000, reset_on_triple_fault=0
 memory: guest={memory}, host={memory}
@@ -49,6 +49,10 @@ panic: action=fatal
 error: action=ignore
 info: action=ignore
 ",
+        bios = match machine.vmx {
+            Vmx::Usual => "BIOS-bochs-latest",
+            Vmx::LockedOff => "BIOS-bochs-legacy",
+        },
         cpu = machine.cpu.as_deref().unwrap_or(BEST_CPU.model()),
         cpus = machine.cpus,
         iso = machine.iso_file().display(),
@@ -86,6 +90,8 @@ mod tests {
         }
         let machine = Machine { cpu: Some("ryzen".into()), ..machine };
         assert!(configuration(&machine, Path::new("/usr/share/bochs")).contains("model=ryzen, count=2"));
+        let machine = Machine { vmx: Vmx::LockedOff, ..machine };
+        assert!(configuration(&machine, Path::new("/usr/share/bochs")).contains("/BIOS-bochs-legacy\n"));
     }
 
     #[test]

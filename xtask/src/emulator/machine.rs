@@ -54,6 +54,26 @@ pub enum Icount {
     On,
 }
 
+/// What the firmware has done with VMX in IA32_FEATURE_CONTROL. Intel SDM vol. 3, 24.7.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Vmx {
+    /// What the emulator's firmware does: switched it on, where there is any.
+    #[default]
+    Usual,
+    /// Locked it off. In Bochs only: its legacy BIOS leaves the register to GRUB.
+    LockedOff,
+}
+
+impl Vmx {
+    fn grub_command(self) -> &'static str {
+        match self {
+            Self::Usual => "",
+            // IA32_FEATURE_CONTROL: the lock bit, and no other.
+            Self::LockedOff => "wrmsr 0x3a 0x1",
+        }
+    }
+}
+
 /// An emulated machine: what a person would set on its command line.
 #[derive(Clone, Debug)]
 pub struct Machine {
@@ -73,6 +93,8 @@ pub struct Machine {
     pub acceleration: Acceleration,
     /// The emulator's processor model; `None` takes the one that offers Umbra most.
     pub cpu: Option<String>,
+    /// What the firmware has done with VMX.
+    pub vmx: Vmx,
     /// Repeatable time.
     pub icount: Icount,
     /// The machine waits for a debugger on TCP port 1234.
@@ -94,6 +116,7 @@ impl Machine {
             memory: Size::mib(2048),
             acceleration: Acceleration::Tcg,
             cpu: None,
+            vmx: Vmx::Usual,
             icount: Icount::Off,
             gdb: false,
             dir: dir.into(),
@@ -124,7 +147,13 @@ impl Machine {
             .with_context(|| format!("cannot write {}", self.bundle_file().display()))?;
         if self.boot != Boot::Pvh {
             let work = self.dir.join("iso");
-            image::write_iso(&self.umbra, &self.bundle_file(), &work, &self.iso_file())?;
+            image::write_iso(
+                &self.umbra,
+                &self.bundle_file(),
+                self.vmx.grub_command(),
+                &work,
+                &self.iso_file(),
+            )?;
         }
         match self.kind {
             Kind::Bochs => bochs::write_configuration(self)?,
@@ -141,6 +170,9 @@ impl Machine {
         }
         if self.icount == Icount::On && self.cpus != 1 {
             bail!("a machine that counts instructions has one CPU, not {}", self.cpus);
+        }
+        if self.vmx == Vmx::LockedOff && self.kind != Kind::Bochs {
+            bail!("only in Bochs can VMX be locked off");
         }
         if self.kind == Kind::Bochs {
             if self.boot != Boot::Iso {

@@ -276,6 +276,7 @@ mod tests {
             (&["--vm", "a", "--kernel", "b"], "cannot be used with"),
             (&["--iso", "--uefi"], "cannot be used with"),
             (&["--accel", "hvf"], "hvf"),
+            (&["--cpu"], "--cpu <MODEL>"),
         ] {
             let error = parse(args).unwrap_err();
             assert!(error.contains(words), "{args:?}: {error}");

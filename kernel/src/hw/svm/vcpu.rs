@@ -118,22 +118,19 @@ impl SvmVcpu {
         vmcb.set_cr_writes(vmcb.cr_writes() | CR4);
     }
 
-    /// Looks at an exit that may be about the end of an NMI handler.
-    #[inline]
-    fn settle_nmi(&mut self, exit_code: u64, exit: Exit) -> Exit {
-        if exit_code == u64::from(code::IRET) {
-            let vmcb = self.vmcb_mut();
-            let block = NmiBlock::at_iret(vmcb);
-            self.nmi = block;
-        } else if exit_code == u64::from(code::EXCEPTION + 1) {
-            let mut nmi = self.nmi;
-            let swallowed = nmi.swallows_debug(self.vmcb_mut());
-            self.nmi = nmi;
-            if swallowed {
-                return Exit::NmiWindow;
-            }
-        }
-        exit
+    /// Whether an exit was about the end of an NMI handler and nothing else.
+    #[cold]
+    fn ended_nmi_handler(&mut self, exit_code: u64) -> bool {
+        let mut nmi = self.nmi;
+        let vmcb = self.vmcb_mut();
+        let ended = if exit_code == u64::from(code::IRET) {
+            nmi = NmiBlock::at_iret(vmcb);
+            true
+        } else {
+            exit_code == u64::from(code::EXCEPTION + 1) && nmi.swallows_debug(vmcb)
+        };
+        self.nmi = nmi;
+        ended
     }
 
     /// Moves to this CPU, or takes a new tag, or flushes the old one; says what the next VMRUN flushes.
@@ -222,14 +219,14 @@ impl HwVcpu for SvmVcpu {
         vmcb.mark_all_clean();
         vmcb.control.event_inj = 0;
         let (rax, rsp) = (vmcb.save.rax, vmcb.save.rsp);
-        let exit_code = vmcb.control.exit_code;
-        let exit = decode(exit_code, vmcb.control.exit_info_1, vmcb.control.exit_info_2);
+        let control = &vmcb.control;
+        let (exit_code, info_1, info_2) = (control.exit_code, control.exit_info_1, control.exit_info_2);
         self.gprs[gpr::RAX] = rax;
         self.gprs[gpr::RSP] = rsp;
-        if self.nmi == NmiBlock::Open {
-            return exit;
+        if self.nmi != NmiBlock::Open && self.ended_nmi_handler(exit_code) {
+            return Exit::NmiWindow;
         }
-        self.settle_nmi(exit_code, exit)
+        decode(exit_code, info_1, info_2)
     }
 
     #[inline]

@@ -31,6 +31,8 @@ mod registers;
 #[cfg(target_os = "none")]
 mod setup;
 #[cfg(target_os = "none")]
+mod spoil;
+#[cfg(target_os = "none")]
 mod vcpu;
 
 #[cfg(target_os = "none")]

@@ -6,7 +6,7 @@
 
 use super::cache::FieldsMut;
 use super::instructions::{vmclear, vmptrld, vmread, vmwrite};
-use super::vmcs::{Field, Fields, Width};
+use super::vmcs::{Field, Fields, Natural, Width};
 use crate::cpu::{self, smp};
 use crate::hw::OutOfMemory;
 use crate::mm::{self, FrameSize, Zone};
@@ -69,6 +69,15 @@ impl Region {
         unsafe { vmptrld(self.address) }.expect("an aligned region with the processor's own revision");
         CURRENT[this].store(self.address.as_u64(), Ordering::Relaxed);
         self.home.set(this);
+    }
+
+    /// Writes a field by its encoding, which an entry is to refuse: see [`super::spoil`].
+    #[cold]
+    pub(super) fn spoil(&self, encoding: u32, value: u64) {
+        self.make_current();
+        // SAFETY: for tests alone, which ask for values that no processor enters a guest with.
+        let outcome = unsafe { vmwrite(Field::<Natural>::from_encoding(encoding), value) };
+        debug_assert!(outcome.is_ok(), "VMCS field {encoding:#x}: {outcome:?}");
     }
 
     /// Makes it active nowhere.

@@ -15,7 +15,7 @@ use super::real_mode::{self, Form};
 use super::region::Region;
 use super::registers::Registers;
 use super::vmcs::{self, Fields, GUEST_SEGMENTS, LDTR, TR};
-use super::{decode, entry, event, setup};
+use super::{decode, entry, event, setup, spoil};
 use crate::cpu::{msr, tsc};
 use crate::hw::tag::{Tag, TagAllocator};
 use crate::hw::{gpr, CpuState, Event, Exit, HwVcpu, OutOfMemory, Segment, SegmentName, TableRegister};
@@ -481,6 +481,9 @@ impl HwVcpu for VmxVcpu {
         }
         self.write_back();
         self.start_timer();
+        if !self.region.launched() {
+            spoil::apply(&self.region);
+        }
         // SAFETY: VMX is on, since this CPU has its state; callers keep interrupts off; the VMCS is whole, current and has this
         // CPU's state as the host's (`retag`); its tables and bitmaps are this guest's; what was asked for was flushed.
         let how = unsafe { entry::enter(&raw mut self.gprs, self.region.launched()) };

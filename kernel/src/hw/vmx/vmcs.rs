@@ -90,6 +90,13 @@ pub enum FieldType {
     Host = 3,
 }
 
+impl Field<Natural> {
+    /// A field by its encoding. VMREAD and VMWRITE of a register's width reach fields of every width.
+    pub(super) const fn from_encoding(encoding: u32) -> Self {
+        Self(encoding, PhantomData)
+    }
+}
+
 impl<W> Field<W> {
     /// The encoding, as VMREAD and VMWRITE take it.
     #[inline]

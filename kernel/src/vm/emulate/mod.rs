@@ -133,7 +133,7 @@ impl Emulator {
     }
 
     /// Length of the instruction that `bytes` begin with, whether it could be emulated or not.
-    #[inline]
+    #[inline(always)]
     pub fn insn_len(&mut self, mode: Mode, bytes: &[u8]) -> Result<u8, DecodeError> {
         match length::plain(bytes) {
             Some(len) => Ok(len),

@@ -254,7 +254,9 @@ fn hidden_under_umbra(t: &mut Case) {
     t.yes("performance counter extensions hidden", !has(0x8000_0001, 0, |r| r.ecx, 23));
     let pmu = if cpuid(0, 0).eax >= 10 { cpuid(10, 0).eax & 0xff } else { 0 };
     t.eq("architectural PMU version", pmu, 0u32);
-    let svm =
-        if cpuid(0x8000_0000, 0).eax >= 0x8000_000a { cpuid(0x8000_000a, 0) } else { cpuid(0x8fff_ffff, 0) };
-    t.eq("SVM leaf", svm.eax | svm.ebx | svm.edx, 0u32);
+    // Beyond the highest leaf the vendors answer differently; the guest `coherence` holds that against the manuals.
+    if cpuid(0x8000_0000, 0).eax >= 0x8000_000a {
+        let svm = cpuid(0x8000_000a, 0);
+        t.eq("SVM leaf", svm.eax | svm.ebx | svm.edx, 0u32);
+    }
 }
