@@ -216,6 +216,19 @@ pub fn breakpoint_addresses() -> [u64; 4] {
     [dr0, dr1, dr2, dr3]
 }
 
+/// Sets DR0 to DR3 (`index`) of the vCPU that is on this CPU.
+pub fn set_breakpoint_address(index: u8, address: u64) {
+    // SAFETY: writes of registers that the kernel does not use; the host's DR7 enables none of them.
+    unsafe {
+        match index & 3 {
+            0 => asm!("mov dr0, {}", in(reg) address, options(nomem, nostack)),
+            1 => asm!("mov dr1, {}", in(reg) address, options(nomem, nostack)),
+            2 => asm!("mov dr2, {}", in(reg) address, options(nomem, nostack)),
+            _ => asm!("mov dr3, {}", in(reg) address, options(nomem, nostack)),
+        }
+    }
+}
+
 /// PKRU of the vCPU that is on this CPU. Only for CPUs with protection keys, where Umbra keeps CR4.PKE set: it has
 /// no user pages that PKRU could restrict.
 #[inline]

@@ -4,6 +4,7 @@
 //! 10.8.5 (long mode); AMD APM vol. 2, 3.1 and 14.6. Pure: who calls applies the [`Change`].
 
 use super::msr::{EFER_LMA, EFER_LME};
+use crate::hw::{CpuState, Segment, SegmentName};
 
 /// CR0: protection enabled.
 pub const CR0_PE: u64 = 1 << 0;
@@ -29,6 +30,8 @@ pub const CR0_CD: u64 = 1 << 30;
 pub const CR0_PG: u64 = 1 << 31;
 /// CR4: virtual-8086 mode extensions.
 pub const CR4_VME: u64 = 1 << 0;
+/// CR4: protected-mode virtual interrupts.
+pub const CR4_PVI: u64 = 1 << 1;
 /// CR4: time stamp disabled at CPL 1 to 3.
 pub const CR4_TSD: u64 = 1 << 2;
 /// CR4: debugging extensions.
@@ -86,6 +89,19 @@ pub struct Now {
     pub cs_long: bool,
     /// Attributes of TR.
     pub tr_attributes: u16,
+}
+
+impl From<&CpuState> for Now {
+    fn from(state: &CpuState) -> Self {
+        Self {
+            cr0: state.cr0,
+            cr3: state.cr3,
+            cr4: state.cr4,
+            efer: state.efer,
+            cs_long: state.segments[SegmentName::Cs as usize].attributes & Segment::LONG != 0,
+            tr_attributes: state.tr.attributes,
+        }
+    }
 }
 
 /// Which translations the write invalidates.

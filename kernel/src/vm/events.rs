@@ -59,6 +59,15 @@ impl Events {
         self.interrupted = true;
     }
 
+    /// Takes back the event whose delivery the last exit interrupted: it is delivered another way.
+    pub fn take_interrupted(&mut self) -> Option<Event> {
+        if core::mem::take(&mut self.interrupted) {
+            self.next.take()
+        } else {
+            None
+        }
+    }
+
     /// Whether an event's delivery was interrupted by the last exit.
     pub fn delivery_was_interrupted(&self) -> bool {
         self.interrupted
@@ -193,6 +202,25 @@ mod tests {
         events.prepare_entry(&mut hw, &mut source);
         assert_eq!(hw.injected, Some(Event::Interrupt(0x50)));
         assert!(hw.window && source.waiting == [0x60]);
+    }
+
+    #[test]
+    fn what_is_delivered_another_way_is_not_delivered_again() {
+        let (mut events, mut hw) = (Events::default(), open());
+        events.raise(6, None).unwrap();
+        assert_eq!(
+            events.take_interrupted(),
+            None,
+            "an exception that only waits is no interrupted delivery"
+        );
+        events.prepare_entry(&mut hw, &mut Source::default());
+        hw.injected = None;
+        events.interrupted(Event::Exception(6, None));
+        assert_eq!(events.take_interrupted(), Some(Event::Exception(6, None)));
+        assert!(!events.delivery_was_interrupted() && !events.any(&hw));
+        assert_eq!(events.take_interrupted(), None);
+        events.prepare_entry(&mut hw, &mut Source::default());
+        assert_eq!(hw.injected, None);
     }
 
     #[test]

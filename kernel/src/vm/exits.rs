@@ -1,9 +1,9 @@
 //! What each exit does. Vendor-neutral; the hot ones are CPUID, MSRs, ports, page faults, HLT.
 
 use super::breakpoints;
-use super::control_regs::{self, GeneralProtection};
+use super::control_regs::{self, GeneralProtection, CR0_PE, CR0_PG, CR4_DE};
 use super::cpuid::{CpuState as CpuidState, CpuidLeaf, Vendor as CpuVendor};
-use super::emulate::{Attributes, Fault, KnownOperand, Mode, Outcome};
+use super::emulate::{self, Attributes, Fault, KnownOperand, Mode, Outcome};
 use super::events::{DR6_BS, SINGLE_STEP};
 use super::exceptions::{DB, GP, UD};
 use super::guest::{Board, Guest};
@@ -21,13 +21,10 @@ use crate::devices::lapic::{ApicAction, Deadline, X2APIC_MSR_FIRST, X2APIC_MSR_L
 use crate::hw::extended;
 use crate::hw::gpr::{RAX, RBX, RCX, RDX};
 use crate::hw::{
-    CpuState, Exit, FaultCause, HwVcpu, PortAccess, PortKind, SecondStageFault, SegmentName, TaskSwitch,
-    Vendor,
+    CpuState, Event, Exit, FaultCause, HwVcpu, PortAccess, PortKind, SecondStageFault, SegmentName,
+    TaskSwitch, TaskSwitchCause, Vendor,
 };
 
-const CR0_PE: u64 = 1 << 0;
-const CR0_PG: u64 = 1 << 31;
-const CR4_DE: u64 = 1 << 3;
 const CS_LONG: u16 = crate::hw::Segment::LONG;
 /// Exits after which a vCPU looks whether its time is up, whatever the exits were.
 const ATTENTION_INTERVAL: u64 = 1024;
@@ -297,7 +294,15 @@ impl<V: Vendor> Vcpu<V> {
             len
         };
         let mut view = View { core: &mut self.core, guest, known };
-        let outcome = self.emulator.emulate(&mut view, &bytes[..len]);
+        match self.emulator.emulate(&mut view, &bytes[..len]) {
+            Outcome::Truncated => self.fetch_rest(guest, len),
+            outcome => self.settle(guest, outcome),
+        }
+    }
+
+    /// Acts on what became of an emulated instruction, delivery or task switch.
+    #[inline]
+    fn settle(&mut self, guest: &Guest<V>, outcome: Outcome) {
         match outcome {
             Outcome::Done { trap } | Outcome::Continue { trap } => {
                 if trap {
@@ -305,8 +310,7 @@ impl<V: Vendor> Vcpu<V> {
                 }
             }
             Outcome::Exception(exception) => self.refuse(guest, Fault::Exception(exception)),
-            Outcome::Retry | Outcome::Stop => self.core.attention = true,
-            Outcome::Truncated => self.fetch_rest(guest, len),
+            Outcome::Retry | Outcome::Stop | Outcome::Truncated => self.core.attention = true,
             // A program of the guest's must not be able to end its VM.
             Outcome::Unsupported { .. } if self.core.hw.cpl() == 3 => self.raise(guest, UD, None),
             Outcome::Unsupported { reason } => self.stop(guest, StopReason::Unsupported(reason)),
@@ -377,10 +381,51 @@ impl<V: Vendor> Vcpu<V> {
         Some((if long { value } else { value & 0xffff_ffff }, next))
     }
 
-    /// A hardware task switch.
+    /// A hardware task switch. An event that came through a task gate is delivered by it.
     #[cold]
-    fn task_switch(&mut self, guest: &Guest<V>, _switch: TaskSwitch) {
-        self.stop(guest, StopReason::Unsupported("task switch"));
+    fn task_switch(&mut self, guest: &Guest<V>, switch: TaskSwitch) {
+        let TaskSwitch { selector, cause, next_rip } = switch;
+        let event = match cause {
+            TaskSwitchCause::Gate => self.core.events.take_interrupted(),
+            TaskSwitchCause::Call | TaskSwitchCause::Iret | TaskSwitchCause::Jump => None,
+        };
+        let error_code = match event {
+            Some(Event::Exception(_, error_code)) => error_code,
+            _ => None,
+        };
+        let switch = emulate::TaskSwitch { selector, cause, next_rip, error_code, external: event.is_some() };
+        let old_task = self.core.hw.state().tr;
+        let mut view = View { core: &mut self.core, guest, known: None };
+        let outcome = self.emulator.task_switch(&mut view, switch);
+        let switched = matches!(outcome, Outcome::Done { .. }) || self.core.hw.state().tr != old_task;
+        match (switched, event) {
+            // An exception behind the commit point is the new task's, and the event was delivered.
+            (true, Some(Event::Nmi)) => self.core.hw.set_nmis_blocked(true),
+            (true, None) if cause == TaskSwitchCause::Iret => self.core.hw.set_nmis_blocked(false),
+            (true, _) | (false, None) => {}
+            (false, Some(event)) => self.core.events.interrupted(event),
+        }
+        self.core.attention = true;
+        self.settle(guest, outcome);
+    }
+
+    /// Delivers an event that the hardware cannot deliver in real mode, where no task gate can be in the way. False if
+    /// something else has to be done before the guest goes on.
+    #[cold]
+    pub(super) fn deliver(&mut self, guest: &Guest<V>, event: Event) -> bool {
+        let mut view = View { core: &mut self.core, guest, known: None };
+        let outcome = self.emulator.deliver(&mut view, event);
+        if matches!(outcome, Outcome::Done { .. }) {
+            if event == Event::Nmi {
+                self.core.hw.set_nmis_blocked(true);
+            }
+            return true;
+        }
+        // What went wrong meets the event, as it does when the hardware delivers it.
+        self.core.events.interrupted(event);
+        self.core.attention = true;
+        self.settle(guest, outcome);
+        false
     }
 
     fn xsetbv(&mut self, guest: &Guest<V>) {
@@ -471,7 +516,7 @@ impl<V: Vendor> Core<V> {
     }
 
     #[inline]
-    fn read_msr(&mut self, guest: &Guest<V>, msr: u32) -> Result<u64, Gp> {
+    pub(super) fn read_msr(&mut self, guest: &Guest<V>, msr: u32) -> Result<u64, Gp> {
         match self.hw.switched_msr(msr) {
             Some(value) => Ok(value),
             None if msr == pvclock::MSR_SYSTEM_TIME => Ok(self.system_time),
@@ -481,7 +526,7 @@ impl<V: Vendor> Core<V> {
     }
 
     #[inline]
-    fn write_msr(&mut self, guest: &Guest<V>, msr: u32, value: u64) -> Result<(), Gp> {
+    pub(super) fn write_msr(&mut self, guest: &Guest<V>, msr: u32, value: u64) -> Result<(), Gp> {
         if !switched_is_valid(msr, value, guest.cpuid.caps()) {
             return Err(Gp);
         }
@@ -579,15 +624,7 @@ impl<V: Vendor> Core<V> {
 
     /// The control registers as a write of one of them finds them.
     pub(super) fn control_registers(&self) -> control_regs::Now {
-        let hw = &self.hw;
-        control_regs::Now {
-            cr0: hw.cr0(),
-            cr3: hw.cr3(),
-            cr4: hw.cr4(),
-            efer: hw.efer(),
-            cs_long: hw.segment(SegmentName::Cs).attributes & CS_LONG != 0,
-            tr_attributes: hw.state().tr.attributes,
-        }
+        (&self.hw.state()).into()
     }
 
     /// What the guest's CPU allows in control registers.
@@ -647,7 +684,7 @@ impl<V: Vendor> Core<V> {
     }
 
     /// The four PDPTEs at `cr3`; all ones where there is no RAM.
-    fn read_pdptes(&self, guest: &Guest<V>, cr3: u64) -> [u64; 4] {
+    pub(super) fn read_pdptes(&self, guest: &Guest<V>, cr3: u64) -> [u64; 4] {
         let mut bytes = [0xff; 32];
         let at = control_regs::pdpte_address(cr3);
         if guest.memory.read(self.paging.host_cpu(), at, &mut bytes).is_err() {

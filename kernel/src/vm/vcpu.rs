@@ -323,6 +323,13 @@ impl<V: Vendor> Vcpu<V> {
         }
         core.events.prepare_entry(&mut core.hw, &mut interrupts);
         core.hw.set_cr8(core.lapic.cr8());
+        if let Some(event) = core.hw.take_undeliverable() {
+            if !self.deliver(guest, event) {
+                // What came of it is looked at in the next round, from the beginning.
+                return Some(Pause::Preempted);
+            }
+        }
+        let core = &mut self.core;
         let mut deadline = until;
         if core.hw.in_shadow() {
             // QEMU's TCG forgets the shadow at VMRUN, so a window would open before the instruction behind STI: with

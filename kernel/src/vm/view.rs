@@ -1,19 +1,18 @@
 //! A vCPU as the instruction emulator sees it: registers, memory through the guest's page tables, devices, ports.
 
+use super::control_regs::{Change, GeneralProtection, Limits, Now, CR4_LA57};
 use super::emulate::{
     Access, AccessKind, Attributes, Cpu, Fault, Gpr, KnownOperand, Mode, Seg, Segment, X87Action,
 };
 use super::guest::Guest;
 use super::layout::{ECAM_SIZE, ECAM_START, IOAPIC_START};
 use super::paging::Place;
-use super::vcpu::Core;
+use super::vcpu::{Activity, Core};
 use crate::cpu::{random, tsc};
-use crate::hw::{extended, HwVcpu, SegmentName, Vendor};
+use crate::hw::{extended, CpuState, HwVcpu, SegmentName, Vendor};
 
 /// Offset of the local APIC's spurious-interrupt vector register, which holds its software enable bit.
 const SPURIOUS_VECTOR: u64 = 0xf0;
-/// CR4.LA57.
-const CR4_LA57: u64 = 1 << 12;
 
 /// The vCPU and its VM for the length of one emulated instruction.
 pub(super) struct View<'a, V: Vendor> {
@@ -41,7 +40,9 @@ impl<V: Vendor> View<'_, V> {
             AccessKind::Write | AccessKind::ReadModify => {
                 mmu::Access::at_cpl(mmu::AccessKind::Write, self.core.hw.cpl())
             }
+            AccessKind::WriteAs(level) => mmu::Access::at_cpl(mmu::AccessKind::Write, level),
             AccessKind::System => mmu::Access::implicit(mmu::AccessKind::Read),
+            AccessKind::SystemWrite => mmu::Access::implicit(mmu::AccessKind::Write),
         };
         let core = &mut *self.core;
         let gpa = core.paging.translate(&self.guest.memory, &core.hw, linear, kind)?;
@@ -290,6 +291,88 @@ impl<V: Vendor> Cpu for View<'_, V> {
                 0
             }
         })
+    }
+
+    fn state(&self) -> CpuState {
+        self.core.hw.state()
+    }
+
+    fn set_state(&mut self, state: &CpuState) {
+        self.core.hw.set_state(state);
+        // What waits for the guest to open, or to leave a shadow, is looked at again.
+        self.core.attention = true;
+    }
+
+    fn limits(&self) -> Limits {
+        Core::<V>::control_limits(self.guest)
+    }
+
+    fn flush(&mut self) {
+        self.core.hw.flush_tlb();
+    }
+
+    fn change_controls(&mut self, now: &Now, change: &Change) -> Result<(), GeneralProtection> {
+        self.core.apply(self.guest, now, change)
+    }
+
+    fn read_pdptes(&mut self, cr3: u64) -> Option<[u64; 4]> {
+        V::Vcpu::KEEPS_PDPTES.then(|| self.core.read_pdptes(self.guest, cr3))
+    }
+
+    fn set_pdptes(&mut self, pdptes: [u64; 4]) {
+        self.core.hw.set_pdptes(pdptes);
+    }
+
+    fn cr8(&self) -> u8 {
+        self.core.hw.cr8()
+    }
+
+    fn set_cr8(&mut self, value: u8) {
+        self.core.hw.set_cr8(value);
+        self.core.attention = true;
+    }
+
+    fn breakpoint(&self, index: u8) -> u64 {
+        extended::breakpoint_addresses()[usize::from(index & 3)]
+    }
+
+    fn set_breakpoint(&mut self, index: u8, address: u64) {
+        extended::set_breakpoint_address(index, address);
+    }
+
+    fn read_msr(&mut self, msr: u32) -> Option<u64> {
+        self.core.read_msr(self.guest, msr).ok()
+    }
+
+    fn write_msr(&mut self, msr: u32, value: u64) -> bool {
+        self.core.write_msr(self.guest, msr, value).is_ok()
+    }
+
+    fn cpuid(&mut self, leaf: u32, subleaf: u32) -> [u32; 4] {
+        let result = self.guest.cpuid.lookup(leaf, subleaf, &self.core.cpuid_state(leaf));
+        [result.eax, result.ebx, result.ecx, result.edx]
+    }
+
+    fn xcr0(&self) -> u64 {
+        self.core.extended.xcr0()
+    }
+
+    fn set_xcr0(&mut self, value: u64) -> bool {
+        let valid = self.guest.cpuid.caps().xcr0_is_valid(value);
+        if valid {
+            self.core.extended.set_xcr0(value);
+        }
+        valid
+    }
+
+    fn halt(&mut self) {
+        self.core.activity = Activity::Halted;
+        self.core.attention = true;
+    }
+
+    fn unblock_nmi(&mut self) {
+        self.core.hw.set_nmis_blocked(false);
+        self.core.attention = true;
     }
 }
 

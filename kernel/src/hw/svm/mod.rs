@@ -1,6 +1,7 @@
 //! AMD SVM with nested paging. AMD APM vol. 2, chapter 15.
 
 pub mod exit;
+#[cfg(any(test, target_os = "none"))]
 mod nmi;
 pub mod permission_map;
 pub mod vmcb;

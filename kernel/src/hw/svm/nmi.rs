@@ -74,6 +74,7 @@ mod tests {
         let mut vmcb = zeroed();
         vmcb.intercept(Intercepts::IRET, true);
         vmcb.save.rip = 0x1234;
+        assert!(NmiBlock::Blocked.blocks(&vmcb));
         let mut block = NmiBlock::at_iret(&mut vmcb);
         assert!(block.blocks(&vmcb) && !vmcb.intercepts().contains(Intercepts::IRET));
         block.prepare_entry(&mut vmcb, true);

@@ -12,6 +12,7 @@ pub mod msr_bitmap;
 pub mod real_mode;
 pub mod vmcs;
 
+#[cfg(any(test, target_os = "none"))]
 mod cache;
 #[cfg(target_os = "none")]
 mod cpu;

@@ -3,8 +3,14 @@ use super::cpu::{AccessKind, Cpu, Exception, Mode, Segment};
 use super::decode::{Address, Base, Gpr, Seg};
 use super::execute::Execution;
 use super::flags::{mask, AC};
+use crate::vm::control_regs::CR0_AM;
 
-const CR0_AM: u64 = 1 << 18;
+/// Whether an address is the sign extension of its `implemented` bits.
+#[inline]
+pub(super) fn is_canonical(linear: u64, implemented: u32) -> bool {
+    let unused = 64_u32.wrapping_sub(implemented);
+    (linear.wrapping_shl(unused) as i64).wrapping_shr(unused) as u64 == linear
+}
 
 impl<C: Cpu> Execution<'_, C> {
     /// Offset of the memory operand in its segment. `rsp_bias` is added to RSP where it is the base (POP computes its
@@ -87,8 +93,7 @@ impl<C: Cpu> Execution<'_, C> {
     /// Whether an address is the sign extension of its implemented bits.
     #[inline]
     pub(super) fn canonical(&self, linear: u64) -> bool {
-        let unused = 64_u32.wrapping_sub(self.cpu.linear_bits());
-        (linear.wrapping_shl(unused) as i64).wrapping_shr(unused) as u64 == linear
+        is_canonical(linear, self.cpu.linear_bits())
     }
 
     /// Whether the last byte of an access lies at a canonical address, without wrapping at 2^64.

@@ -1,5 +1,7 @@
 //! What the emulator needs of a vCPU: registers, segments, linear memory and ports, as one small trait.
 use super::decode::{Gpr, Seg};
+use crate::hw::CpuState;
+use crate::vm::control_regs::{Change, GeneralProtection, Limits, Now};
 
 /// Execution mode as far as it changes decoding, addressing or exceptions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -120,13 +122,23 @@ pub enum AccessKind {
     ReadModify,
     /// Read of a system structure (the TSS) with supervisor rights whatever the CPL; an implicit access to SMAP.
     System,
+    /// Write of a system structure (a TSS, a descriptor's accessed or busy bit), otherwise like `System`.
+    SystemWrite,
+    /// Write to a stack at this privilege level, which the CPU is just about to enter.
+    WriteAs(u8),
 }
 
 impl AccessKind {
     /// The access needs write permission.
     #[must_use]
     pub fn is_write(self) -> bool {
-        matches!(self, Self::Write | Self::ReadModify)
+        matches!(self, Self::Write | Self::ReadModify | Self::SystemWrite | Self::WriteAs(_))
+    }
+
+    /// The processor makes the access by itself, with supervisor rights.
+    #[must_use]
+    pub fn is_system(self) -> bool {
+        matches!(self, Self::System | Self::SystemWrite)
     }
 }
 
@@ -165,7 +177,7 @@ impl KnownOperand {
         };
         (access.sole
             && same
-            && access.kind != AccessKind::System
+            && matches!(access.kind, AccessKind::Read | AccessKind::Write | AccessKind::ReadModify)
             && (self.write || !access.kind.is_write())
             && self.gpa & 0xfff == offset
             && offset + u64::from(size) <= 0x1000)
@@ -282,7 +294,8 @@ pub trait Cpu {
     }
     /// Ends the interrupt shadow of a preceding STI or MOV SS.
     fn clear_interrupt_shadow(&mut self);
-    /// Begins the interrupt shadow of an STI that set IF: no interrupt before the next instruction's end.
+    /// Begins the interrupt shadow of an STI that set IF, a MOV SS or a POP SS: no interrupt before the next
+    /// instruction's end.
     fn set_interrupt_shadow(&mut self);
     /// An interrupt that the guest could take now is waiting: a repeated instruction pauses.
     fn interrupt_pending(&self) -> bool {
@@ -352,4 +365,48 @@ pub trait Cpu {
         let _ = (index, value);
         false
     }
+
+    /// Everything that system instructions change: segments, tables, control and debug registers, RFLAGS, RIP.
+    fn state(&self) -> CpuState;
+    /// Replaces all of that at once. CPL is the DPL of SS (0 in real mode). RFLAGS may change in any bit, EFER only
+    /// in LMA. The emulator has checked the values and asks for the flush of translations itself.
+    fn set_state(&mut self, state: &CpuState);
+    /// What the guest's CPU allows in control registers.
+    fn limits(&self) -> Limits;
+    /// All translations become invalid.
+    fn flush(&mut self);
+    /// Translations of the page of `linear` become invalid; more may.
+    fn invalidate(&mut self, linear: u64) {
+        let _ = linear;
+        self.flush();
+    }
+    /// Makes a write of a control register take effect, with PDPTEs and the flush of translations; #GP for PDPTEs that
+    /// the processor would refuse.
+    fn change_controls(&mut self, now: &Now, change: &Change) -> Result<(), GeneralProtection>;
+    /// The four PDPTEs that `cr3` names; `None` where no registers keep them.
+    fn read_pdptes(&mut self, cr3: u64) -> Option<[u64; 4]>;
+    /// Loads those registers.
+    fn set_pdptes(&mut self, pdptes: [u64; 4]);
+    /// CR8, the task priority.
+    fn cr8(&self) -> u8;
+    /// Sets CR8.
+    fn set_cr8(&mut self, value: u8);
+    /// DR0 to DR3.
+    fn breakpoint(&self, index: u8) -> u64;
+    /// Sets DR0 to DR3.
+    fn set_breakpoint(&mut self, index: u8, address: u64);
+    /// Reads an MSR; `None`: #GP.
+    fn read_msr(&mut self, msr: u32) -> Option<u64>;
+    /// Writes an MSR with everything that follows; false: #GP.
+    fn write_msr(&mut self, msr: u32, value: u64) -> bool;
+    /// CPUID: EAX, EBX, ECX, EDX.
+    fn cpuid(&mut self, leaf: u32, subleaf: u32) -> [u32; 4];
+    /// XCR0.
+    fn xcr0(&self) -> u64;
+    /// Sets XCR0; false: #GP.
+    fn set_xcr0(&mut self, value: u64) -> bool;
+    /// The CPU halts once the instruction, a HLT, is complete.
+    fn halt(&mut self);
+    /// An IRET completed, which ends the blocking of NMIs.
+    fn unblock_nmi(&mut self) {}
 }

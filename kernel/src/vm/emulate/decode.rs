@@ -174,6 +174,64 @@ pub(super) enum X87 {
     Wait,
 }
 
+/// System instructions and far transfers. Operands are in [`DecodedInsn`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum System {
+    /// MOV and POP to a segment register.
+    LoadSegment,
+    PopSegment,
+    /// LDS, LES, LFS, LGS, LSS; the segment register is the third operand.
+    LoadFar,
+    JumpFar,
+    CallFar,
+    ReturnFar,
+    InterruptReturn,
+    /// INT n, INT3, INTO, INT1.
+    Interrupt,
+    Breakpoint,
+    Overflow,
+    DebugTrap,
+    /// SGDT and LGDT, or (true) SIDT and LIDT.
+    StoreTable(bool),
+    LoadTable(bool),
+    /// SLDT or (true) STR.
+    StoreSelector(bool),
+    LoadLdt,
+    LoadTask,
+    /// SMSW and LMSW.
+    StoreStatus,
+    LoadStatus,
+    ClearTaskSwitched,
+    ReadControl,
+    WriteControl,
+    ReadDebug,
+    WriteDebug,
+    /// INVLPG and INVPCID.
+    InvalidatePage,
+    InvalidateContext,
+    CacheFlush,
+    Halt,
+    Cpuid,
+    ReadMsr,
+    WriteMsr,
+    ReadXcr,
+    WriteXcr,
+    SwapGs,
+    Sysenter,
+    Sysexit,
+    Syscall,
+    Sysret,
+    /// LAR, LSL, VERR or (true) VERW, ARPL.
+    Rights,
+    Limit,
+    Verify(bool),
+    AdjustRpl,
+    /// #GP(0).
+    Refused,
+    /// #UD.
+    Undefined,
+}
+
 /// What an instruction does. Operands are in [`DecodedInsn`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Op {
@@ -213,8 +271,6 @@ pub(super) enum Op {
     MovVector(bool),
     /// NOP and its reserved forms (prefetches, ENDBR), PAUSE, fences.
     Nop,
-    /// UD0, UD1, UD2.
-    Undefined,
     Lea,
     Bswap,
     /// CBW, CWDE, CDQE: the accumulator's lower half sign-extended.
@@ -251,6 +307,7 @@ pub(super) enum Op {
     Crc32,
     Bmi(Bmi),
     X87(X87),
+    System(System),
     Unsupported(Unsupported),
 }
 
@@ -261,8 +318,6 @@ pub(super) enum Unsupported {
     Vector,
     /// A vector instruction whose encoding real and virtual-8086 mode do not have.
     Vex,
-    Far,
-    Segment,
     Branch16,
 }
 
@@ -271,8 +326,6 @@ impl Unsupported {
         match self {
             Self::Other => "instruction outside the emulated set",
             Self::Vector | Self::Vex => "vector or x87 instruction",
-            Self::Far => "far branch",
-            Self::Segment => "load of a segment register, or move of a control or debug register",
             Self::Branch16 => "near branch with operand-size prefix in 64-bit mode, where vendors differ",
         }
     }
@@ -292,6 +345,9 @@ pub(super) enum Operand {
     Imm,
     /// Target of a near branch: the immediate is its distance from this instruction.
     Near,
+    /// Control and debug registers.
+    Control(u8),
+    Debug(u8),
 }
 
 /// What is added to index and displacement.
@@ -377,6 +433,12 @@ impl DecodedInsn {
     #[cfg(test)]
     pub(super) fn repeats(&self) -> bool {
         self.repeat != Repeat::Once && matches!(self.op, Op::String(_))
+    }
+
+    /// Whether it may touch descriptor tables, stacks and task states beside its operand.
+    #[cfg(test)]
+    pub(super) fn is_system(&self) -> bool {
+        matches!(self.op, Op::System(_))
     }
 
     /// Whether the operand is found by a bit offset in a register.

@@ -13,7 +13,7 @@ pub(super) struct Execution<'a, C> {
     pub(super) sole: bool,
     /// Completion begins an interrupt shadow instead of ending one.
     pub(super) shadow: bool,
-    /// Whether TF was set before an instruction that changed it.
+    /// Whether completion traps, where that is not TF's affair as it is then.
     pub(super) traced: Option<bool>,
 }
 
@@ -26,6 +26,8 @@ pub(super) enum Flow {
     To(u64),
     /// With its next iteration.
     Again,
+    /// Everything is done, RIP and RFLAGS included.
+    Ended(Outcome),
 }
 
 /// Executes `insn` at `cpu`'s RIP.
@@ -55,7 +57,7 @@ pub(super) fn rejected<C: Cpu>(cpu: &mut C, mode: Mode, error: DecodeError) -> O
 }
 
 #[cold]
-fn failed<C: Cpu>(cpu: &mut C, fault: Fault) -> Outcome {
+pub(super) fn failed<C: Cpu>(cpu: &mut C, fault: Fault) -> Outcome {
     match fault {
         Fault::Exception(exception) => {
             let rflags = cpu.rflags();
@@ -129,7 +131,6 @@ impl<C: Cpu> Execution<'_, C> {
     fn run_other(&mut self, op: Op) -> Result<Flow, Fault> {
         match op {
             Op::Nop => {}
-            Op::Undefined => return Err(Exception::INVALID_OPCODE.into()),
             Op::Lea => self.load_address()?,
             Op::Bswap => self.swap_bytes()?,
             Op::Widen => self.widen(),
@@ -161,6 +162,7 @@ impl<C: Cpu> Execution<'_, C> {
             Op::Unsupported(Unsupported::Vex) if self.mode.is_8086() => {
                 return Err(Exception::INVALID_OPCODE.into());
             }
+            Op::System(system) => return self.system(system),
             Op::Unsupported(what) => return Err(Fault::Unsupported(what.reason())),
             _ => return Err(Fault::Unsupported(Unsupported::Other.reason())),
         }
@@ -169,6 +171,9 @@ impl<C: Cpu> Execution<'_, C> {
 
     #[inline]
     fn complete(&mut self, flow: Flow) -> Outcome {
+        if let Flow::Ended(outcome) = flow {
+            return outcome;
+        }
         let rflags = self.cpu.rflags();
         let trap = self.traced.unwrap_or(rflags & TF != 0);
         if self.shadow {
@@ -177,7 +182,7 @@ impl<C: Cpu> Execution<'_, C> {
             self.cpu.clear_interrupt_shadow();
         }
         let rip = match flow {
-            Flow::Next => self.next_rip(),
+            Flow::Next | Flow::Ended(_) => self.next_rip(),
             Flow::To(rip) => rip,
             Flow::Again => {
                 self.cpu.set_rflags(rflags | RF);
@@ -217,7 +222,7 @@ impl<C: Cpu> Execution<'_, C> {
             Operand::Reg(gpr) => self.cpu.gpr(gpr) & mask(size),
             Operand::High(gpr) => self.cpu.gpr(gpr) >> 8 & 0xff,
             Operand::Seg(seg) => self.cpu.segment(seg).selector.into(),
-            Operand::Xmm(_) | Operand::Near | Operand::None => 0,
+            Operand::Xmm(_) | Operand::Control(_) | Operand::Debug(_) | Operand::Near | Operand::None => 0,
         })
     }
 
@@ -234,7 +239,8 @@ impl<C: Cpu> Execution<'_, C> {
                 let rest = self.cpu.gpr(gpr) & !0xff00;
                 self.cpu.set_gpr(gpr, rest | (value & 0xff) << 8);
             }
-            Operand::Imm | Operand::Xmm(_) | Operand::Seg(_) | Operand::Near | Operand::None => {}
+            Operand::Imm | Operand::Near | Operand::None => {}
+            Operand::Xmm(_) | Operand::Seg(_) | Operand::Control(_) | Operand::Debug(_) => {}
         }
         Ok(())
     }

@@ -4,9 +4,7 @@ use super::cpu::{Cpu, Fault, Mode};
 use super::decode::{FlagOp, Gpr};
 use super::execute::Execution;
 use super::flags::{iopl, mask, AC, AF, CF, DF, ID, IF, IOPL, NT, PF, RF, SF, STATUS, TF, VIF, VIP, VM, ZF};
-
-const CR4_VME: u64 = 1 << 0;
-const CR4_PVI: u64 = 1 << 1;
+use crate::vm::control_regs::{CR4_PVI, CR4_VME};
 
 /// What POPF may always change.
 const POPPED: u64 = STATUS | TF | DF | NT | AC | ID;

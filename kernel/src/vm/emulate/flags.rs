@@ -39,6 +39,8 @@ pub const VIF: u64 = 1 << 19;
 pub const VIP: u64 = 1 << 20;
 /// CPUID can be used if this can be changed.
 pub const ID: u64 = 1 << 21;
+/// Bits of RFLAGS that exist and may be cleared.
+pub const DEFINED: u64 = 0x3f_7fd5;
 /// The six flags that arithmetic sets.
 pub const STATUS: u64 = CF | PF | AF | ZF | SF | OF;
 

@@ -4,8 +4,7 @@ use super::cpu::{Access, AccessKind, Cpu, Exception, Fault};
 use super::decode::{DecodedInsn, Gpr};
 use super::execute::Execution;
 use super::flags::{bits, mask, sign_extend, CF};
-
-const CR4_TSD: u64 = 1 << 2;
+use crate::vm::control_regs::CR4_TSD;
 
 impl<C: Cpu> Execution<'_, C> {
     /// LEA: the offset, without any check.

@@ -1,5 +1,6 @@
 //! The instruction emulator: one instruction of a guest, because its memory is a device's or write-protected, or
-//! because the processor cannot run the guest's code as it is.
+//! because the processor cannot run the guest's code as it is: real mode where VMX has no unrestricted guest. It
+//! also delivers events and switches tasks where the hardware does not.
 //!
 //! # Interface
 //!
@@ -9,6 +10,8 @@
 //!   `bytes` are up to fifteen bytes, as many as could be fetched.
 //! - [`Emulator::insn_len`]`(mode, bytes) -> Result<u8, `[`DecodeError`]`>`: only the length, to skip an intercepted
 //!   instruction where the processor does not report the next RIP.
+//! - [`Emulator::deliver`]`(&mut cpu, event)`: an interrupt or exception through the IVT or IDT.
+//! - [`Emulator::task_switch`]`(&mut cpu, `[`TaskSwitch`]`)`: a hardware task switch.
 //! - [`Cpu`]: the trait through which the emulator sees a vCPU: registers, segments, paged memory, ports.
 //!   [`Mode::of`] computes the mode; [`KnownOperand`] is the optional shortcut past the guest walk.
 //! - [`Exception`], [`Fault`]: how a [`Cpu`] refuses an access.
@@ -20,41 +23,54 @@
 //! - Everything is done with the guest's own rights at its CPL, checked here (segmentation, canonical form, alignment,
 //!   I/O permission) and in the [`Cpu`] (paging): the bytes may have been changed by another vCPU since the exit and
 //!   are not trusted to be what caused it.
+//! - A segment load, far transfer or event is put together as one change (`change`): translations are tried, accessed
+//!   bits set by locked exchanges, the stack written, and then the whole state is replaced. A task switch has its
+//!   commit point in the middle, as in the processor: what fails behind it is an exception of the new task.
 //! - A repeated instruction runs a bounded number of iterations, then RIP stays and [`Outcome::Continue`] is returned.
 //! - On completion RF ends, and the interrupt shadow unless the instruction begins one; TF, as it was before the
 //!   instruction, is reported as an owed #DB.
 //!
 //! # Limits
 //!
-//! Instruction and data breakpoints (DR7) are not matched. Not emulated: far transfers, interrupts and their
-//! returns, segment loads, system instructions (control and debug registers, descriptor tables, MSRs, CPUID,
-//! HLT), transactional memory; of x87 all but FNINIT, FNCLEX, FNSTSW, FNSTCW, FLDCW and FWAIT; MMX and AVX; SSE
-//! but for loads and stores where the [`Cpu`] gives access to the vector registers. A near branch with
-//! operand-size prefix in 64-bit mode is refused, for AMD's and Intel's processors differ. Whether the guest's
-//! CPUID offers an extension (POPCNT, BMI, ADX) is not looked at, but for RDTSCP, RDRAND and RDSEED. PUSHA, ENTER
-//! and the like raise #SS where the stack segment ends, also in real mode, where for some stack pointers the
-//! manual has #GP or a shutdown.
+//! Instruction and data breakpoints (DR7) are not matched. Not emulated: transactional memory, FXSAVE and XSAVE; of
+//! x87 all but FNINIT, FNCLEX, FNSTSW, FNSTCW, FLDCW and FWAIT; MMX and AVX; SSE but for loads and stores where the
+//! [`Cpu`] gives access to the vector registers. VMX, SVM, SMX, MONITOR and MWAIT raise #UD, RDPMC #GP. There are
+//! no shadow stacks and no FRED.
+//!
+//! A near branch with operand-size prefix in 64-bit mode is refused, for AMD's and Intel's processors differ.
+//! Whether the guest's CPUID offers an extension (POPCNT, BMI, ADX) is not looked at, but for RDTSCP, RDRAND,
+//! RDSEED and INVPCID. PUSHA, ENTER and the like raise #SS where the stack segment ends, also in real mode, where
+//! for some stack pointers the manual has #GP or a shutdown. INVPCID and INVLPG may flush more than they name. A
+//! 16-bit task begins with zeros in the upper halves of its registers, which the manuals leave open. A second
+//! MOV SS right behind the first extends the interrupt shadow.
 mod address;
 mod alu;
 mod atomic;
 mod branch;
 pub mod cache;
+mod change;
 pub mod cpu;
 mod decimal;
 pub mod decode;
+mod deliver;
 mod execute;
 mod extensions;
+mod far;
 mod flag_insns;
 pub mod flags;
 mod frame;
 mod io;
 mod length;
 mod miscellany;
+mod segment;
 mod stack;
 mod string;
+mod system;
+mod task;
 #[cfg(test)]
 mod tests;
 mod translate;
+mod translate_system;
 mod x87;
 
 pub use cache::DecodeCache;
@@ -62,6 +78,9 @@ pub use cpu::{
     Access, AccessKind, Attributes, Cpu, Exception, Fault, KnownOperand, Mode, Segment, X87Action,
 };
 pub use decode::{DecodeError, DecodedInsn, Gpr, Seg};
+pub use task::TaskSwitch;
+
+use crate::hw::Event;
 
 use alloc::collections::TryReserveError;
 
@@ -128,6 +147,32 @@ impl Emulator {
         match self.cache.lookup(mode.bitness(), bytes) {
             Ok(insn) => execute::execute(cpu, insn, mode),
             Err(error) => execute::rejected(cpu, mode, error),
+        }
+    }
+
+    /// Delivers `event` in the processor's place, before the instruction at RIP: through the IVT in real mode, through
+    /// the IDT elsewhere. [`Outcome::Done`]: the CPU is at the handler's first instruction.
+    /// [`Outcome::Exception`]: nothing happened but this exception during the delivery; what comes of the two is
+    /// what [`combine`](crate::vm::exceptions::combine) says. If a task gate was used, the exception may also be the
+    /// first one of the new task, which is told by TR. DR6 and CR2 have been set before, NMIs are blocked by
+    /// the caller.
+    pub fn deliver<C: Cpu>(&mut self, cpu: &mut C, event: Event) -> Outcome {
+        match deliver::deliver(cpu, event) {
+            Ok(outcome) => outcome,
+            // The pushed image of RFLAGS is the interrupted program's: RF is not touched.
+            Err(Fault::Exception(exception)) => Outcome::Exception(exception),
+            Err(Fault::Retry) => Outcome::Retry,
+            Err(Fault::Stop) => Outcome::Stop,
+            Err(Fault::Unsupported(reason)) => Outcome::Unsupported { reason },
+        }
+    }
+
+    /// Switches tasks in the processor's place. [`Outcome::Exception`]: in the old task, if RIP is still there; else
+    /// in the new one, as is the #DB of a TSS with its T flag set.
+    pub fn task_switch<C: Cpu>(&mut self, cpu: &mut C, switch: TaskSwitch) -> Outcome {
+        match task::switch(cpu, &switch) {
+            Ok(outcome) => outcome,
+            Err(fault) => execute::failed(cpu, fault),
         }
     }
 }

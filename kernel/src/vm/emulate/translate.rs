@@ -63,14 +63,17 @@ fn fits_when_longer(bitness: u32, bytes: &[u8]) -> bool {
     })
 }
 
-struct Translation<'a> {
-    insn: &'a Instruction,
+pub(super) struct Translation<'a> {
+    pub(super) insn: &'a Instruction,
     bitness: u32,
     bytes: &'a [u8],
 }
 
 impl Translation<'_> {
     fn translate(&self) -> DecodedInsn {
+        if let Some(decoded) = self.system() {
+            return decoded;
+        }
         let insn = self.insn;
         let (mut op, dst, src, third);
         if insn.is_string_instruction() {
@@ -81,12 +84,9 @@ impl Translation<'_> {
             op = self.op();
             // An operand of a kind that has no name here is one that is not emulated.
             for (index, operand) in [dst, src, third].into_iter().enumerate() {
-                if operand == Operand::None && (index as u32) < insn.op_count() && op != Op::Undefined {
+                if operand == Operand::None && (index as u32) < insn.op_count() {
                     op = Op::Unsupported(self.unsupported());
                 }
-            }
-            if matches!(dst, Operand::Seg(_)) && op != Op::Push {
-                op = Op::Unsupported(Unsupported::Segment);
             }
         }
         if insn.op_count() > 3 || (matches!(op, Op::MovVector(_)) && !self.moves_vector_memory()) {
@@ -200,7 +200,7 @@ impl Translation<'_> {
         }
     }
 
-    fn immediate(&self) -> u64 {
+    pub(super) fn immediate(&self) -> u64 {
         let insn = self.insn;
         match insn.op0_kind() {
             // Decoded for address 0, so the target is the distance.
@@ -212,7 +212,7 @@ impl Translation<'_> {
         }
     }
 
-    fn address(&self) -> Address {
+    pub(super) fn address(&self) -> Address {
         let insn = self.insn;
         let kinds = || (0..insn.op_count()).filter_map(|i| insn.try_op_kind(i).ok());
         if let Some(size) = kinds().find_map(string_address_size) {
@@ -258,11 +258,7 @@ impl Translation<'_> {
         let is = |test: fn(Register) -> bool| {
             (0..insn.op_count()).any(|i| insn.try_op_register(i).is_ok_and(test))
         };
-        if is(|r| r.is_segment_register() || r.is_cr() || r.is_dr()) {
-            Unsupported::Segment
-        } else if insn.is_call_far_indirect() || insn.is_jmp_far_indirect() {
-            Unsupported::Far
-        } else if insn.encoding() == EncodingKind::VEX {
+        if insn.encoding() == EncodingKind::VEX {
             Unsupported::Vex
         } else if is(|r| r.is_vector_register() || r.is_mm() || r.is_st() || r.is_k()) {
             Unsupported::Vector
@@ -336,7 +332,6 @@ impl Translation<'_> {
             }
             M::Movd | M::Movq => Op::MovVector(false),
             M::Nop | M::Reservednop | M::Pause | M::Lfence | M::Sfence | M::Mfence => Op::Nop,
-            M::Ud0 | M::Ud1 | M::Ud2 => Op::Undefined,
             M::Lea => Op::Lea,
             M::Bswap => Op::Bswap,
             M::Cbw | M::Cwde | M::Cdqe => Op::Widen,
@@ -480,7 +475,7 @@ fn string_address_size(kind: OpKind) -> Option<u8> {
     }
 }
 
-fn gpr(register: Register) -> Option<Gpr> {
+pub(super) fn gpr(register: Register) -> Option<Gpr> {
     (register.is_gpr16() || register.is_gpr32() || register.is_gpr64())
         .then(|| Gpr::ALL[register.number() & 15])
 }
@@ -503,7 +498,7 @@ fn low_byte(register: Register) -> Gpr {
     Gpr::ALL[register.full_register().number() & 15]
 }
 
-fn segment(register: Register) -> Seg {
+pub(super) fn segment(register: Register) -> Seg {
     match register {
         Register::ES => Seg::Es,
         Register::CS => Seg::Cs,

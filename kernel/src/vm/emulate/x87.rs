@@ -3,11 +3,8 @@
 use super::cpu::{Cpu, Exception, Fault, X87Action};
 use super::decode::{DecodedInsn, Unsupported, X87};
 use super::execute::Execution;
+use crate::vm::control_regs::{CR0_EM, CR0_MP, CR0_NE, CR0_TS};
 
-const CR0_MP: u64 = 1 << 1;
-const CR0_EM: u64 = 1 << 2;
-const CR0_TS: u64 = 1 << 3;
-const CR0_NE: u64 = 1 << 5;
 /// Status word: an unmasked exception is pending.
 const STATUS_ES: u16 = 1 << 7;
 

@@ -1,4 +1,6 @@
 //! A CPU made of arrays: one stretch of RAM, one of device memory, pages that fault, ports, and a log of all of it.
+use crate::hw::{CpuState, TableRegister};
+use crate::vm::control_regs::{pdptes_are_valid, Change, Flush, GeneralProtection, Limits, Now};
 use crate::vm::emulate::{
     Access, AccessKind, Attributes, Cpu, Emulator, Exception, Fault, Gpr, Mode, Outcome, Seg, Segment,
     X87Action,
@@ -23,7 +25,6 @@ pub(super) struct FakeCpu {
     pub(super) cpl: u8,
     pub(super) mode: Mode,
     pub(super) cr0: u64,
-    pub(super) cr4: u64,
     pub(super) tsc: u64,
     pub(super) tsc_aux: Option<u32>,
     /// What RDRAND and RDSEED find; the outer `None`: no such instructions.
@@ -31,6 +32,23 @@ pub(super) struct FakeCpu {
     /// Control and status word of the x87 unit, if there is one.
     pub(super) x87: Option<(u16, u16)>,
     pub(super) segments: [Segment; 7],
+    pub(super) ldtr: Segment,
+    pub(super) gdtr: TableRegister,
+    pub(super) idtr: TableRegister,
+    pub(super) cr2: u64,
+    pub(super) cr3: u64,
+    pub(super) cr4: u64,
+    pub(super) cr8: u8,
+    pub(super) efer: u64,
+    pub(super) debug: [u64; 8],
+    pub(super) limits: Limits,
+    pub(super) pdptes: [u64; 4],
+    pub(super) loaded_pdptes: Option<[u64; 4]>,
+    pub(super) msrs: Vec<(u32, u64)>,
+    pub(super) xcr0: u64,
+    pub(super) flushes: u32,
+    pub(super) halted: bool,
+    pub(super) nmi_unblocked: bool,
     pub(super) linear_bits: u32,
     pub(super) shadow: bool,
     pub(super) interrupt: bool,
@@ -53,6 +71,8 @@ pub(super) struct FakeCpu {
     pub(super) log: Vec<Event>,
 }
 
+/// EFER.LME and EFER.LMA.
+pub(super) const LONG_MODE: u64 = 0x500;
 /// Where the tests' RAM lies and how long it is.
 pub(super) const RAM: u64 = 0x10_0000;
 pub(super) const RAM_LEN: usize = 0x4000;
@@ -81,12 +101,28 @@ impl FakeCpu {
             cpl,
             mode,
             cr0: 0x11,
-            cr4: 0,
             tsc: 0x1122_3344_5566_7788,
             tsc_aux: Some(7),
             random: Some(None),
             x87: Some((0x40, 0)),
             segments: [data, code, data, data, data, data, task],
+            ldtr: Segment { selector: 0, attributes: Attributes(0), limit: 0, base: 0 },
+            gdtr: TableRegister { base: RAM, limit: 0 },
+            idtr: TableRegister { base: RAM, limit: 0 },
+            cr2: 0,
+            cr3: 0,
+            cr4: 0,
+            cr8: 0,
+            efer: if mode == Mode::Long64 { LONG_MODE } else { 0 },
+            debug: [0, 0, 0, 0, 0, 0, 0xffff_0ff0, 0x400],
+            limits: Limits { cr4: 0x7f_7fff, phys_bits: 40, amd: false },
+            pdptes: [0; 4],
+            loaded_pdptes: None,
+            msrs: Vec::new(),
+            xcr0: 1,
+            flushes: 0,
+            halted: false,
+            nmi_unblocked: false,
             linear_bits: 48,
             shadow: true,
             interrupt: false,
@@ -174,8 +210,15 @@ impl FakeCpu {
 
     fn check(&self, linear: u64, size: u8, kind: AccessKind) -> Result<(), Fault> {
         let end = linear.checked_add(u64::from(size) - 1).expect("the emulator passes no range that wraps");
-        assert!(self.mode == Mode::Long64 || end < 1 << 32, "range beyond 4 GiB");
-        let user = if self.cpl == 3 && kind != AccessKind::System { 4 } else { 0 };
+        let system = kind.is_system() && self.efer & LONG_MODE != 0;
+        let inward = matches!(kind, AccessKind::WriteAs(_)) && self.efer & LONG_MODE != 0;
+        assert!(self.mode == Mode::Long64 || system || inward || end < 1 << 32, "range beyond 4 GiB");
+        let level = match kind {
+            AccessKind::WriteAs(level) => level,
+            AccessKind::System | AccessKind::SystemWrite => 0,
+            _ => self.cpl,
+        };
+        let user = if level == 3 { 4 } else { 0 };
         for page in [linear >> 12, end >> 12] {
             let at = linear.max(page << 12);
             let error = user | if kind.is_write() { 2 } else { 0 };
@@ -285,7 +328,7 @@ impl Cpu for FakeCpu {
 
     fn write(&mut self, linear: u64, size: u8, value: u64, access: Access) -> Result<(), Fault> {
         assert!(matches!(size, 1 | 2 | 4 | 8));
-        assert_eq!(access.kind, AccessKind::Write);
+        assert!(access.kind.is_write() && access.kind != AccessKind::ReadModify);
         self.check(linear, size, access.kind)?;
         self.log.push(Event::Write { linear, size, value, access });
         if let Some(range) = self.ram_at(linear, size) {
@@ -313,10 +356,10 @@ impl Cpu for FakeCpu {
         size: u8,
         old: u128,
         new: u128,
-        _: Access,
+        access: Access,
     ) -> Result<bool, Fault> {
         assert!(matches!(size, 1 | 2 | 4 | 8 | 16));
-        self.check(linear, size, AccessKind::Write)?;
+        self.check(linear, size, access.kind)?;
         self.log.push(Event::Exchange { linear, size, old, new });
         if self.disturbed > 0 {
             self.disturbed -= 1;
@@ -388,5 +431,122 @@ impl Cpu for FakeCpu {
         let Some(xmm) = &mut self.xmm else { return false };
         xmm[usize::from(index)] = value;
         true
+    }
+
+    fn state(&self) -> CpuState {
+        let hidden = |segment: Segment| crate::hw::Segment {
+            selector: segment.selector,
+            attributes: segment.attributes.0,
+            limit: segment.limit,
+            base: segment.base,
+        };
+        let [es, cs, ss, ds, fs, gs, tr] = self.segments.map(hidden);
+        let stack = crate::hw::Segment { attributes: ss.attributes & !0x60 | u16::from(self.cpl) << 5, ..ss };
+        CpuState {
+            segments: [es, cs, stack, ds, fs, gs],
+            ldtr: hidden(self.ldtr),
+            tr,
+            gdtr: self.gdtr,
+            idtr: self.idtr,
+            cr0: if self.mode == Mode::Real { self.cr0 & !1 } else { self.cr0 | 1 },
+            cr2: self.cr2,
+            cr3: self.cr3,
+            cr4: self.cr4,
+            efer: self.efer,
+            dr6: self.debug[6],
+            dr7: self.debug[7],
+            rflags: self.rflags,
+            rip: self.rip,
+        }
+    }
+
+    fn set_state(&mut self, state: &CpuState) {
+        let shown = |segment: crate::hw::Segment| Segment {
+            selector: segment.selector,
+            attributes: Attributes(segment.attributes),
+            limit: segment.limit,
+            base: segment.base,
+        };
+        assert_eq!((self.efer ^ state.efer) & !0x400, 0, "only LMA changes");
+        let [es, cs, ss, ds, fs, gs] = state.segments.map(shown);
+        self.segments = [es, cs, ss, ds, fs, gs, shown(state.tr)];
+        self.ldtr = shown(state.ldtr);
+        (self.gdtr, self.idtr) = (state.gdtr, state.idtr);
+        (self.cr0, self.cr2, self.cr3, self.cr4) = (state.cr0, state.cr2, state.cr3, state.cr4);
+        (self.efer, self.rflags, self.rip) = (state.efer, state.rflags, state.rip);
+        (self.debug[6], self.debug[7]) = (state.dr6, state.dr7);
+        self.mode = Mode::of(self.cr0, self.efer, self.rflags, cs.attributes);
+        self.cpl = if self.mode == Mode::Real { 0 } else { (state.segments[2].attributes >> 5 & 3) as u8 };
+        assert!(self.mode != Mode::Vm86 || self.cpl == 3, "virtual-8086 mode runs at level 3");
+    }
+
+    fn limits(&self) -> Limits {
+        self.limits
+    }
+    fn flush(&mut self) {
+        self.flushes += 1;
+    }
+    fn change_controls(&mut self, now: &Now, change: &Change) -> Result<(), GeneralProtection> {
+        let mut state = self.state();
+        assert_eq!(*now, Now::from(&state));
+        if change.load_pdptes {
+            if !pdptes_are_valid(&self.pdptes, self.limits.phys_bits) {
+                return Err(GeneralProtection);
+            }
+            self.set_pdptes(self.pdptes);
+        }
+        (state.cr0, state.cr3, state.cr4, state.efer) = (change.cr0, change.cr3, change.cr4, change.efer);
+        self.set_state(&state);
+        self.flushes += u32::from(change.flush != Flush::None);
+        Ok(())
+    }
+    fn read_pdptes(&mut self, _: u64) -> Option<[u64; 4]> {
+        Some(self.pdptes)
+    }
+    fn set_pdptes(&mut self, pdptes: [u64; 4]) {
+        self.loaded_pdptes = Some(pdptes);
+    }
+    fn cr8(&self) -> u8 {
+        self.cr8
+    }
+    fn set_cr8(&mut self, value: u8) {
+        self.cr8 = value;
+    }
+    fn breakpoint(&self, index: u8) -> u64 {
+        assert!(index < 4);
+        self.debug[usize::from(index)]
+    }
+    fn set_breakpoint(&mut self, index: u8, address: u64) {
+        assert!(index < 4);
+        self.debug[usize::from(index)] = address;
+    }
+    fn read_msr(&mut self, msr: u32) -> Option<u64> {
+        self.msrs.iter().find(|(known, _)| *known == msr).map(|(_, value)| *value)
+    }
+    fn write_msr(&mut self, msr: u32, value: u64) -> bool {
+        match self.msrs.iter_mut().find(|(known, _)| *known == msr) {
+            Some(known) => known.1 = value,
+            None => return false,
+        }
+        true
+    }
+    fn cpuid(&mut self, leaf: u32, subleaf: u32) -> [u32; 4] {
+        [leaf, if leaf == 7 { 1 << 10 } else { 0xb }, subleaf, 0xd]
+    }
+    fn xcr0(&self) -> u64 {
+        self.xcr0
+    }
+    fn set_xcr0(&mut self, value: u64) -> bool {
+        if value & 1 == 0 {
+            return false;
+        }
+        self.xcr0 = value;
+        true
+    }
+    fn halt(&mut self) {
+        self.halted = true;
+    }
+    fn unblock_nmi(&mut self) {
+        self.nmi_unblocked = true;
     }
 }

@@ -208,6 +208,10 @@ proptest! {
         match outcome {
             Outcome::Done { trap } | Outcome::Continue { trap } => {
                 prop_assert!(decoded.is_ok());
+                if decoded.is_ok_and(|insn| insn.is_system()) {
+                    // MOV SS begins a shadow, INT clears TF, IRET loads RF: the tests of those say when.
+                    return Ok(());
+                }
                 prop_assert_eq!(trap, cpu.rflags & 0x100 != 0);
                 let sets_if = after.rflags & !cpu.rflags & 0x200 != 0;
                 prop_assert!(!after.shadow || sets_if);
@@ -241,7 +245,8 @@ proptest! {
         cpu.disturbed = 0;
         cpu.interrupt = true; // one iteration
         let Some(places) = addressed(&cpu, &bytes) else { return Ok(()) };
-        let bit_offset = DecodedInsn::decode(64, &bytes).is_ok_and(|insn| insn.has_bit_offset());
+        let bit_offset = DecodedInsn::decode(64, &bytes)
+            .is_ok_and(|insn| insn.has_bit_offset() || insn.is_system());
         let mut after = cpu.clone();
         let _ = Emulator::new().unwrap().emulate(&mut after, &bytes);
         for (_, linear, size) in after.touched() {
@@ -340,4 +345,163 @@ fn random_programs_in_every_mode() {
         }
         assert!(done > 10_000, "{mode:?}: only {done} completed");
     }
+}
+
+/// Instructions that read descriptor tables, stacks and task states, and the registers of the system.
+#[rustfmt::skip]
+const SYSTEM: &[&[u8]] = &[
+    &[0x8e, 0xd8], &[0x8e, 0xd0], &[0x8e, 0xe0], &[0x8e, 0x1b], &[0x8c, 0xd8], &[0x8c, 0x13], &[0x07], &[0x17],
+    &[0x1f], &[0x0f, 0xa1], &[0x0f, 0xa9], &[0x0f, 0xa0], &[0x06], &[0xc4, 0x03], &[0xc5, 0x03],
+    &[0x0f, 0xb2, 0x03], &[0x0f, 0xb4, 0x03], &[0xff, 0x2b], &[0xff, 0x1b], &[0xea, 0, 0, 0, 0, 0x50, 0],
+    &[0x9a, 0, 0, 0, 0, 0x60, 0], &[0x9a, 0x50, 0, 0x50, 0], &[0xcb], &[0xca, 9, 0x80], &[0xcf], &[0xcd, 0x21],
+    &[0xcd, 0xff], &[0xcc], &[0xce], &[0xf1], &[0x0f, 0x01, 0x13], &[0x0f, 0x01, 0x1b], &[0x0f, 0x01, 0x03],
+    &[0x0f, 0x01, 0x0b], &[0x0f, 0x00, 0xd0], &[0x0f, 0x00, 0xd8], &[0x0f, 0x00, 0xc0], &[0x0f, 0x00, 0x0b],
+    &[0x0f, 0x00, 0xe0], &[0x0f, 0x00, 0xe8], &[0x0f, 0x01, 0xe0], &[0x0f, 0x01, 0xf0], &[0x0f, 0x06],
+    &[0x0f, 0x20, 0xc0], &[0x0f, 0x22, 0xc0], &[0x0f, 0x22, 0xd8], &[0x0f, 0x22, 0xe0], &[0x0f, 0x21, 0xf8],
+    &[0x0f, 0x23, 0xf8], &[0x0f, 0x01, 0x3b], &[0x66, 0x0f, 0x38, 0x82, 0x03], &[0x0f, 0x09], &[0xf4],
+    &[0x0f, 0xa2], &[0x0f, 0x32], &[0x0f, 0x30], &[0x0f, 0x31], &[0x0f, 0x01, 0xd0], &[0x0f, 0x01, 0xd1],
+    &[0x0f, 0x01, 0xf8], &[0x0f, 0x34], &[0x0f, 0x35], &[0x0f, 0x05], &[0x0f, 0x07], &[0x0f, 0x02, 0xc3],
+    &[0x0f, 0x03, 0xc3], &[0x63, 0xc3], &[0x63, 0x03],
+];
+
+/// A selector, most often of a descriptor that exists.
+fn selector(random: &mut Random) -> u64 {
+    if random.chance(8) {
+        random.next() & 0xffff
+    } else {
+        random.below(16) << 3 | random.below(4) | if random.chance(8) { 4 } else { 0 }
+    }
+}
+
+/// A CPU whose tables, stacks and task states are noise that looks like descriptors, selectors and addresses.
+fn noise(random: &mut Random) -> FakeCpu {
+    let modes = [Mode::Real, Mode::Vm86, Mode::Protected16, Mode::Protected32, Mode::Long64];
+    let mode = modes[random.below(5) as usize];
+    let cpl = match mode {
+        Mode::Real => 0,
+        Mode::Vm86 => 3,
+        _ => random.below(4) as u8,
+    };
+    let mut cpu = super::world::world(mode, cpl);
+    for at in (0..0x4000).step_by(4) {
+        let value = match random.below(4) {
+            0 => RAM + random.below(0x4000),
+            1 => random.next() & 0xffff_ffff,
+            _ => selector(random),
+        };
+        cpu.poke(RAM + at, 4, value);
+    }
+    let access =
+        [0x9a, 0x92, 0xfa, 0xf2, 0x9e, 0x89, 0x8b, 0x82, 0x81, 0xec, 0xe4, 0xe5, 0xee, 0x8f, 0x86, 0x0e];
+    for slot in 0..0x100_u64 {
+        let kind = access[random.below(16) as usize] ^ if random.chance(4) { random.next() as u8 } else { 0 };
+        let descriptor = if kind & 0x10 != 0 {
+            super::world::flat(kind, random.below(16) as u8)
+        } else if matches!(kind & 0xf, 1 | 2 | 3 | 9 | 0xb) {
+            super::world::system(kind, RAM + random.below(0x4000), random.below(0x100) as u32)
+        } else {
+            super::world::gate(kind, selector(random) as u16, random.next(), random.below(32) as u8)
+        };
+        // The GDT below, the IDT from 0x800.
+        let at = if slot < 16 { slot * 8 } else { 0x800 + slot * 8 };
+        cpu.poke(RAM + at, 8, descriptor);
+    }
+    for gpr in 0..16 {
+        cpu.gprs[gpr] = if random.chance(2) { selector(random) } else { RAM + random.below(0x4000) };
+    }
+    cpu.gprs[4] = RAM + random.below(0x4000);
+    if mode == Mode::Long64 && random.chance(3) {
+        cpu.gprs[random.below(16) as usize] = random.next();
+    }
+    cpu.rflags = random.next() & 0x3d_7fd5 | 2 | if mode == Mode::Vm86 { 0x2_0000 } else { 0 };
+    cpu.cr0 = random.next() & 0x6005_002e | 0x11 | if mode == Mode::Real { 0 } else { random.below(2) << 31 };
+    cpu.cr4 = random.next() & 0x37_0fff;
+    cpu.efer |= random.below(2);
+    cpu.limits.amd = random.chance(2);
+    cpu.msrs = [0x10, 0x174, 0x175, 0x176, 0xc000_0081, 0xc000_0082, 0xc000_0083, 0xc000_0084, 0xc000_0102]
+        .map(|msr| {
+            (msr, if random.chance(2) { selector(random) << 32 | selector(random) } else { random.next() })
+        })
+        .to_vec();
+    if mode == Mode::Long64 {
+        for table in [&mut cpu.gdtr, &mut cpu.idtr] {
+            if random.chance(8) {
+                table.base = random.next();
+            }
+        }
+    }
+    cpu.ldtr.attributes.0 = if random.chance(2) { 0x82 } else { 0 };
+    (cpu.ldtr.base, cpu.ldtr.limit) = (RAM + random.below(0x4000), random.below(0x200) as u32);
+    cpu.segments[6].limit = random.below(0x100) as u32;
+    cpu.segments[6].selector = selector(random) as u16;
+    cpu.segments[6].attributes.0 = if random.chance(2) { 0x8b } else { 0x83 };
+    cpu.debug[7] |= if random.chance(8) { 1 << 13 } else { 0 };
+    cpu.absent = if random.chance(3) { vec![(RAM >> 12) + random.below(4)] } else { vec![] };
+    cpu.read_only = if random.chance(3) { vec![(RAM >> 12) + random.below(4)] } else { vec![] };
+    cpu.disturbed = random.below(3) as u32;
+    cpu
+}
+
+/// Noise in every table, on every stack: no panic, bounded work, and a fault leaves no trace but accessed bits and RF,
+/// unless it is one of the new task.
+#[test]
+fn system_instructions_over_noise() {
+    use crate::hw::{Event as Delivered, TaskSwitchCause};
+    use crate::vm::emulate::TaskSwitch;
+    let mut random = Random::new(7);
+    let mut emulator = Emulator::new().unwrap();
+    let (mut done, mut refused) = (0, 0);
+    for round in 0..60_000 {
+        let cpu = noise(&mut random);
+        let mut after = cpu.clone();
+        let outcome = match random.below(8) {
+            0 => {
+                let vector = random.next() as u8;
+                let event = match random.below(3) {
+                    0 => Delivered::Interrupt(vector),
+                    1 => Delivered::Nmi,
+                    _ => Delivered::Exception(vector & 31, random.chance(2).then_some(random.next() as u32)),
+                };
+                emulator.deliver(&mut after, event)
+            }
+            1 => {
+                let causes = [
+                    TaskSwitchCause::Call,
+                    TaskSwitchCause::Iret,
+                    TaskSwitchCause::Jump,
+                    TaskSwitchCause::Gate,
+                ];
+                let switch = TaskSwitch {
+                    selector: selector(&mut random) as u16,
+                    cause: causes[random.below(4) as usize],
+                    next_rip: random.next(),
+                    error_code: random.chance(2).then_some(random.next() as u32),
+                    external: random.chance(2),
+                };
+                emulator.task_switch(&mut after, switch)
+            }
+            _ => {
+                let mut bytes = [0x90; 15];
+                let prefix: &[u8] = [&[][..], &[], &[0x66], &[0x48], &[0x67]][random.below(5) as usize];
+                let insn = SYSTEM[random.below(SYSTEM.len() as u64) as usize];
+                bytes[..prefix.len()].copy_from_slice(prefix);
+                bytes[prefix.len()..prefix.len() + insn.len()].copy_from_slice(insn);
+                emulator.emulate(&mut after, &bytes)
+            }
+        };
+        assert!(after.log.len() < 400, "{round}");
+        match outcome {
+            Outcome::Done { .. } => done += 1,
+            Outcome::Exception(_) | Outcome::Retry if after.segments[6] == cpu.segments[6] => {
+                refused += 1;
+                assert_eq!((after.rip, after.gprs, after.cpl), (cpu.rip, cpu.gprs, cpu.cpl), "{round}");
+                assert_eq!(after.segments, cpu.segments, "{round}");
+                assert_eq!(after.rflags | 0x1_0000, cpu.rflags | 0x1_0000, "{round}");
+                assert!(!after.log.iter().any(|e| matches!(e, Event::Write { .. })), "{round}");
+            }
+            Outcome::Exception(_) | Outcome::Unsupported { .. } => {}
+            outcome => panic!("{round}: {outcome:?}"),
+        }
+    }
+    assert!(done > 5_000 && refused > 5_000, "{done} {refused}");
 }

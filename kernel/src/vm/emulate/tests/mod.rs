@@ -2,6 +2,7 @@
 mod arithmetic;
 mod branches;
 mod decoding;
+mod descriptors;
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 mod differential;
 mod fake;
@@ -15,3 +16,7 @@ mod native;
 mod rules;
 mod segments;
 mod strings;
+mod system;
+mod tasks;
+mod transfers;
+mod world;
