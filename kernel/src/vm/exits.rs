@@ -62,7 +62,11 @@ impl<V: Vendor> Vcpu<V> {
                 self.core.attention = true;
             }
             Exit::WriteCr { cr, gpr } => self.write_cr(guest, cr, gpr),
-            Exit::Emulate => self.emulate(guest, None),
+            Exit::Emulate => {
+                // The next instruction may have to be emulated as well: no entry opens a window in between.
+                self.core.attention = true;
+                self.emulate(guest, None);
+            }
             Exit::TaskSwitch(switch) => self.task_switch(guest, switch),
             Exit::Xsetbv => self.xsetbv(guest),
             Exit::CacheFlush => {
