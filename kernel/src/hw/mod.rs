@@ -544,8 +544,8 @@ pub trait HwVcpu: Send {
     fn request_nmi_window(&mut self, on: bool);
     /// Makes writes of CR8 exit, or not.
     fn intercept_cr8_writes(&mut self, on: bool);
-    /// Asks for [`Exit::Deadline`] when the host's TSC reaches `tsc`. False where the hardware has no timer for that: then
-    /// a host interrupt must end the run.
+    /// Asks for [`Exit::Deadline`] when the host's TSC reaches `tsc`. False where the hardware has no timer for that, or none
+    /// to rely on: then a host interrupt must end the run.
     fn set_deadline(&mut self, tsc: u64) -> bool {
         let _ = tsc;
         false

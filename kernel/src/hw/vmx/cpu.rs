@@ -47,6 +47,8 @@ pub(super) struct Machine {
     pub(super) io_bitmaps: PhysAddr,
     /// Umbra's own CR4.
     pub(super) host_cr4: u64,
+    /// Whether the VMX-preemption timer, if there is one, counts as it should.
+    pub(super) timer_is_reliable: bool,
     format: Ept,
 }
 
@@ -146,9 +148,8 @@ impl Vendor for Vmx {
         let read = |index| unsafe { msr::read(index) };
         let linear_bits = if features.la57 { 57 } else { 48 };
         let capabilities = VmxCapabilities::read(read, features.physical_address_bits, linear_bits);
-        let mut controls = examine(&capabilities, true).map_err(refusal)?;
+        let controls = examine(&capabilities, true).map_err(refusal)?;
         let signature = core::arch::x86_64::__cpuid(1).eax;
-        controls.preemption_timer &= !has_faulty_preemption_timer(signature);
         let ept = capabilities.ept_vpid;
         let format = Ept::new(&EptHost {
             five_level: false,
@@ -174,6 +175,7 @@ impl Vendor for Vmx {
             msr_bitmap: msr_bitmap::for_all_guests(),
             io_bitmaps: io_bitmaps(),
             host_cr4: Cr4::read_raw(),
+            timer_is_reliable: !has_faulty_preemption_timer(signature),
             format,
         });
         Ok(Self { shared })

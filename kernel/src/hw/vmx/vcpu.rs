@@ -757,10 +757,14 @@ impl HwVcpu for VmxVcpu {
         }
         let by_hardware = self.cr0_shadow & CR0_PE != 0 && self.settle_form();
         if by_hardware {
-            None
-        } else {
-            self.injection.take()
+            return None;
         }
+        let event = self.injection.take();
+        if matches!(event, Some(Event::Exception(1, _))) {
+            // The step that is delivered now is not pending any more.
+            self.region.set(vmcs::GUEST_PENDING_DEBUG, 0);
+        }
+        event
     }
     #[inline]
     fn take_interrupted_event(&mut self) -> Option<Event> {
@@ -803,12 +807,14 @@ impl HwVcpu for VmxVcpu {
         if !self.machine.controls.preemption_timer {
             return false;
         }
+        // A timer that may count at a wrong rate ends runs early, or late: the other timer must be there, too.
+        let reliable = self.machine.timer_is_reliable;
         if self.deadline.is_none() {
             self.pin.insert(Pin::PREEMPTION_TIMER);
             self.region.set(vmcs::PIN_CONTROLS, self.pin.bits());
         }
         self.deadline = Some(tsc);
-        true
+        reliable
     }
 
     fn set_root(&mut self, root: u64) {

@@ -141,9 +141,12 @@ const RARE: &[Form] = &[
     form!(CARRY, "imul eax, dword ptr [rdi]"),
     form!(FLAG_ZF, "bsf eax, dword ptr [rdi]"),
     form!(FLAG_ZF, "bsr eax, dword ptr [rdi]"),
-    form!(0, "movbe eax, dword ptr [rdi]"),
     form!(0, "movnti dword ptr [rdi], eax"),
 ];
+
+/// CPUID 1 ECX bit 22: MOVBE.
+const MOVBE_BIT: u32 = 1 << 22;
+const MOVBE: &[Form] = &[form!(0, "movbe eax, dword ptr [rdi]")];
 
 static RAM: Racy<[u64; 2]> = Racy::new([0; 2]);
 
@@ -285,6 +288,11 @@ pub(crate) fn run() {
     group("mmio.dword.not_neg_bits_cmov", DWORD_FULL, || Some(timer()), 0x8000_0035, WIDE);
     group("mmio.widening_loads", WIDEN, line_dword, 0xb5, WIDE);
     group("mmio.rare_forms", RARE, || Some(timer()), 0x1234_5680, WIDE);
+    if cpuid(1, 0).ecx & MOVBE_BIT != 0 {
+        group("mmio.movbe", MOVBE, || Some(timer()), 0x1234_5680, WIDE);
+    } else {
+        case("mmio.movbe", |t| t.skip("not advertised"));
+    }
     qwords();
     strings();
     stack();
