@@ -505,8 +505,8 @@ fn x2apic_registers() {
             t.eq("PPR", lapic::read(PPR), value);
         }
     });
-    by_msr("x2apic.back_and_forth", &|t| {
-        // With an interrupt in service and one requested across the changes of mode's neighbour: enabled by software or not.
+    by_msr("x2apic.service_survives_disabling", &|t| {
+        // Disabling by software takes the APIC from the processor; what is in service must survive that.
         trap::expect(LOW, Eoi::None);
         lapic::self_ipi(LOW);
         window();
