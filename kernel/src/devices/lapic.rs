@@ -15,9 +15,11 @@ use super::apic_bus::{
 
 pub use timer::{Deadline, Timer, TimerMode, MIN_PERIODIC_INTERVAL_NS};
 
+mod page;
 mod timer;
 mod vectors;
 
+pub use page::{ApicPage, Exported};
 pub use vectors::VectorSet;
 
 /// The access raises #GP(0).
@@ -698,15 +700,7 @@ impl LocalApic {
         self.state.isr.remove(vector);
         self.isr_top = self.state.isr.highest();
         self.refresh_ppr();
-        if !self.state.tmr.contains(vector) {
-            return ApicAction::None;
-        }
-        let lint0 = self.state.lvt[LVT_LINT0];
-        if lint0 & LVT_REMOTE_IRR != 0 && lint0 as u8 == vector {
-            self.state.lvt[LVT_LINT0] &= !LVT_REMOTE_IRR;
-            self.poll_level_lint();
-        }
-        ApicAction::Eoi(vector)
+        self.ended(vector)
     }
 
     /// A fixed interrupt arrives.

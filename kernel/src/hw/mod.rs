@@ -18,6 +18,7 @@ pub mod vmx;
 pub use svm::is_stray_debug_trap;
 
 use crate::cpu::features::Features;
+use crate::devices::lapic::LocalApic;
 use bitflags::bitflags;
 use core::fmt;
 use mmu::EntryFormat;
@@ -267,6 +268,19 @@ pub enum Exit {
     Exception(u8, Option<u32>),
     /// A machine check: the host's affair.
     MachineCheck,
+    /// The guest ended an interrupt whose end the lent local APIC's owner must hear of, by an instruction that is completed;
+    /// see [`LocalApic::ended`].
+    ApicEoi(u8),
+    /// The guest wrote a register of the lent local APIC with a value that the hardware leaves to software; the instruction
+    /// is completed.
+    ApicWrite {
+        /// The register's number: its offset in the page divided by 16.
+        register: u8,
+        /// What was written.
+        value: u32,
+    },
+    /// The log that [`HwVcpu::set_dirty_log`] turned on has no room left.
+    DirtyLogFull,
     /// The guest can take an interrupt now.
     InterruptWindow,
     /// The guest may be able to take an NMI now.
@@ -549,6 +563,32 @@ pub trait HwVcpu: Send {
     fn set_deadline(&mut self, tsc: u64) -> bool {
         let _ = tsc;
         false
+    }
+
+    /// Whether the hardware can have the local APIC while the guest runs: it then delivers interrupts by itself, and the
+    /// guest's accesses to what that takes do not exit.
+    fn has_virtual_apic(&self) -> bool {
+        false
+    }
+    /// Hands the hardware a local APIC that [can be exported](LocalApic::can_be_exported). The state in `apic` is out of
+    /// date from the next entry on, until [`reclaim_apic`](Self::reclaim_apic).
+    fn lend_apic(&mut self, apic: &LocalApic) {
+        let _ = apic;
+    }
+    /// Takes it back, with what became of it. The hardware has it no more unless it is lent again.
+    fn reclaim_apic(&mut self, apic: &mut LocalApic) {
+        let _ = apic;
+    }
+
+    /// Makes the hardware log each page whose second-stage entry becomes dirty, or ends that and forgets what was not
+    /// drained. False where it cannot, or there is no memory for the log. Nobody asks for it yet: `mmu` has no dirty log.
+    fn set_dirty_log(&mut self, on: bool) -> bool {
+        let _ = on;
+        false
+    }
+    /// Empties the log: calls `each` with the guest-physical address of each page in it, the oldest first.
+    fn drain_dirty_log(&mut self, each: &mut impl FnMut(u64)) {
+        let _ = each;
     }
 
     /// Sets the root of the second-stage table.

@@ -73,6 +73,18 @@ impl<V: Vendor> Vcpu<V> {
                 // Both need CPL 0, which the processor checked before the intercept (APM table 15-7).
                 self.skip_rare(guest);
             }
+            Exit::ApicEoi(vector) => self.core.apic_eoi(guest, vector),
+            Exit::ApicWrite { register, value } => {
+                let msr = X2APIC_MSR_FIRST + u32::from(register);
+                // The processor has checked what raises an exception, and completed the instruction.
+                let _ = self.core.write_msr(guest, msr, value.into());
+            }
+            Exit::DirtyLogFull => {
+                self.stop(
+                    guest,
+                    StopReason::InvalidState("the log of dirty pages is full, but was not asked for"),
+                );
+            }
             Exit::Undefined => self.raise(guest, UD, None),
             Exit::Refused => self.raise(guest, GP, Some(0)),
             Exit::Exception(vector, error_code) => self.raise(guest, vector, error_code),
@@ -497,8 +509,10 @@ impl<V: Vendor> Core<V> {
         msr: u32,
         access: impl FnOnce(&mut MsrState, &mut MsrContext<'_>) -> R,
     ) -> R {
-        if matches!(msr, X2APIC_MSR_FIRST..=X2APIC_MSR_LAST) {
-            self.lapic.set_cr8(self.hw.cr8());
+        if matches!(msr, X2APIC_MSR_FIRST..=X2APIC_MSR_LAST)
+            || self.hw.has_virtual_apic() && matches!(msr, index::APIC_BASE | index::TSC_DEADLINE)
+        {
+            self.reclaim_apic();
         }
         // TSC_ADJUST is written often and needs no time.
         let (now_ns, tsc) = if msr == index::TSC_ADJUST {
@@ -776,6 +790,25 @@ impl<V: Vendor> Core<V> {
             ChipsetEvent::Reset => End::Reset,
             ChipsetEvent::Exit(value) => End::ExitPort(value),
         });
+    }
+
+    /// Brings the local APIC up to date with what the guest did to it without an exit. If the hardware had it, it has it
+    /// no more; the next entry lends it again.
+    #[inline]
+    pub(super) fn reclaim_apic(&mut self) {
+        if self.hw.has_virtual_apic() && core::mem::take(&mut self.apic_lent) {
+            self.hw.reclaim_apic(&mut self.lapic);
+            self.attention = true;
+        } else {
+            self.lapic.set_cr8(self.hw.cr8());
+        }
+    }
+
+    /// The guest ended a level-triggered interrupt while the hardware has the local APIC.
+    fn apic_eoi(&mut self, guest: &Guest<V>, vector: u8) {
+        self.reclaim_apic();
+        let action = self.lapic.ended(vector);
+        self.apic_action(guest, action);
     }
 
     /// Does what a local APIC access asks for.

@@ -66,6 +66,8 @@ pub struct Core<V: Vendor> {
     pub exits: u64,
     /// Something may be due before the next entry: an event, a timer, a request.
     pub(super) attention: bool,
+    /// The hardware has the local APIC's interrupt state: what `lapic` says of it is out of date.
+    pub(super) apic_lent: bool,
     /// Its local APIC may have been enabled since the last entry.
     pub(super) apic_enabled: bool,
     /// MSR_SYSTEM_TIME and MSR_WALL_CLOCK of the paravirtual clock.
@@ -96,18 +98,22 @@ fn has_1g_pages(cpuid: &CpuidTable) -> bool {
 struct Interrupts<'a, V: Vendor> {
     index: usize,
     lapic: &'a mut LocalApic,
+    /// The hardware delivers the local APIC's interrupts; those of the 8259 pair are left.
+    lapic_delivers: bool,
     guest: &'a Guest<V>,
 }
 
 impl<V: Vendor> InterruptSource for Interrupts<'_, V> {
     #[inline]
     fn pending(&mut self) -> bool {
-        self.lapic.extint_pending() || self.lapic.pending_interrupt().is_some()
+        self.lapic.extint_pending() || !self.lapic_delivers && self.lapic.pending_interrupt().is_some()
     }
 
     #[inline]
     fn held_by_tpr(&mut self) -> bool {
-        self.lapic.highest_request().is_some() && self.lapic.pending_interrupt().is_none()
+        !self.lapic_delivers
+            && self.lapic.highest_request().is_some()
+            && self.lapic.pending_interrupt().is_none()
     }
 
     fn acknowledge(&mut self) -> Option<u8> {
@@ -120,6 +126,9 @@ impl<V: Vendor> InterruptSource for Interrupts<'_, V> {
                 self.lapic.set_lint(Lint::Lint0, board.show_pic_intr());
             }
             return Some(vector);
+        }
+        if self.lapic_delivers {
+            return None;
         }
         let vector = self.lapic.pending_interrupt()?;
         self.lapic.accept(vector);
@@ -152,6 +161,7 @@ impl<V: Vendor> Vcpu<V> {
             activity: Activity::WaitForSipi,
             exits: 0,
             attention: false,
+            apic_lent: false,
             apic_enabled: false,
             system_time: 0,
             wall_clock: 0,
@@ -264,8 +274,8 @@ impl<V: Vendor> Vcpu<V> {
     /// Does what is due before the guest goes on: requests from other CPUs, timers, events.
     fn attend(&mut self, guest: &Guest<V>, timer: &mut HostTimer, until: u64) -> Option<Pause> {
         let core = &mut self.core;
+        core.reclaim_apic();
         core.attention = false;
-        core.lapic.set_cr8(core.hw.cr8());
         let now = tsc::read();
         let ns = guest.clock.ns(now);
         core.lapic.advance(ns, guest.clock.guest_tsc(now, core.msrs.tsc_adjust));
@@ -296,7 +306,8 @@ impl<V: Vendor> Vcpu<V> {
         if guest.has_ended() {
             return Some(Pause::Ended);
         }
-        let mut interrupts = Interrupts { index: core.index, lapic: &mut core.lapic, guest };
+        let mut interrupts =
+            Interrupts { index: core.index, lapic: &mut core.lapic, lapic_delivers: false, guest };
         match core.activity {
             Activity::Running => {}
             Activity::WaitForSipi => return Some(Pause::Idle),
@@ -321,8 +332,15 @@ impl<V: Vendor> Vcpu<V> {
         } else {
             core.shadow = (core.hw.rip(), if core.hw.in_shadow() { SHADOW_TRIES } else { 0 });
         }
+        let lend = core.hw.has_virtual_apic() && interrupts.lapic.can_be_exported();
+        interrupts.lapic_delivers = lend;
         core.events.prepare_entry(&mut core.hw, &mut interrupts);
-        core.hw.set_cr8(core.lapic.cr8());
+        if lend {
+            core.hw.lend_apic(&core.lapic);
+            core.apic_lent = true;
+        } else {
+            core.hw.set_cr8(core.lapic.cr8());
+        }
         if let Some(event) = core.hw.take_undeliverable() {
             if !self.deliver(guest, event) {
                 // What came of it is looked at in the next round, from the beginning.

@@ -1,5 +1,6 @@
 //! Cases: run one, compare, print its line; and the end of the program.
 use crate::cpu::outb;
+use crate::dev::lapic;
 use crate::multiboot::boot;
 use crate::trap::{catch, Fault, Name};
 use crate::{machine, platform, println};
@@ -128,6 +129,15 @@ impl Case {
             let _ = self.note.write_str(wrong);
         }
         platform::tcg()
+    }
+
+    /// Skips in x2APIC mode, with what that lacks. True when skipped.
+    pub fn skip_in_x2apic_mode(&mut self, lacks: &str) -> bool {
+        if lapic::x2apic() {
+            self.skip("x2APIC mode has no ");
+            let _ = self.note.write_str(lacks);
+        }
+        lapic::x2apic()
     }
 
     /// Skips on Bochs under a hypervisor that uses its SVM, with what that does wrong. True when skipped.

@@ -102,6 +102,7 @@ smp_trampoline_end:
 /// First Rust code of a processor; `index` counts from 0 in order of arrival.
 extern "C" fn arrive(index: u32) -> ! {
     trap::load();
+    lapic::enable();
     lapic::write(lapic::SVR, 0x100 | u32::from(lapic::SPURIOUS));
     lapic::write(lapic::TPR, 0);
     let index = index as usize + 1;

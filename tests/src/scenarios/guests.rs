@@ -22,6 +22,14 @@ const ALL_PASSED: u8 = 1;
 const IN_BOCHS: [(&str, BochsCpu); 3] =
     [("ryzen", BochsCpu::Ryzen), ("skylake", BochsCpu::SkylakeX), ("lynnfield", BochsCpu::Lynnfield)];
 
+/// Guests about interrupts, which also run with their local APICs in x2APIC mode: emulated on SVM, by the processor on one
+/// of Bochs's, emulated on the other.
+const WITH_X2APIC: [&str; 3] = ["events", "smp", "timers"];
+
+/// Bochs's processors for those, and whether the processor delivers their interrupts.
+const X2APIC_IN_BOCHS: [(&str, BochsCpu, bool); 2] =
+    [("skylake", BochsCpu::SkylakeX, true), ("arrandale", BochsCpu::Arrandale, false)];
+
 /// Ways in which the guest `garbage` misbehaves: a name and its command line.
 const MISDEEDS: [(&str, &str); 8] = [
     ("jump", "jump"),
@@ -43,15 +51,25 @@ pub(super) fn all() -> Vec<Scenario> {
     for name in &with_cases {
         for page_size in ["4K", "auto"] {
             let guest = name.clone();
-            let scenario = move |ctx: &Ctx| report(ctx, &ctx.machine(), &guest, page_size);
+            let scenario = move |ctx: &Ctx| report(ctx, &ctx.machine(), &guest, page_size, "");
             all.push(Scenario::new(format!("guest_{name}_{page_size}"), scenario).limit(240));
         }
     }
     for (model, cpu) in IN_BOCHS {
         for name in &with_cases {
             let guest = name.clone();
-            let scenario = move |ctx: &Ctx| report(ctx, &ctx.bochs(cpu), &guest, "auto");
+            let scenario = move |ctx: &Ctx| report(ctx, &ctx.bochs(cpu), &guest, "auto", "");
             let scenario = Scenario::new(format!("bochs_{model}_{name}"), scenario);
+            all.push(scenario.needs(&[Need::Grub, Need::Bochs]).limit(240));
+        }
+    }
+    for name in WITH_X2APIC {
+        let scenario = move |ctx: &Ctx| report(ctx, &ctx.machine(), name, "auto", "x2apic");
+        all.push(Scenario::new(format!("guest_{name}_x2apic"), scenario).limit(240));
+        for (model, cpu, virtual_apic) in X2APIC_IN_BOCHS {
+            let words = if virtual_apic { "x2apic virtual-apic" } else { "x2apic" };
+            let scenario = move |ctx: &Ctx| report(ctx, &ctx.bochs(cpu), name, "auto", words);
+            let scenario = Scenario::new(format!("bochs_{model}_{name}_x2apic"), scenario);
             all.push(scenario.needs(&[Need::Grub, Need::Bochs]).limit(240));
         }
     }
@@ -75,8 +93,8 @@ fn names() -> Vec<String> {
     names
 }
 
-fn report(ctx: &Ctx, machine: &Machine, guest: &str, page_size: &str) -> Result<Cases> {
-    let mut words = platform_word(machine).to_owned();
+fn report(ctx: &Ctx, machine: &Machine, guest: &str, page_size: &str, more_words: &str) -> Result<Cases> {
+    let mut words = format!("{} {more_words}", platform_word(machine));
     let mut more = format!("page_size = \"{page_size}\"\n");
     let mut bundle_files = Vec::new();
     match guest {

@@ -14,8 +14,11 @@ use crate::exec::CommandLine;
 pub enum BochsCpu {
     /// AMD with SVM and nested paging.
     Ryzen,
-    /// Intel with VMX, EPT, VPID and unrestricted guest.
+    /// Intel with VMX, EPT, VPID, unrestricted guest, APIC virtualization and page-modification log.
     SkylakeX,
+    /// Intel with VMX, EPT, VPID and unrestricted guest, but without APIC virtualization: bits 8 and 9 of
+    /// IA32_VMX_PROCBASED_CTLS2 are clear; nor has its EPT accessed and dirty flags.
+    Arrandale,
     /// Intel with VMX, EPT and VPID, but without unrestricted guest: bit 39 of IA32_VMX_PROCBASED_CTLS2 is clear (Intel
     /// SDM vol. 3, A.3.3).
     Lynnfield,
@@ -31,6 +34,7 @@ impl BochsCpu {
         match self {
             Self::Ryzen => "ryzen",
             Self::SkylakeX => "corei7_skylake_x",
+            Self::Arrandale => "corei5_arrandale_m520",
             Self::Lynnfield => "corei5_lynnfield_750",
             Self::Penryn => "core2_penryn_t9600",
             Self::Prescott => "p4_prescott_celeron_336",

@@ -18,8 +18,8 @@ pub struct Controls {
     pub exit: ExitControls,
     /// VM-entry controls; "IA-32e mode guest" follows the guest's EFER.LMA.
     pub entry: EntryControls,
-    /// Secondary controls that the CPU offers and that are off until what they need is there: a log page, a
-    /// virtual-APIC page, EPT entries of their format.
+    /// Secondary controls that the CPU offers and that are on only at times: while dirty pages are logged, while the
+    /// processor has the local APIC.
     pub offered: Secondary,
     /// Whether the CPU has a VMX-preemption timer whose rest an exit can save. Off until someone sets it.
     pub preemption_timer: bool,
@@ -143,6 +143,14 @@ impl Controls {
         capabilities.primary as u32 & CR3_EXITING.bits() == 0
     }
 
+    /// Whether the processor can have a guest's local APIC. It needs the TPR shadow (SDM vol. 3, 27.2.1.1); and where
+    /// interrupts in real mode are delivered by software, the processor must not.
+    pub fn can_virtualize_apic(&self) -> bool {
+        self.offered.contains(APIC_VIRTUALIZATION)
+            && self.primary.contains(Primary::TPR_SHADOW)
+            && self.secondary.contains(Secondary::UNRESTRICTED_GUEST)
+    }
+
     /// Whether the guest's EFER is loaded by entries, and the host's by exits, without MSR areas.
     pub fn switch_efer(&self) -> bool {
         self.entry.contains(EntryControls::LOAD_EFER)
@@ -159,13 +167,14 @@ impl Controls {
 /// Exits at MOV to and from CR3: on while a guest's CR3 is not the one that the processor uses.
 pub const CR3_EXITING: Primary = Primary::CR3_LOAD_EXITING.union(Primary::CR3_STORE_EXITING);
 
-/// Controls for later, once what they need is there.
-const OFFERED: Secondary = Secondary::PAGE_MODIFICATION_LOG
+/// The controls by which the processor has the guest's local APIC in x2APIC mode: TPR, EOI, self-IPI and the delivery of
+/// what is requested. All or none of them are of use.
+pub const APIC_VIRTUALIZATION: Secondary = Secondary::VIRTUALIZE_X2APIC
     .union(Secondary::APIC_REGISTER_VIRTUALIZATION)
-    .union(Secondary::VIRTUAL_INTERRUPT_DELIVERY)
-    .union(Secondary::VIRTUALIZE_X2APIC)
-    .union(Secondary::VIRTUALIZE_APIC_ACCESSES)
-    .union(Secondary::MODE_BASED_EXECUTE);
+    .union(Secondary::VIRTUAL_INTERRUPT_DELIVERY);
+
+/// Controls that are on at times.
+const OFFERED: Secondary = Secondary::PAGE_MODIFICATION_LOG.union(APIC_VIRTUALIZATION);
 
 fn choose_primary(capabilities: &VmxCapabilities, unrestricted: bool) -> Result<Primary, Missing> {
     let possible: Primary = possible(capabilities.primary);
@@ -200,7 +209,8 @@ fn choose_secondary(capabilities: &VmxCapabilities, unrestricted: bool) -> Resul
         | Secondary::INVPCID
         | Secondary::XSAVES
         | Secondary::PAUSE_LOOP_EXITING
-        | Secondary::ENCLS_EXITING;
+        | Secondary::ENCLS_EXITING
+        | Secondary::MODE_BASED_EXECUTE;
     // A VPID is of use only with a way to flush it.
     if capabilities.ept_vpid.contains(EptVpid::INVVPID | EptVpid::INVVPID_ALL) {
         optional |= Secondary::VPID;
@@ -342,7 +352,21 @@ mod tests {
         assert_eq!(skylake.offered, OFFERED - server_only);
         assert!(Controls::choose(&cpu(&EMULATED), true).unwrap().offered.contains(server_only));
         let nehalem = Controls::choose(&cpu(&NEHALEM), true).unwrap();
-        assert_eq!(nehalem.offered, Secondary::VIRTUALIZE_APIC_ACCESSES | Secondary::VIRTUALIZE_X2APIC);
+        assert_eq!(nehalem.offered, Secondary::VIRTUALIZE_X2APIC);
+        assert!(skylake.secondary.contains(Secondary::MODE_BASED_EXECUTE));
+        assert!(!nehalem.secondary.contains(Secondary::MODE_BASED_EXECUTE));
+    }
+
+    #[test]
+    fn the_processor_gets_the_apic_whole_or_not_at_all() {
+        let able = Controls { offered: OFFERED, ..Controls::choose(&cpu(&SKYLAKE), true).unwrap() };
+        assert!(able.can_virtualize_apic());
+        for control in APIC_VIRTUALIZATION {
+            assert!(!Controls { offered: OFFERED - control, ..able }.can_virtualize_apic(), "{control:?}");
+        }
+        let without_shadow = Controls { primary: able.primary - Primary::TPR_SHADOW, ..able };
+        let restricted = Controls { secondary: able.secondary - Secondary::UNRESTRICTED_GUEST, ..able };
+        assert!(!without_shadow.can_virtualize_apic() && !restricted.can_virtualize_apic());
     }
 
     #[test]

@@ -43,12 +43,16 @@ pub(super) struct Machine {
     pub(super) controls: Controls,
     /// Bitmaps for MSRs.
     pub(super) msr_bitmap: PhysAddr,
+    /// The same while the processor has the local APIC.
+    pub(super) apic_msr_bitmap: PhysAddr,
     /// Bitmaps for ports, all ones: every port exits. For CPUs where nothing else makes them exit.
     pub(super) io_bitmaps: PhysAddr,
     /// Umbra's own CR4.
     pub(super) host_cr4: u64,
     /// Whether the VMX-preemption timer, if there is one, counts as it should.
     pub(super) timer_is_reliable: bool,
+    /// Whether EPT keeps accessed and dirty flags.
+    accessed_dirty: bool,
     format: Ept,
 }
 
@@ -56,6 +60,11 @@ impl Machine {
     /// Whether guests run in real mode and unpaged by themselves.
     pub(super) fn unrestricted(&self) -> bool {
         self.controls.secondary.contains(Secondary::UNRESTRICTED_GUEST)
+    }
+
+    /// Whether the processor can log pages that become dirty. It takes EPT's dirty flags for that (SDM vol. 3, 29.3.6).
+    pub(super) fn can_log_dirty_pages(&self) -> bool {
+        self.controls.offered.contains(Secondary::PAGE_MODIFICATION_LOG) && self.accessed_dirty
     }
 }
 
@@ -67,7 +76,7 @@ impl fmt::Display for Vmx {
         write!(
             f,
             "unrestricted guest {}, VPID {}, EPT accessed and dirty {}, execute-only {}, 1G pages {}, TPR shadow {}, \
-             preemption timer {}",
+             preemption timer {}, APIC virtualization {}, page-modification log {}, mode-based execute {}",
             yes(self.shared.unrestricted()),
             yes(controls.secondary.contains(Secondary::VPID)),
             yes(ept.contains(EptVpid::ACCESSED_DIRTY)),
@@ -75,6 +84,9 @@ impl fmt::Display for Vmx {
             yes(ept.contains(EptVpid::PAGES_1G)),
             yes(controls.primary.contains(Primary::TPR_SHADOW)),
             yes(controls.preemption_timer),
+            yes(controls.can_virtualize_apic()),
+            yes(self.shared.can_log_dirty_pages()),
+            yes(controls.secondary.contains(Secondary::MODE_BASED_EXECUTE)),
         )
     }
 }
@@ -151,6 +163,10 @@ impl Vendor for Vmx {
         let controls = examine(&capabilities, true).map_err(refusal)?;
         let signature = core::arch::x86_64::__cpuid(1).eax;
         let ept = capabilities.ept_vpid;
+        // Without unrestricted guest the processor walks identity tables that the guest must not change. With these flags
+        // its walks would be writes (29.3.3.2).
+        let accessed_dirty = ept.contains(EptVpid::ACCESSED_DIRTY)
+            && controls.secondary.contains(Secondary::UNRESTRICTED_GUEST);
         let format = Ept::new(&EptHost {
             five_level: false,
             max_phys_addr: features.physical_address_bits,
@@ -161,10 +177,7 @@ impl Vendor for Vmx {
             } else {
                 PageSize::Size4K
             },
-            // Without unrestricted guest the processor walks identity tables that the guest must not change. With these
-            // flags its walks would be writes (29.3.3.2).
-            accessed_dirty: ept.contains(EptVpid::ACCESSED_DIRTY)
-                && controls.secondary.contains(Secondary::UNRESTRICTED_GUEST),
+            accessed_dirty,
             execute_only: ept.contains(EptVpid::EXECUTE_ONLY),
             mode_based_execute: controls.secondary.contains(Secondary::MODE_BASED_EXECUTE),
         });
@@ -172,10 +185,12 @@ impl Vendor for Vmx {
         let shared = MACHINE.call_once(|| Machine {
             capabilities,
             controls,
-            msr_bitmap: msr_bitmap::for_all_guests(),
+            msr_bitmap: msr_bitmap::for_all_guests(false),
+            apic_msr_bitmap: msr_bitmap::for_all_guests(true),
             io_bitmaps: io_bitmaps(),
             host_cr4: Cr4::read_raw(),
             timer_is_reliable: !has_faulty_preemption_timer(signature),
+            accessed_dirty,
             format,
         });
         Ok(Self { shared })

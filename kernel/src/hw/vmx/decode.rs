@@ -43,6 +43,11 @@ pub(super) fn exit(vcpu: &mut VmxVcpu, basic: u16) -> Exit {
             CrAccess::Write { cr, register } => Exit::WriteCr { cr, gpr: Some(register) },
             CrAccess::Read { .. } | CrAccess::Clts | CrAccess::Lmsw(_) => Exit::Emulate,
         },
+        reason::VIRTUALIZED_EOI => {
+            // A trap: RIP is behind the instruction (SDM vol. 3, 30.1.4).
+            vcpu.has_length = false;
+            Exit::ApicEoi(vcpu.region.read(vmcs::EXIT_QUALIFICATION) as u8)
+        }
         reason::EXCEPTION_OR_NMI => exception_or_nmi(vcpu),
         _ => rare(vcpu, basic),
     }
@@ -65,6 +70,21 @@ fn rare(vcpu: &mut VmxVcpu, basic: u16) -> Exit {
             vcpu.has_length = false;
             let gpa = vcpu.region.read(vmcs::GUEST_PHYSICAL_ADDRESS);
             Exit::SecondStage(SecondStageFault { gpa, linear: None, cause: FaultCause::RESERVED })
+        }
+        reason::APIC_WRITE => {
+            // A trap, too; the value is in the page (SDM vol. 3, 30.4.3.3).
+            vcpu.has_length = false;
+            let offset = vcpu.region.read(vmcs::EXIT_QUALIFICATION) as u16;
+            Exit::ApicWrite { register: (offset >> 4) as u8, value: vcpu.apic_page_word(offset) }
+        }
+        reason::LOG_FULL => {
+            vcpu.has_length = false;
+            // The same bit as that of an EPT violation.
+            let violation = EptViolation::from(vcpu.region.read(vmcs::EXIT_QUALIFICATION));
+            if violation.nmi_unblocking() && vcpu.vectoring & VALID == 0 {
+                block_nmis_again(vcpu);
+            }
+            Exit::DirtyLogFull
         }
         reason::MOV_DR
         | reason::INVLPG

@@ -5,6 +5,7 @@ pub mod capabilities;
 pub mod check;
 pub mod choice;
 pub mod controls;
+pub mod dirty_log;
 pub mod event;
 pub mod exit;
 pub mod instruction_error;

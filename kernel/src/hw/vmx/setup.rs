@@ -2,9 +2,12 @@
 #![allow(unsafe_code)] // Reads of the registers that make the host's state.
 
 use super::cache::FieldsMut;
-use super::controls::{ExitControls, Primary, Secondary};
-use super::controls::{EXCEPTION_ALIGNMENT_CHECK, EXCEPTION_DEBUG, EXCEPTION_MACHINE_CHECK};
+use super::choice::APIC_VIRTUALIZATION;
+use super::controls::{
+    ExitControls, Primary, Secondary, EXCEPTION_ALIGNMENT_CHECK, EXCEPTION_DEBUG, EXCEPTION_MACHINE_CHECK,
+};
 use super::cpu::Machine;
+use super::dirty_log;
 use super::entry::landing;
 use super::msr_area::MsrAreas;
 use super::region::Region;
@@ -35,14 +38,13 @@ pub(super) fn write_controls(
 ) {
     let controls = &machine.controls;
     region.set(vmcs::PIN_CONTROLS, controls.pin.bits());
-    region.set(vmcs::SECONDARY_CONTROLS, controls.secondary.bits());
     region.set(vmcs::EXIT_CONTROLS, controls.exit.bits());
     region.set(vmcs::EXCEPTION_BITMAP, INTERCEPTED_EXCEPTIONS);
     // All page faults behave alike: none exits unless the bitmap says so.
     region.set(vmcs::PAGE_FAULT_ERROR_MASK, 0);
     region.set(vmcs::PAGE_FAULT_ERROR_MATCH, 0);
     region.set(vmcs::CR3_TARGET_COUNT, 0);
-    region.set(vmcs::MSR_BITMAPS, machine.msr_bitmap.as_u64());
+    write_secondary(region, machine, controls.secondary);
     region.set(vmcs::EPT_POINTER, eptp);
     if controls.primary.contains(Primary::IO_BITMAPS) {
         region.set(vmcs::IO_BITMAP_A, machine.io_bitmaps.as_u64());
@@ -78,6 +80,20 @@ pub(super) fn write_controls(
     region.set(vmcs::GUEST_SYSENTER_CS, 0);
     region.set(vmcs::GUEST_SYSENTER_ESP, 0);
     region.set(vmcs::GUEST_SYSENTER_EIP, 0);
+}
+
+/// Writes the secondary controls, and which MSRs exit under them.
+pub(super) fn write_secondary(region: &Region, machine: &Machine, secondary: Secondary) {
+    let virtual_apic = secondary.contains(APIC_VIRTUALIZATION);
+    let msr_bitmap = if virtual_apic { machine.apic_msr_bitmap } else { machine.msr_bitmap };
+    region.set(vmcs::SECONDARY_CONTROLS, secondary.bits());
+    region.set(vmcs::MSR_BITMAPS, msr_bitmap.as_u64());
+}
+
+/// Gives the processor a log for pages that become dirty, which the vCPU keeps as long as the control is on.
+pub(super) fn write_dirty_log(region: &Region, log: PhysAddr) {
+    region.set(vmcs::PML_ADDRESS, log.as_u64());
+    region.set(vmcs::PML_INDEX, dirty_log::EMPTY);
 }
 
 /// Writes what an exit on this CPU loads (SDM vol. 3, 25.5 and 28.5).

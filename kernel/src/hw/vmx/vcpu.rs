@@ -5,7 +5,7 @@ use super::access_rights::{from_access_rights, to_access_rights};
 use super::cache::{Cache, FieldsMut, Hot};
 use super::capabilities::{cr0_for_hardware, cr4_for_hardware, EptVpid};
 use super::check::{explain, guest_state_error, Failure, GuestState};
-use super::choice::CR3_EXITING;
+use super::choice::{APIC_VIRTUALIZATION, CR3_EXITING};
 use super::controls::{Activity, EntryControls, Interruptibility, Pin, Primary, Secondary};
 use super::cpu::{with_this_cpu, Machine, Vmx};
 use super::exit::{interrupted_event, ExitReason};
@@ -15,8 +15,9 @@ use super::real_mode::{self, Form};
 use super::region::Region;
 use super::registers::Registers;
 use super::vmcs::{self, Fields, GUEST_SEGMENTS, LDTR, TR};
-use super::{decode, entry, event, setup, spoil};
+use super::{decode, dirty_log, entry, event, setup, spoil};
 use crate::cpu::{msr, tsc};
+use crate::devices::lapic::{ApicPage, LocalApic, VectorSet};
 use crate::hw::tag::{Tag, TagAllocator};
 use crate::hw::{gpr, CpuState, Event, Exit, HwVcpu, OutOfMemory, Segment, SegmentName, TableRegister};
 use crate::mm::{self, FrameSize, Zone};
@@ -79,6 +80,15 @@ pub struct VmxVcpu {
     /// Primary controls that the VMCS has.
     primary_written: Primary,
     entry_written: Option<EntryControls>,
+    /// Whether the processor can have the local APIC.
+    virtual_apic: bool,
+    /// Secondary controls for the next entry, and those that the VMCS has.
+    secondary: Secondary,
+    secondary_written: Secondary,
+    /// Vectors whose EOI exits, as the VMCS has them.
+    eoi_exits: Option<VectorSet>,
+    /// The page-modification log, while there is one.
+    dirty_log: Option<PhysAddr>,
     /// What the next entry delivers.
     injection: Option<Event>,
     /// The last exit's information about a delivery that it interrupted, until someone takes it.
@@ -130,6 +140,11 @@ impl VmxVcpu {
             primary: controls.primary,
             primary_written: Primary::empty(),
             entry_written: None,
+            virtual_apic: controls.can_virtualize_apic(),
+            secondary: controls.secondary,
+            secondary_written: controls.secondary,
+            eoi_exits: None,
+            dirty_log: None,
             injection: None,
             vectoring: 0,
             rsp: 0,
@@ -253,6 +268,10 @@ impl VmxVcpu {
         if self.primary != self.primary_written {
             self.region.set(vmcs::PRIMARY_CONTROLS, self.primary.bits());
             self.primary_written = self.primary;
+        }
+        if self.secondary != self.secondary_written {
+            setup::write_secondary(&self.region, self.machine, self.secondary);
+            self.secondary_written = self.secondary;
         }
         let long = self.efer & EFER_LMA != 0 && self.form == Form::Own;
         let mut entry_controls = self.machine.controls.entry;
@@ -414,6 +433,21 @@ impl VmxVcpu {
         }
     }
 
+    /// The virtual-APIC page.
+    #[inline]
+    fn apic_page(&mut self) -> &mut ApicPage {
+        // SAFETY: the frame is this vCPU's own, and stays so as long as it lives. It has the size and alignment of the type,
+        // which takes any bytes. The processor touches it only while the guest runs, and then nobody has a reference.
+        unsafe { &mut *mm::phys_to_virt(self.apic_page).cast::<ApicPage>() }
+    }
+
+    /// The register at `offset` of the virtual-APIC page.
+    pub(super) fn apic_page_word(&self, offset: u16) -> u32 {
+        let at = self.apic_page + u64::from(offset & 0xff0);
+        // SAFETY: the page is ours, and the processor writes it only while the guest runs.
+        unsafe { mm::phys_to_virt(at).cast::<u32>().read_volatile() }
+    }
+
     /// The entry failed before the guest's state was looked at (SDM vol. 3, 27.2).
     #[cold]
     fn not_entered(&mut self, how: u64) -> Exit {
@@ -452,6 +486,9 @@ impl VmxVcpu {
 impl Drop for VmxVcpu {
     fn drop(&mut self) {
         mm::free(self.apic_page, FrameSize::Size4K);
+        if let Some(log) = self.dirty_log {
+            mm::free(log, FrameSize::Size4K);
+        }
     }
 }
 
@@ -815,6 +852,65 @@ impl HwVcpu for VmxVcpu {
         }
         self.deadline = Some(tsc);
         reliable
+    }
+
+    #[inline]
+    fn has_virtual_apic(&self) -> bool {
+        self.virtual_apic
+    }
+    fn lend_apic(&mut self, apic: &LocalApic) {
+        let exported = apic.export(self.apic_page());
+        // Requesting virtual interrupt below, servicing virtual interrupt above (SDM vol. 3, 25.4.2).
+        let status = u16::from_le_bytes([exported.requested, exported.in_service]);
+        self.region.set(vmcs::GUEST_INTERRUPT_STATUS, status);
+        if self.eoi_exits != Some(exported.level) {
+            self.eoi_exits = Some(exported.level);
+            let fields = [
+                vmcs::EOI_EXIT_BITMAP_0,
+                vmcs::EOI_EXIT_BITMAP_1,
+                vmcs::EOI_EXIT_BITMAP_2,
+                vmcs::EOI_EXIT_BITMAP_3,
+            ];
+            for (field, vectors) in fields.into_iter().zip(exported.level.0) {
+                self.region.set(field, vectors);
+            }
+        }
+        self.secondary.insert(APIC_VIRTUALIZATION);
+    }
+    fn reclaim_apic(&mut self, apic: &mut LocalApic) {
+        apic.import(self.apic_page());
+        self.secondary.remove(APIC_VIRTUALIZATION);
+    }
+
+    fn set_dirty_log(&mut self, on: bool) -> bool {
+        if !self.machine.can_log_dirty_pages() {
+            return false;
+        }
+        if on && self.dirty_log.is_none() {
+            let Some(log) = mm::alloc_zeroed(FrameSize::Size4K, Zone::Any) else { return false };
+            setup::write_dirty_log(&self.region, log);
+            self.dirty_log = Some(log);
+        }
+        self.secondary.set(Secondary::PAGE_MODIFICATION_LOG, on);
+        if !on {
+            if let Some(log) = self.dirty_log.take() {
+                // The control is off before the next entry, so the processor writes there no more.
+                mm::free(log, FrameSize::Size4K);
+            }
+        }
+        true
+    }
+    fn drain_dirty_log(&mut self, each: &mut impl FnMut(u64)) {
+        let Some(log) = self.dirty_log else { return };
+        let entry = |slot: usize| {
+            // SAFETY: the page is ours and has 512 entries; the processor writes it only while the guest runs.
+            unsafe { mm::phys_to_virt(log).cast::<u64>().add(slot % dirty_log::ENTRIES).read_volatile() }
+        };
+        let index = self.region.read(vmcs::PML_INDEX);
+        if index != dirty_log::EMPTY {
+            self.region.set(vmcs::PML_INDEX, dirty_log::EMPTY);
+            dirty_log::drain(index, entry, each);
+        }
     }
 
     fn set_root(&mut self, root: u64) {

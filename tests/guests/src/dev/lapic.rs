@@ -1,5 +1,7 @@
-//! The local APIC in xAPIC mode, and x2APIC by MSRs where a case wants it. AMD APM vol. 2, chapter 16.
+//! The local APIC in xAPIC mode, or in x2APIC mode if the command line says `x2apic`. AMD APM vol. 2, chapter 16.
 use crate::cpu::{self, has, peek, poke, rdmsr, wait_until, wrmsr, MSR_APIC_BASE};
+use crate::multiboot;
+use core::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 /// The page of registers.
 pub const BASE: u64 = 0xfee0_0000;
@@ -46,6 +48,8 @@ pub const TMICT: u32 = 0x380;
 pub const TMCCT: u32 = 0x390;
 /// Divide configuration.
 pub const TDCR: u32 = 0x3e0;
+/// Self-IPI, in x2APIC mode.
+pub const SELF_IPI: u32 = 0x3f0;
 
 /// LVT: masked.
 pub const MASKED: u32 = 1 << 16;
@@ -80,23 +84,51 @@ pub const DIVIDE_16: u32 = 0b0011;
 /// The vector that `quiet` gives spurious interrupts.
 pub const SPURIOUS: u8 = 0xff;
 
+/// All processors are in x2APIC mode.
+static X2APIC: AtomicBool = AtomicBool::new(false);
+
+/// Whether registers are MSRs.
+pub fn x2apic() -> bool {
+    X2APIC.load(Relaxed)
+}
+
+/// The MSR of a register in x2APIC mode.
+const fn msr(register: u32) -> u32 {
+    0x800 + (register >> 4)
+}
+
 /// Reads a register.
 pub fn read(register: u32) -> u32 {
-    peek(BASE + u64::from(register))
-}
-
-/// Writes a register.
-pub fn write(register: u32, value: u32) {
-    poke(BASE + u64::from(register), value);
-}
-
-/// Enables the APIC in xAPIC mode.
-pub fn init() {
-    let base = rdmsr(MSR_APIC_BASE);
-    if base & 1 << 11 == 0 {
-        wrmsr(MSR_APIC_BASE, base | 1 << 11);
+    if x2apic() {
+        rdmsr(msr(register)) as u32
+    } else {
+        peek(BASE + u64::from(register))
     }
+}
+
+/// Writes a register. x2APIC mode has no DFR, and its LDR cannot be written: they stay as they are.
+pub fn write(register: u32, value: u32) {
+    if !x2apic() {
+        poke(BASE + u64::from(register), value);
+    } else if !matches!(register, LDR | DFR) {
+        wrmsr(msr(register), value.into());
+    }
+}
+
+/// Enables the APIC of the first processor, in the mode that the command line asks for.
+pub fn init() {
+    X2APIC.store(multiboot::boot().word("x2apic") && x2apic_offered(), Relaxed);
+    enable();
     quiet();
+}
+
+/// Enables the APIC of this processor.
+pub fn enable() {
+    let base = rdmsr(MSR_APIC_BASE);
+    let wanted = base | 1 << 11 | u64::from(x2apic()) << 10;
+    if base != wanted {
+        wrmsr(MSR_APIC_BASE, wanted);
+    }
 }
 
 /// Enabled, nothing armed, nothing in service, priority 0, LINT0 passing the 8259 through.
@@ -122,7 +154,11 @@ pub fn quiet() {
 
 /// This CPU's id.
 pub fn id() -> u32 {
-    read(ID) >> 24
+    if x2apic() {
+        read(ID)
+    } else {
+        read(ID) >> 24
+    }
 }
 
 /// Acknowledges the highest interrupt in service.
@@ -149,8 +185,13 @@ pub fn level(vector: u8) -> bool {
     bit(TMR, vector)
 }
 
-/// Sends an IPI to the CPU with id `target`.
+/// Sends an IPI to the CPU with id `target`; 0xff is all of them.
 pub fn ipi(target: u32, command: u32) {
+    if x2apic() {
+        let target = if target == 0xff { !0 } else { target };
+        wrmsr(msr(ICR), u64::from(target) << 32 | u64::from(command));
+        return;
+    }
     write(ICR_HIGH, target << 24);
     write(ICR, command);
     wait_until(1_000_000_000, || read(ICR) & 1 << 12 == 0);
@@ -158,7 +199,11 @@ pub fn ipi(target: u32, command: u32) {
 
 /// Sends `vector` to this CPU.
 pub fn self_ipi(vector: u8) {
-    write(ICR, SELF | ASSERT | u32::from(vector));
+    if x2apic() {
+        wrmsr(msr(SELF_IPI), vector.into());
+    } else {
+        write(ICR, SELF | ASSERT | u32::from(vector));
+    }
 }
 
 /// Starts the timer.

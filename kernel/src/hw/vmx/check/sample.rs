@@ -209,7 +209,7 @@ impl Table {
 
     /// Clears EPT and what the sample has that needs it.
     pub(super) fn without_ept(&mut self) {
-        let gone = Secondary::EPT | Secondary::UNRESTRICTED_GUEST;
+        let gone = Secondary::EPT | Secondary::UNRESTRICTED_GUEST | Secondary::MODE_BASED_EXECUTE;
         self.clear(vmcs::SECONDARY_CONTROLS, gone.bits());
     }
 

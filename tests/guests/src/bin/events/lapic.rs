@@ -2,8 +2,8 @@
 use guests::dev::lapic::{self, IRR, PPR, TPR};
 use guests::prelude::*;
 use guests::report::{case, Case};
-use guests::trap::{self, Eoi};
-use guests::{exec, Racy};
+use guests::trap::{self, catch, Eoi, GP};
+use guests::{exec, multiboot, platform, Racy};
 
 const LOW: u8 = 0x50;
 const MIDDLE: u8 = 0x70;
@@ -62,6 +62,7 @@ pub(crate) fn run() {
         lapic::write(lapic::TMICT, 0);
     });
     x2apic();
+    x2apic_registers();
 }
 
 fn basics() {
@@ -73,11 +74,13 @@ fn basics() {
             t.eq("TPR", lapic::read(TPR), value);
         }
         lapic::write(TPR, 0);
-        for value in [0x0100_0000u32, 0xff00_0000] {
-            lapic::write(lapic::LDR, value);
-            t.eq("LDR", lapic::read(lapic::LDR), value);
+        if !lapic::x2apic() {
+            for value in [0x0100_0000u32, 0xff00_0000] {
+                lapic::write(lapic::LDR, value);
+                t.eq("LDR", lapic::read(lapic::LDR), value);
+            }
+            lapic::write(lapic::LDR, 0);
         }
-        lapic::write(lapic::LDR, 0);
         lapic::write(lapic::LVT_TIMER, 0x1_00ab);
         t.eq("LVT timer", lapic::read(lapic::LVT_TIMER), 0x1_00abu32);
     });
@@ -96,6 +99,9 @@ fn basics() {
         t.eq("arrivals", trap::count(LOW), 1u32);
     });
     case("lapic.self_ipi_by_logical_id", |t| {
+        if t.skip_in_x2apic_mode("logical id of 8 bits") {
+            return;
+        }
         lapic::write(lapic::DFR, !0);
         lapic::write(lapic::LDR, 0x04 << 24);
         trap::expect(LOW, Eoi::Lapic);
@@ -423,6 +429,9 @@ fn x2apic() {
         if !lapic::x2apic_offered() {
             return t.skip("CPUID does not offer x2APIC");
         }
+        if lapic::x2apic() {
+            return t.skip("the other cases are in that mode");
+        }
         let base = rdmsr(MSR_APIC_BASE);
         let id = lapic::id();
         wrmsr(MSR_APIC_BASE, base | 0x400);
@@ -444,5 +453,91 @@ fn x2apic() {
         t.eq("arrivals by the SELF IPI register", self_ipi, 1u32);
         t.eq("arrivals by ICR", by_id, 1u32);
         t.eq("IA32_APIC_BASE afterwards", rdmsr(MSR_APIC_BASE), base);
+    });
+}
+
+/// Registers by MSR, where the other cases are in x2APIC mode, too.
+fn x2apic_registers() {
+    let by_msr = |name: &str, run: &dyn Fn(&mut Case)| {
+        case(name, |t| if lapic::x2apic() { run(t) } else { t.skip("the APIC is in xAPIC mode") });
+    };
+    by_msr("x2apic.reserved_bits_fault", &|t| {
+        for (register, value) in [(TPR, 0x100u64), (lapic::EOI, 1), (lapic::SELF_IPI, 0x100), (TPR, 1 << 32)]
+        {
+            let got = catch(|| wrmsr(0x800 + (register >> 4), value)).map_err(|fault| fault.vector);
+            t.yes("#GP for a reserved bit", got == Err(GP));
+        }
+        for register in [PPR, lapic::VERSION, lapic::ISR, lapic::TMR, IRR] {
+            let got = catch(|| wrmsr(0x800 + (register >> 4), 0)).map_err(|fault| fault.vector);
+            t.yes("#GP for a write of a read-only register", got == Err(GP));
+        }
+        for register in [lapic::EOI, lapic::SELF_IPI] {
+            let got = catch(|| rdmsr(0x800 + (register >> 4))).map_err(|fault| fault.vector);
+            t.yes("#GP for a read of a write-only register", got.map(|_| ()) == Err(GP));
+        }
+    });
+    by_msr("x2apic.illegal_vector", &|t| {
+        lapic::write(lapic::ESR, 0);
+        lapic::self_ipi(0x0f);
+        lapic::self_ipi(LOW);
+        lapic::write(lapic::ESR, 0);
+        // Intel SDM vol. 3, 11.5.3: send illegal vector.
+        t.eq("ESR", lapic::read(lapic::ESR) & 1 << 5, 1u32 << 5);
+        trap::expect(LOW, Eoi::Lapic);
+        window();
+        t.eq("arrivals of the legal one", trap::count(LOW), 1u32);
+    });
+    by_msr("x2apic.disabled_takes_no_self_ipi", &|t| {
+        trap::expect(LOW, Eoi::Lapic);
+        lapic::write(lapic::SVR, u32::from(lapic::SPURIOUS));
+        lapic::self_ipi(LOW);
+        lapic::write(lapic::SVR, 0x100 | u32::from(lapic::SPURIOUS));
+        window();
+        t.eq("arrivals", trap::count(LOW), 0u32);
+    });
+    by_msr("x2apic.priority_keeps_its_sub_class", &|t| {
+        for value in [0x35u32, 0x3f, 0x31, 0] {
+            lapic::write(TPR, value);
+            t.eq("TPR", lapic::read(TPR), value);
+            inb(0x80);
+            t.eq("TPR after an exit", lapic::read(TPR), value);
+            t.eq("CR8", cr8(), u64::from(value >> 4));
+            t.eq("PPR", lapic::read(PPR), value);
+        }
+    });
+    by_msr("x2apic.service_survives_disabling", &|t| {
+        // Disabling by software takes the APIC from the processor; what is in service must survive that.
+        trap::expect(LOW, Eoi::None);
+        lapic::self_ipi(LOW);
+        window();
+        for _ in 0..10 {
+            lapic::write(lapic::SVR, u32::from(lapic::SPURIOUS));
+            t.yes("in service while disabled", lapic::in_service(LOW));
+            lapic::write(lapic::SVR, 0x100 | u32::from(lapic::SPURIOUS));
+            t.yes("in service again", lapic::in_service(LOW));
+        }
+        lapic::eoi();
+        t.yes("out of service", !lapic::in_service(LOW));
+    });
+    by_msr("x2apic.interrupts_take_no_exit", &|t| {
+        if !platform::umbra() || !multiboot::boot().word("virtual-apic") {
+            return t.skip("the processor does not deliver interrupts by itself");
+        }
+        trap::expect(LOW, Eoi::Lapic);
+        // The exits of the timer and the host are few.
+        let exits = || rdmsr(platform::MSR_EXIT_COUNT);
+        let best = (0..10).map(|_| {
+            let before = exits();
+            for _ in 0..20 {
+                lapic::write(TPR, 0x60);
+                lapic::self_ipi(LOW);
+                lapic::write(TPR, 0x20);
+                window();
+                exec!("nop");
+            }
+            exits() - before
+        });
+        t.within("exits of 20 interrupts", best.min().unwrap_or(0), 1, 5);
+        t.eq("arrivals", trap::count(LOW), 200u32);
     });
 }
