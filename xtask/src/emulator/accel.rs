@@ -59,8 +59,10 @@ impl Accel {
 impl Kvm {
     fn ask() -> Self {
         let device = Path::new("/dev/kvm");
-        // On Intel a guest would find VMX, which Umbra does not use yet.
-        let nested = fs::read_to_string("/sys/module/kvm_amd/parameters/nested").ok();
+        // One of the two is loaded, by the host's vendor.
+        let nested = ["kvm_amd", "kvm_intel"]
+            .iter()
+            .find_map(|module| fs::read_to_string(format!("/sys/module/{module}/parameters/nested")).ok());
         Self {
             usable: fs::OpenOptions::new().read(true).write(true).open(device).is_ok(),
             present: device.exists(),
