@@ -334,6 +334,9 @@ fn shadows() {
     });
     case("shadow.sti_over_emulated_instruction", |t| {
         // The instruction in the shadow exits; the shadow must still end right after it.
+        if t.skip_on_bochs_svm("a virtual interrupt may stay masked if host and guest have IF set at VMRUN") {
+            return;
+        }
         trap::on(LOW, Eoi::Lapic, |frame| poke(RIP.addr(), frame.rip));
         lapic::self_ipi(LOW);
         let want: u64;
