@@ -16,7 +16,7 @@ use crate::scenario::{Need, Scenario};
 
 pub(super) fn all() -> Vec<Scenario> {
     let scenarios = vec![
-        Scenario::new("linux", script).limit(600),
+        Scenario::new("linux", |ctx| script(ctx, &ctx.machine())).limit(600),
         Scenario::new("linux_reboot", reboot).limit(600),
         Scenario::new("linux_piped", piped).limit(600),
         Scenario::new("linux_iso", |ctx| shell(ctx, Boot::Iso)).needs(&[Need::Grub]).limit(600).long(),
@@ -24,7 +24,11 @@ pub(super) fn all() -> Vec<Scenario> {
             .needs(&[Need::Grub, Need::Uefi])
             .limit(600)
             .long(),
-        Scenario::new("linux_bochs_vmx", bochs).needs(&[Need::Grub, Need::Bochs]).limit(3600).long(),
+        Scenario::new("linux_bochs_vmx", bochs).needs(&[Need::Grub, Need::Bochs]).limit(900),
+        Scenario::new("linux_bochs_vmx_script", |ctx| script(ctx, &bochs_vmx(ctx)))
+            .needs(&[Need::Grub, Need::Bochs])
+            .limit(3600)
+            .long(),
     ];
     scenarios.into_iter().map(|scenario| scenario.needs(&[Need::Linux])).collect()
 }
@@ -58,8 +62,8 @@ fn power_off(mut vm: Vm) -> Result<String> {
     Ok(vm.end_with(0)?.log)
 }
 
-fn script(ctx: &Ctx) -> Result<Cases> {
-    let mut vm = boot(ctx, &ctx.machine())?;
+fn script(ctx: &Ctx, machine: &Machine) -> Result<Cases> {
+    let mut vm = boot(ctx, machine)?;
     compute(&mut vm)?;
     let before = vm.log().len();
     vm.type_line("/root/scenario.sh")?;
@@ -90,10 +94,15 @@ fn shell(ctx: &Ctx, boot_by: Boot) -> Result<Cases> {
     Ok(Cases::passed())
 }
 
-/// The only emulated VMX, and a slow one: says how long the shell took to appear.
+/// The only emulated VMX, and a slow one.
+fn bochs_vmx(ctx: &Ctx) -> Machine {
+    Machine { memory: Size::mib(1024), ..ctx.bochs(BochsCpu::SkylakeX) }
+}
+
+/// Says how long the shell took to appear.
 fn bochs(ctx: &Ctx) -> Result<Cases> {
     let start = Instant::now();
-    let mut vm = boot(ctx, &Machine { memory: Size::mib(1024), ..ctx.bochs(BochsCpu::SkylakeX) })?;
+    let mut vm = boot(ctx, &bochs_vmx(ctx))?;
     println!("   linux_bochs_vmx reached its shell after {:.0} s", start.elapsed().as_secs_f32());
     compute(&mut vm)?;
     power_off(vm)?;
