@@ -495,7 +495,9 @@ fn flag_cases() {
     case("flags.pushf_and_popf", |t| {
         let got = good(t, flags(), NONE);
         t.eq("IOPL and NT set", got.eax & 0xffff, 0x7002u32);
-        t.eq("all clear", got.ebx & 0xffff, 2u32);
+        // Virtual-8086 mode, which has to do for real mode on old processors with VMX, keeps its IOPL.
+        let kept = if guests::platform::bochs_vmx() { 0x3000 } else { 0 };
+        t.eq("all clear", got.ebx & 0xffff & !kept, 2u32);
         t.eq("all set but TF, IF and DF", got.ecx & 0xffff, 0x78d7u32);
         t.eq("without VM and RF in 32 bits", got.edx, 0x24_3002u32);
     });
