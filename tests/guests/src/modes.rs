@@ -19,6 +19,8 @@ const CONTEXT: u64 = 0x6000;
 /// Page tables for the 32-bit modes.
 const TABLES: u64 = 0x1_0000;
 const IDT32: u64 = 0x1_8000;
+/// Gates in that IDT: the exceptions, and as many that are empty.
+const GATES32: u64 = 64;
 
 /// A mode to run in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -459,6 +461,7 @@ fn install() {
             at = stubs32 + STUBS32_SECOND_HALF;
         }
     }
+    (32..GATES32).for_each(|vector| poke(IDT32 + vector * 8, 0u64));
     // Real-mode vectors: segment 0.
     let stubs16 = &raw const modes_stubs16 as u64 - blob as u64 + BLOB;
     for vector in 0..32u64 {
@@ -510,10 +513,21 @@ pub fn page_directory() -> u64 {
 
 /// Runs `payload` in `mode`.
 pub fn run(mode: Mode, payload: Payload, registers: Registers) -> Outcome {
+    let cr3 = prepare(mode, payload);
+    run_prepared(mode, registers, cr3)
+}
+
+/// Makes everything ready for [`run_prepared`] and returns the address of the page tables, for cases that change
+/// something of it first.
+pub fn prepare(mode: Mode, payload: Payload) -> u64 {
     install();
     copy(payload.start, PAYLOAD.into(), payload.end as u64 - payload.start as u64);
-    let cr3 = tables(mode);
-    run_prepared(mode, registers, cr3)
+    tables(mode)
+}
+
+/// Replaces a gate of the IDT of the 32-bit modes until the next [`prepare`]. `vector` is below 64.
+pub fn set_gate32(vector: u8, gate: u64) {
+    poke(IDT32 + u64::from(vector) * 8, gate);
 }
 
 /// Runs what is at [`PAYLOAD`] already with the page tables as they are.
@@ -558,7 +572,7 @@ fn go(kind: u32, [cr0, cr3, cr4]: [u32; 3], registers: Registers, back: [u64; 3]
             back_cr4: back[2] as u32,
             gdtr: [0; 5],
             idtr: [0; 5],
-            idt32: pseudo(IDT32, 32 * 8 - 1),
+            idt32: pseudo(IDT32, GATES32 as u16 * 8 - 1),
             ivt: pseudo(0, 0x3ff),
             payload: PAYLOAD,
         });

@@ -148,6 +148,15 @@ impl Case {
         }
         platform::bochs_svm()
     }
+
+    /// Skips on Bochs under a hypervisor that uses its VMX, with what that does wrong. True when skipped.
+    pub fn skip_on_bochs_vmx(&mut self, wrong: &str) -> bool {
+        if platform::bochs_vmx() {
+            self.skip("Bochs's VMX is known wrong here: ");
+            let _ = self.note.write_str(wrong);
+        }
+        platform::bochs_vmx()
+    }
 }
 
 /// A case that is one fault: `run` must end in `vector` with `error`.

@@ -6,8 +6,11 @@
 //! - one page directory of 4 MiB pages that maps all 4 GiB to themselves;
 //! - a TSS whose interrupt redirection bitmap and I/O permission bitmap are all zeros, so that INT n goes through the
 //!   interrupt vector table at address zero by itself (SDM vol. 3, 21.3, method 5 of table 21-2) and port accesses exit as in
-//!   real mode.
-use crate::hw::{GuestPage, Segment};
+//!   real mode. With the table elsewhere, real mode is emulated.
+//!
+//! One thing shows: PUSHF and POPF find an IOPL of 3, whatever IOPL the guest sets, since the processor has it so and lets
+//! no program of virtual-8086 mode change it (SDM vol. 3, 21.2.7).
+use crate::hw::{CpuState, GuestPage, Segment, TableRegister};
 use crate::vm::msr::{EFER_LMA, EFER_LME};
 
 /// Guest-physical address of the identity tables' page directory: below the usual place of firmware, away from all devices.
@@ -106,14 +109,20 @@ pub const fn efer(efer: u64, form: Form) -> u64 {
     }
 }
 
-/// The form in which a guest with these registers can be entered; None if it must be emulated until it can. `segments` are
-/// ES, CS, SS, DS, FS, GS.
-pub fn form(cr0: u64, segments: &[Segment; 6]) -> Option<Form> {
-    match (cr0 & CR0_PE != 0, cr0 & CR0_PG != 0) {
+/// The form in which a guest in this state can be entered; None if it must be emulated until it can.
+pub fn form(state: &CpuState) -> Option<Form> {
+    match (state.cr0 & CR0_PE != 0, state.cr0 & CR0_PG != 0) {
         (true, true) => Some(Form::Own),
         (true, false) => Some(Form::Unpaged),
-        (false, _) => segments.iter().all(fits_vm86).then_some(Form::Vm86),
+        (false, _) => {
+            (has_usual_vectors(&state.idtr) && state.segments.iter().all(fits_vm86)).then_some(Form::Vm86)
+        }
     }
+}
+
+/// Whether INT n finds its vector where virtual-8086 mode looks for it: at address zero, without a limit.
+fn has_usual_vectors(idtr: &TableRegister) -> bool {
+    idtr.base == 0 && idtr.limit >= 0x3ff
 }
 
 /// Whether virtual-8086 mode can hold the segment: its base follows from its selector, it has 64 KiB and grows up.
@@ -138,7 +147,6 @@ pub const fn from_vm86_flags(rflags: u64, iopl: u64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::hw::CpuState;
 
     fn filled(page: &GuestPage) -> [u8; 4096] {
         let mut bytes = [0; 4096];
@@ -171,9 +179,9 @@ mod tests {
     #[test]
     fn real_mode_runs_as_vm86_only_with_segments_that_it_can_hold() {
         let state = CpuState::startup(0x9a);
-        assert_eq!(form(state.cr0, &state.segments), Some(Form::Vm86));
+        assert_eq!(form(&state), Some(Form::Vm86));
         // At reset CS has a base that no selector gives.
-        assert_eq!(form(0x10, &CpuState::reset().segments), None);
+        assert_eq!(form(&CpuState::reset()), None);
         for change in [
             |segment: &mut Segment| segment.limit = 0xffff_ffff,
             |segment: &mut Segment| segment.base = 0x10_0000,
@@ -181,12 +189,28 @@ mod tests {
             |segment: &mut Segment| segment.attributes = 0,
         ] {
             for index in 0..6 {
-                let mut segments = state.segments;
-                change(&mut segments[index]);
-                assert_eq!(form(0x10, &segments), None);
-                assert_eq!(form(0x11, &segments), Some(Form::Unpaged));
-                assert_eq!(form(0x8000_0011, &segments), Some(Form::Own));
+                let mut state = state.clone();
+                change(&mut state.segments[index]);
+                assert_eq!(form(&state), None);
+                state.cr0 = 0x11;
+                assert_eq!(form(&state), Some(Form::Unpaged));
+                state.cr0 = 0x8000_0011;
+                assert_eq!(form(&state), Some(Form::Own));
             }
+        }
+    }
+
+    #[test]
+    fn real_mode_with_vectors_elsewhere_is_emulated() {
+        for (base, limit, expected) in [
+            (0, 0xffff, Some(Form::Vm86)),
+            (0, 0x3ff, Some(Form::Vm86)),
+            (0, 0x3fe, None),
+            (0xa000, 0x3ff, None),
+            (0, 0, None),
+        ] {
+            let state = CpuState { idtr: TableRegister { base, limit }, ..CpuState::startup(0x9a) };
+            assert_eq!(form(&state), expected, "{base:x} {limit:x}");
         }
     }
 

@@ -232,7 +232,7 @@ impl VmxVcpu {
     #[cold]
     fn settle_restricted_form(&mut self) -> bool {
         let state = self.state();
-        let Some(form) = real_mode::form(state.cr0, &state.segments) else { return false };
+        let Some(form) = real_mode::form(&state) else { return false };
         if form != Form::Vm86 && self.is_refused(form, &state) {
             return false;
         }

@@ -182,7 +182,10 @@ fn leave<C: Cpu>(cpu: &mut C, switch: &TaskSwitch) -> Result<Image, Fault> {
         *segment = match name {
             _ if vm86 => Segment::real_mode(selector, 0xf3),
             // No instruction runs in it before it is loaded or an exception is taken, but the level is there already.
-            SegmentName::Cs => Segment { selector, attributes: 0x9b | level << 5, ..*segment },
+            // Its granularity goes with its limit, or the processor would refuse to take that exception.
+            SegmentName::Cs => {
+                Segment { selector, attributes: segment.attributes & 0xf00 | 0x9b | level << 5, ..*segment }
+            }
             SegmentName::Ss => Segment { selector, attributes: level << 5, ..Segment::default() },
             _ => Segment { selector, ..Segment::default() },
         };

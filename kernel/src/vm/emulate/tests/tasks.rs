@@ -173,6 +173,7 @@ fn faults_behind_it_belong_to_the_new_task() {
     for ((address, value), vector, code) in cases {
         let mut cpu = tasks(0);
         put(&mut cpu, SLOT2, flat(0x73, 0xc));
+        cpu.segments[Seg::Cs as usize].attributes.0 |= 1 << 11;
         cpu.poke(*address, 2, *value);
         assert_eq!(
             switch(&mut cpu, TaskSwitchCause::Call),
@@ -182,6 +183,10 @@ fn faults_behind_it_belong_to_the_new_task() {
         assert_eq!(cpu.rip, 0x1234);
         assert_eq!(cpu.segments[Seg::Tr as usize].selector, SLOT);
         assert_eq!(cpu.cpl, if *address == NEW + 0x4c && *value == 0 { 0 } else { 3 });
+        let code = cpu.segments[Seg::Cs as usize];
+        let granular = code.attributes.0 & 1 << 11 != 0;
+        let fits = if granular { code.limit & 0xfff == 0xfff } else { code.limit >> 20 == 0 };
+        assert!(fits, "a CS with which the processor can be entered: {code:x?}");
     }
     let mut cpu = tasks(0);
     put(&mut cpu, SLOT2, system(0xfb, 0, 0x1000));

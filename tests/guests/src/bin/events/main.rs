@@ -12,6 +12,7 @@ mod ioapic;
 mod lapic;
 mod nmi;
 mod pic;
+mod shadow;
 
 guests::main!(run);
 
@@ -24,4 +25,5 @@ fn run() {
     lapic::run();
     nmi::run();
     hlt::run();
+    shadow::run();
 }
