@@ -502,6 +502,14 @@ pub trait HwVcpu: Send {
     fn cpl(&self) -> u8;
     /// A segment register.
     fn segment(&self, name: SegmentName) -> Segment;
+    /// Attributes of CS.
+    #[inline]
+    fn cs_attributes(&self) -> u16 {
+        self.segment(SegmentName::Cs).attributes
+    }
+    /// The instruction at RIP is going to be emulated: a hint to read at once what that needs, where reads are dear.
+    #[inline]
+    fn prepare_emulation(&mut self) {}
     /// Base of FS, GS, KernelGSBase and the system-call MSRs: those that load and save with the vCPU.
     fn switched_msr(&self, msr: u32) -> Option<u64>;
     /// Sets such an MSR; false if `msr` is not one of them.
