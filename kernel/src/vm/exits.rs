@@ -164,7 +164,7 @@ impl<V: Vendor> Vcpu<V> {
     }
 
     /// The same with a next RIP that is cut to the mode's width.
-    #[inline]
+    #[inline(always)]
     fn finish(&mut self, guest: &Guest<V>, next_rip: u64) {
         let hw = &mut self.core.hw;
         hw.set_rip(next_rip);
@@ -610,7 +610,7 @@ impl<V: Vendor> Core<V> {
     }
 
     /// Linear address of the next instruction byte plus `ahead`.
-    #[inline]
+    #[inline(always)]
     fn linear_rip(&self, ahead: u64) -> u64 {
         let rip = self.hw.rip().wrapping_add(ahead);
         if self.mode() == Mode::Long64 {

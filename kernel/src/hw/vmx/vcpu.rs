@@ -62,7 +62,10 @@ pub struct VmxVcpu {
     eptp: u64,
     /// Bits of CR4 that the guest may set.
     cr4_allowed: u64,
-    /// What the guest reads in the bits of CR0 and CR4 that are the host's.
+    /// Bits of CR0 and CR4 that are the host's in this form.
+    cr0_mask: u64,
+    cr4_mask: u64,
+    /// What the guest reads in those.
     cr0_shadow: u64,
     cr4_shadow: u64,
     /// EFER as the guest sees it. It changes only by exits, for CR0.PG is the host's.
@@ -135,6 +138,8 @@ impl VmxVcpu {
             vmx,
             eptp,
             cr4_allowed,
+            cr0_mask: u64::MAX,
+            cr4_mask: u64::MAX,
             cr0_shadow: 0,
             cr4_shadow: 0,
             efer: 0,
@@ -209,29 +214,18 @@ impl VmxVcpu {
 
     /// Sets who owns which bits of CR0 and CR4, and which exceptions exit, in this form.
     fn write_form_masks(&mut self) {
-        self.region.set(vmcs::CR0_MASK, self.cr0_mask());
-        self.region.set(vmcs::CR4_MASK, self.cr4_mask());
+        (self.cr0_mask, self.cr4_mask) = match self.form {
+            Form::Own => (!CR0_OWN, !self.cr4_allowed | CR4_MCE | CR4_VMXE),
+            Form::Unpaged => (!CR0_OWN, u64::MAX),
+            Form::Vm86 => (u64::MAX, u64::MAX),
+        };
+        self.region.set(vmcs::CR0_MASK, self.cr0_mask);
+        self.region.set(vmcs::CR4_MASK, self.cr4_mask);
         let exceptions = if self.form == Form::Vm86 { u32::MAX } else { setup::INTERCEPTED_EXCEPTIONS };
         self.region.set(vmcs::EXCEPTION_BITMAP, exceptions);
         // CPUs that cannot run CR3 accesses free have these bits fixed; then they exit in each form.
         let cr3 = CR3_EXITING - Primary::from_bits_retain(self.machine.capabilities.primary as u32);
         self.primary.set(cr3, self.form != Form::Own);
-    }
-
-    #[inline]
-    fn cr0_mask(&self) -> u64 {
-        match self.form {
-            Form::Own | Form::Unpaged => !CR0_OWN,
-            Form::Vm86 => u64::MAX,
-        }
-    }
-
-    #[inline]
-    fn cr4_mask(&self) -> u64 {
-        match self.form {
-            Form::Own => !self.cr4_allowed | CR4_MCE | CR4_VMXE,
-            Form::Unpaged | Form::Vm86 => u64::MAX,
-        }
     }
 
     /// Brings the VMCS into a form that can be entered; false if there is none.
@@ -590,8 +584,7 @@ impl HwVcpu for VmxVcpu {
     }
     #[inline]
     fn cr0(&self) -> u64 {
-        let mask = self.cr0_mask();
-        self.cache.get(Hot::Cr0, &self.region) & !mask | self.cr0_shadow & mask
+        self.cache.get(Hot::Cr0, &self.region) & !self.cr0_mask | self.cr0_shadow & self.cr0_mask
     }
     fn set_cr0(&mut self, cr0: u64) {
         const MODE: u64 = CR0_PE | CR0_PG;
@@ -637,8 +630,7 @@ impl HwVcpu for VmxVcpu {
     }
     #[inline]
     fn cr4(&self) -> u64 {
-        let mask = self.cr4_mask();
-        self.cache.get(Hot::Cr4, &self.region) & !mask | self.cr4_shadow & mask
+        self.cache.get(Hot::Cr4, &self.region) & !self.cr4_mask | self.cr4_shadow & self.cr4_mask
     }
     fn set_cr4(&mut self, cr4: u64) {
         self.write_cr4(self.form, cr4);
