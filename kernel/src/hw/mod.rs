@@ -174,6 +174,7 @@ pub enum Event {
 
 /// A port access that exited.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)] // See `Exit`.
 pub struct PortAccess {
     /// Port number.
     pub port: u16,
@@ -198,13 +199,14 @@ bitflags! {
 
 /// A nested page fault or EPT violation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)] // See `Exit`.
 pub struct SecondStageFault {
+    /// What happened there.
+    pub cause: FaultCause,
     /// Guest-physical address.
     pub gpa: u64,
     /// The linear address that led there, where the hardware says it: VMX.
     pub linear: Option<u64>,
-    /// What happened there.
-    pub cause: FaultCause,
 }
 
 bitflags! {
@@ -225,7 +227,11 @@ bitflags! {
 }
 
 /// Why the guest stopped running.
+///
+/// The layout is given so that an address shares its bytes with no smaller field of another variant: where it does, the
+/// compiler keeps the value of every variant in pieces, and takes addresses apart and puts them together at each exit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
 pub enum Exit {
     /// A host interrupt, NMI, SMI or INIT is pending; it is taken once interrupts are let in.
     HostInterrupt,
@@ -311,6 +317,7 @@ pub enum TaskSwitchCause {
 /// A hardware task switch that exited. The event whose delivery led through a task gate is in
 /// [`HwVcpu::take_interrupted_event`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)] // See `Exit`.
 pub struct TaskSwitch {
     /// Selector of the new task's TSS.
     pub selector: u16,
@@ -502,6 +509,14 @@ pub trait HwVcpu: Send {
     fn cpl(&self) -> u8;
     /// A segment register.
     fn segment(&self, name: SegmentName) -> Segment;
+    /// Attributes of CS.
+    #[inline]
+    fn cs_attributes(&self) -> u16 {
+        self.segment(SegmentName::Cs).attributes
+    }
+    /// The instruction at RIP is going to be emulated: a hint to read at once what that needs, where reads are dear.
+    #[inline]
+    fn prepare_emulation(&mut self) {}
     /// Base of FS, GS, KernelGSBase and the system-call MSRs: those that load and save with the vCPU.
     fn switched_msr(&self, msr: u32) -> Option<u64>;
     /// Sets such an MSR; false if `msr` is not one of them.

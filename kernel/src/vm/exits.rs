@@ -155,7 +155,7 @@ impl<V: Vendor> Vcpu<V> {
     #[inline]
     fn complete(&mut self, guest: &Guest<V>, next_rip: u64) {
         let hw = &self.core.hw;
-        let next_rip = if hw.efer() & EFER_LMA != 0 && hw.segment(SegmentName::Cs).attributes & CS_LONG != 0 {
+        let next_rip = if hw.efer() & EFER_LMA != 0 && hw.cs_attributes() & CS_LONG != 0 {
             next_rip
         } else {
             next_rip & 0xffff_ffff
@@ -164,7 +164,7 @@ impl<V: Vendor> Vcpu<V> {
     }
 
     /// The same with a next RIP that is cut to the mode's width.
-    #[inline]
+    #[inline(always)]
     fn finish(&mut self, guest: &Guest<V>, next_rip: u64) {
         let hw = &mut self.core.hw;
         hw.set_rip(next_rip);
@@ -294,6 +294,7 @@ impl<V: Vendor> Vcpu<V> {
 
     /// Emulates the instruction at RIP. `known` is what the fault said about its operand.
     fn emulate(&mut self, guest: &Guest<V>, known: Option<KnownOperand>) {
+        self.core.hw.prepare_emulation();
         let mut bytes = [0; 16];
         let saved = self.core.hw.exit_insn_bytes();
         let len = if saved.is_empty() {
@@ -483,8 +484,8 @@ impl<V: Vendor> Core<V> {
     /// Execution mode.
     #[inline]
     pub(super) fn mode(&self) -> Mode {
-        let cs = self.hw.segment(SegmentName::Cs);
-        Mode::of(self.hw.cr0(), self.hw.efer(), self.hw.rflags(), Attributes(cs.attributes))
+        let cs = Attributes(self.hw.cs_attributes());
+        Mode::of(self.hw.cr0(), self.hw.efer(), self.hw.rflags(), cs)
     }
 
     /// What a CPUID result depends on.
@@ -609,7 +610,7 @@ impl<V: Vendor> Core<V> {
     }
 
     /// Linear address of the next instruction byte plus `ahead`.
-    #[inline]
+    #[inline(always)]
     fn linear_rip(&self, ahead: u64) -> u64 {
         let rip = self.hw.rip().wrapping_add(ahead);
         if self.mode() == Mode::Long64 {

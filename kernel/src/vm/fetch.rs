@@ -85,11 +85,12 @@ impl FetchCache {
         if key != self.key || offset > 0xff0 || self.seq.is_none() || shared.settled() != self.seq {
             return None;
         }
-        // Four levels are the rule, and unrolled.
-        let [first @ .., last] = &self.steps;
+        // Three levels, to a large page, and four are the rule, and unrolled.
+        let [first @ .., fourth, fifth] = &self.steps;
         let fresh = match self.len {
-            4 => first.iter().all(Step::is_fresh),
-            5 => first.iter().all(Step::is_fresh) && last.is_fresh(),
+            3 => first.iter().all(Step::is_fresh),
+            4 => first.iter().all(Step::is_fresh) && fourth.is_fresh(),
+            5 => first.iter().all(Step::is_fresh) && fourth.is_fresh() && fifth.is_fresh(),
             len => first.iter().take(len).all(Step::is_fresh),
         };
         if !fresh {

@@ -32,8 +32,15 @@ struct Parts {
 impl<V: Vendor> View<'_, V> {
     #[inline]
     fn place(&mut self, linear: u64, size: u8, access: Access) -> Result<Place, Fault> {
-        if let Some(gpa) = self.known.and_then(|known| known.translate(linear, size, access)) {
-            return Ok(self.core.paging.place(&self.guest.memory, gpa, access.kind.is_write()));
+        if let Some(known) = self.known {
+            if let Some(gpa) = known.translate(linear, size, access) {
+                // The fault's own access found no RAM. A read may find some where a write does not.
+                return Ok(if access.kind.is_write() || !known.write {
+                    Place::Device(gpa)
+                } else {
+                    self.core.paging.place(&self.guest.memory, gpa, false)
+                });
+            }
         }
         let kind = match access.kind {
             AccessKind::Read => mmu::Access::at_cpl(mmu::AccessKind::Read, self.core.hw.cpl()),

@@ -1,5 +1,5 @@
 //! Guest registers of the VMCS that are read or written at many exits, each read once and written back at the entry.
-use super::vmcs::{self, Fields, Width};
+use super::vmcs::{self, FieldNatural, Fields, Width};
 use core::cell::Cell;
 
 /// A cached field.
@@ -22,19 +22,37 @@ pub(super) enum Hot {
     SsRights,
     /// Interruptibility state.
     Interruptibility,
+    /// DR7.
+    Dr7,
 }
 
-const COUNT: usize = 8;
-const ALL: [Hot; COUNT] = [
-    Hot::Rip,
-    Hot::Rflags,
-    Hot::Cr0,
-    Hot::Cr3,
-    Hot::Cr4,
-    Hot::CsRights,
-    Hot::SsRights,
-    Hot::Interruptibility,
-];
+/// What the end of an instruction needs to know.
+pub(super) const AT_COMPLETION: [Hot; 4] = [Hot::Rip, Hot::Rflags, Hot::CsRights, Hot::Interruptibility];
+/// What emulation needs beside that.
+pub(super) const IN_EMULATION: [Hot; 4] = [Hot::Cr0, Hot::Cr3, Hot::Cr4, Hot::SsRights];
+
+/// A power of two, so that no index needs a check.
+const SLOTS: usize = 16;
+
+/// The fields' encodings, in the order of [`Hot`].
+const ENCODINGS: [u32; SLOTS] = {
+    let mut encodings = [vmcs::GUEST_RIP.encoding(); SLOTS];
+    encodings[Hot::Rflags as usize] = vmcs::GUEST_RFLAGS.encoding();
+    encodings[Hot::Cr0 as usize] = vmcs::GUEST_CR0.encoding();
+    encodings[Hot::Cr3 as usize] = vmcs::GUEST_CR3.encoding();
+    encodings[Hot::Cr4 as usize] = vmcs::GUEST_CR4.encoding();
+    encodings[Hot::CsRights as usize] = vmcs::GUEST_CS_ACCESS_RIGHTS.encoding();
+    encodings[Hot::SsRights as usize] = vmcs::GUEST_SS_ACCESS_RIGHTS.encoding();
+    encodings[Hot::Interruptibility as usize] = vmcs::GUEST_INTERRUPTIBILITY.encoding();
+    encodings[Hot::Dr7 as usize] = vmcs::GUEST_DR7.encoding();
+    encodings
+};
+
+/// The field, as wide as a register: VMREAD and VMWRITE reach narrower ones with that, too.
+#[inline(always)]
+const fn field(index: usize) -> FieldNatural {
+    FieldNatural::from_encoding(ENCODINGS[index % SLOTS])
+}
 
 /// Where fields are written, beside being read.
 pub(super) trait FieldsMut: Fields {
@@ -45,23 +63,42 @@ pub(super) trait FieldsMut: Fields {
 /// The cache of one VMCS.
 #[derive(Debug, Default)]
 pub(super) struct Cache {
-    values: [Cell<u64>; COUNT],
+    values: [Cell<u64>; SLOTS],
     /// Fields whose value is known, one bit each.
-    valid: Cell<u8>,
+    valid: Cell<u16>,
     /// Fields that were written since the last entry.
-    dirty: Cell<u8>,
+    dirty: Cell<u16>,
 }
 
 impl Cache {
     /// The field's value.
-    #[inline]
+    #[inline(always)]
     pub(super) fn get(&self, hot: Hot, vmcs: &impl Fields) -> u64 {
-        let bit = 1 << hot as usize;
-        if self.valid.get() & bit == 0 {
-            self.values[hot as usize].set(read(hot, vmcs));
-            self.valid.set(self.valid.get() | bit);
+        if self.valid.get() & 1 << hot as usize == 0 {
+            self.read(hot, vmcs);
         }
         self.values[hot as usize].get()
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn read(&self, hot: Hot, vmcs: &impl Fields) {
+        self.values[hot as usize].set(vmcs.read(field(hot as usize)));
+        self.valid.set(self.valid.get() | 1 << hot as usize);
+    }
+
+    /// Reads all of `hots` that are not known, for someone who will want most of them.
+    #[inline(always)]
+    pub(super) fn fill<const N: usize>(&self, hots: [Hot; N], vmcs: &impl Fields) {
+        let mask = hots.iter().fold(0, |mask, &hot| mask | 1 << hot as usize);
+        let known = self.valid.get() & mask;
+        self.valid.set(self.valid.get() | mask);
+        for hot in hots {
+            // Mostly none is known.
+            if known == 0 || known & 1 << hot as usize == 0 {
+                self.values[hot as usize].set(vmcs.read(field(hot as usize)));
+            }
+        }
     }
 
     /// Sets the field at the next entry.
@@ -75,56 +112,28 @@ impl Cache {
         }
     }
 
-    /// Whether the field was written since the last entry.
-    #[inline]
-    pub(super) fn is_dirty(&self, hot: Hot) -> bool {
-        self.dirty.get() & 1 << hot as usize != 0
+    /// Whether one of the fields was written since the last entry.
+    #[inline(always)]
+    pub(super) fn is_dirty<const N: usize>(&self, hots: [Hot; N]) -> bool {
+        self.dirty.get() & hots.iter().fold(0, |mask, &hot| mask | 1 << hot as usize) != 0
     }
 
     /// Writes to the VMCS what was set.
-    #[inline]
+    #[inline(always)]
     pub(super) fn write_back(&self, vmcs: &impl FieldsMut) {
         let mut dirty = self.dirty.replace(0);
         while dirty != 0 {
-            let index = dirty.trailing_zeros() as usize;
+            let index = dirty.trailing_zeros() as usize % SLOTS;
             dirty &= dirty - 1;
-            write(ALL[index & (COUNT - 1)], self.values[index & (COUNT - 1)].get(), vmcs);
+            vmcs.set(field(index), self.values[index].get());
         }
     }
 
     /// The guest has run: nothing is known any more.
-    #[inline]
+    #[inline(always)]
     pub(super) fn forget(&self) {
         debug_assert_eq!(self.dirty.get(), 0, "the guest runs with what was written back");
         self.valid.set(0);
-    }
-}
-
-#[inline]
-fn read(hot: Hot, vmcs: &impl Fields) -> u64 {
-    match hot {
-        Hot::Rip => vmcs.read(vmcs::GUEST_RIP),
-        Hot::Rflags => vmcs.read(vmcs::GUEST_RFLAGS),
-        Hot::Cr0 => vmcs.read(vmcs::GUEST_CR0),
-        Hot::Cr3 => vmcs.read(vmcs::GUEST_CR3),
-        Hot::Cr4 => vmcs.read(vmcs::GUEST_CR4),
-        Hot::CsRights => vmcs.read(vmcs::GUEST_CS_ACCESS_RIGHTS).into(),
-        Hot::SsRights => vmcs.read(vmcs::GUEST_SS_ACCESS_RIGHTS).into(),
-        Hot::Interruptibility => vmcs.read(vmcs::GUEST_INTERRUPTIBILITY).into(),
-    }
-}
-
-#[inline]
-fn write(hot: Hot, value: u64, vmcs: &impl FieldsMut) {
-    match hot {
-        Hot::Rip => vmcs.set(vmcs::GUEST_RIP, value),
-        Hot::Rflags => vmcs.set(vmcs::GUEST_RFLAGS, value),
-        Hot::Cr0 => vmcs.set(vmcs::GUEST_CR0, value),
-        Hot::Cr3 => vmcs.set(vmcs::GUEST_CR3, value),
-        Hot::Cr4 => vmcs.set(vmcs::GUEST_CR4, value),
-        Hot::CsRights => vmcs.set(vmcs::GUEST_CS_ACCESS_RIGHTS, value as u32),
-        Hot::SsRights => vmcs.set(vmcs::GUEST_SS_ACCESS_RIGHTS, value as u32),
-        Hot::Interruptibility => vmcs.set(vmcs::GUEST_INTERRUPTIBILITY, value as u32),
     }
 }
 
@@ -175,9 +184,9 @@ mod tests {
         let (cache, table) = (Cache::default(), Table::default());
         assert_eq!(cache.get(Hot::Rflags, &table), 0);
         cache.set(Hot::Rflags, 0);
-        assert!(!cache.is_dirty(Hot::Rflags));
+        assert!(!cache.is_dirty([Hot::Rflags]));
         cache.set(Hot::Cr3, 0);
-        assert!(cache.is_dirty(Hot::Cr3), "nobody knows what the VMCS has");
+        assert!(cache.is_dirty([Hot::Rflags, Hot::Cr3]), "nobody knows what the VMCS has");
         cache.write_back(&table);
         assert_eq!(table.writes.get(), 1);
     }
@@ -193,15 +202,39 @@ mod tests {
     }
 
     #[test]
-    fn every_field_survives_a_round_trip() {
+    fn what_was_set_is_not_read_over() {
         let (cache, table) = (Cache::default(), Table::default());
-        for (n, hot) in ALL.into_iter().enumerate() {
+        cache.set(Hot::Rip, 5);
+        cache.fill(AT_COMPLETION, &table);
+        assert_eq!((cache.get(Hot::Rip, &table), cache.get(Hot::Rflags, &table)), (5, 0));
+        assert_eq!(table.reads.get(), 3);
+        cache.fill(IN_EMULATION, &table);
+        cache.fill(IN_EMULATION, &table);
+        assert_eq!(table.reads.get(), 7);
+    }
+
+    #[test]
+    fn every_field_survives_a_round_trip() {
+        const ALL: [(Hot, u32); 9] = [
+            (Hot::Rip, vmcs::GUEST_RIP.encoding()),
+            (Hot::Rflags, vmcs::GUEST_RFLAGS.encoding()),
+            (Hot::Cr0, vmcs::GUEST_CR0.encoding()),
+            (Hot::Cr3, vmcs::GUEST_CR3.encoding()),
+            (Hot::Cr4, vmcs::GUEST_CR4.encoding()),
+            (Hot::CsRights, vmcs::GUEST_CS_ACCESS_RIGHTS.encoding()),
+            (Hot::SsRights, vmcs::GUEST_SS_ACCESS_RIGHTS.encoding()),
+            (Hot::Interruptibility, vmcs::GUEST_INTERRUPTIBILITY.encoding()),
+            (Hot::Dr7, vmcs::GUEST_DR7.encoding()),
+        ];
+        let (cache, table) = (Cache::default(), Table::default());
+        for (n, (hot, _)) in ALL.into_iter().enumerate() {
             assert_eq!(n, hot as usize);
             cache.set(hot, 0x100 + n as u64);
         }
         cache.write_back(&table);
         cache.forget();
-        for (n, hot) in ALL.into_iter().enumerate() {
+        for (n, (hot, encoding)) in ALL.into_iter().enumerate() {
+            assert_eq!(table.fields.borrow()[&encoding], 0x100 + n as u64);
             assert_eq!(cache.get(hot, &table), 0x100 + n as u64);
         }
     }

@@ -1,13 +1,14 @@
 //! From exit reasons to the vendor-neutral [`Exit`]. SDM vol. 3, 28.2 and appendix C.
 #![allow(unsafe_code)] // A host NMI that became an exit is handed to its handler.
 
-use super::cache::{FieldsMut, Hot};
+use super::cache::{Hot, AT_COMPLETION};
 use super::controls::Interruptibility;
 use super::event::{TYPE_PRIVILEGED_EXCEPTION, TYPE_SHIFT, VALID};
 use super::exit::{
     reason, CrAccess, EptViolation, Interruption, IoAccess, TaskSwitch as Switch, TaskSwitchSource,
 };
 use super::real_mode::Form;
+use super::region::Current;
 use super::vcpu::VmxVcpu;
 use super::vmcs::{self, Fields};
 use crate::hw::{Exit, FaultCause, HwVcpu, SecondStageFault, TaskSwitch, TaskSwitchCause};
@@ -24,29 +25,48 @@ const DR7_GD: u64 = 1 << 13;
 
 /// Decodes the exit of `vcpu` with this basic reason.
 #[inline(always)]
-pub(super) fn exit(vcpu: &mut VmxVcpu, basic: u16) -> Exit {
-    vcpu.has_length = true;
+pub(super) fn exit(vcpu: &mut VmxVcpu, vmcs: Current, basic: u16) -> Exit {
+    vcpu.length = 0;
     match basic {
-        reason::EPT_VIOLATION => second_stage(vcpu),
+        reason::EPT_VIOLATION => second_stage(vcpu, vmcs),
         reason::IO => {
-            let access = IoAccess::from(vcpu.region.read(vmcs::EXIT_QUALIFICATION));
-            Exit::Port(access.port_access(next_rip(vcpu)))
+            instruction(vcpu, vmcs);
+            vcpu.cache.fill([Hot::Dr7], &vmcs);
+            let access = IoAccess::from(vmcs.read(vmcs::EXIT_QUALIFICATION));
+            Exit::Port(access.port_access(next_rip(vcpu, vcpu.length)))
         }
-        reason::RDMSR => Exit::Msr { write: false },
-        reason::WRMSR => Exit::Msr { write: true },
-        reason::CPUID => Exit::Cpuid,
-        reason::HLT => Exit::Hlt,
+        reason::RDMSR => {
+            instruction(vcpu, vmcs);
+            vcpu.cache.fill([Hot::Cr0], &vmcs);
+            Exit::Msr { write: false }
+        }
+        reason::WRMSR => {
+            instruction(vcpu, vmcs);
+            vcpu.cache.fill([Hot::Cr0], &vmcs);
+            Exit::Msr { write: true }
+        }
+        reason::CPUID => {
+            instruction(vcpu, vmcs);
+            vcpu.cache.fill([Hot::Cr4], &vmcs);
+            Exit::Cpuid
+        }
+        reason::HLT => {
+            instruction(vcpu, vmcs);
+            Exit::Hlt
+        }
         reason::INTERRUPT_WINDOW => Exit::InterruptWindow,
         reason::NMI_WINDOW => Exit::NmiWindow,
         reason::PREEMPTION_TIMER => Exit::Deadline,
-        reason::CR_ACCESS => match CrAccess::from(vcpu.region.read(vmcs::EXIT_QUALIFICATION)) {
-            CrAccess::Write { cr, register } => Exit::WriteCr { cr, gpr: Some(register) },
-            CrAccess::Read { .. } | CrAccess::Clts | CrAccess::Lmsw(_) => Exit::Emulate,
-        },
+        reason::CR_ACCESS => {
+            instruction(vcpu, vmcs);
+            match CrAccess::from(vmcs.read(vmcs::EXIT_QUALIFICATION)) {
+                CrAccess::Write { cr, register } => Exit::WriteCr { cr, gpr: Some(register) },
+                CrAccess::Read { .. } | CrAccess::Clts | CrAccess::Lmsw(_) => Exit::Emulate,
+            }
+        }
         reason::VIRTUALIZED_EOI => {
             // A trap: RIP is behind the instruction (SDM vol. 3, 30.1.4).
-            vcpu.has_length = false;
-            Exit::ApicEoi(vcpu.region.read(vmcs::EXIT_QUALIFICATION) as u8)
+            Exit::ApicEoi(vmcs.read(vmcs::EXIT_QUALIFICATION) as u8)
         }
         reason::EXCEPTION_OR_NMI => exception_or_nmi(vcpu),
         _ => rare(vcpu, basic),
@@ -54,7 +74,10 @@ pub(super) fn exit(vcpu: &mut VmxVcpu, basic: u16) -> Exit {
 }
 
 #[cold]
+#[inline(never)]
 fn rare(vcpu: &mut VmxVcpu, basic: u16) -> Exit {
+    vcpu.length = vcpu.region.read(vmcs::EXIT_INSTRUCTION_LENGTH).into();
+    vcpu.timer_runs = 0;
     match basic {
         reason::PAUSE => Exit::Pause,
         reason::XSETBV => Exit::Xsetbv,
@@ -67,18 +90,18 @@ fn rare(vcpu: &mut VmxVcpu, basic: u16) -> Exit {
         reason::TASK_SWITCH => task_switch(vcpu),
         reason::EPT_MISCONFIGURATION => {
             // Nothing but the address is reported.
-            vcpu.has_length = false;
+            vcpu.length = 0;
             let gpa = vcpu.region.read(vmcs::GUEST_PHYSICAL_ADDRESS);
             Exit::SecondStage(SecondStageFault { gpa, linear: None, cause: FaultCause::RESERVED })
         }
         reason::APIC_WRITE => {
             // A trap, too; the value is in the page (SDM vol. 3, 30.4.3.3).
-            vcpu.has_length = false;
+            vcpu.length = 0;
             let offset = vcpu.region.read(vmcs::EXIT_QUALIFICATION) as u16;
             Exit::ApicWrite { register: (offset >> 4) as u8, value: vcpu.apic_page_word(offset) }
         }
         reason::LOG_FULL => {
-            vcpu.has_length = false;
+            vcpu.length = 0;
             // The same bit as that of an EPT violation.
             let violation = EptViolation::from(vcpu.region.read(vmcs::EXIT_QUALIFICATION));
             if violation.nmi_unblocking() && vcpu.vectoring & VALID == 0 {
@@ -115,10 +138,17 @@ fn rare(vcpu: &mut VmxVcpu, basic: u16) -> Exit {
     }
 }
 
-/// Where the instruction that exited ends.
+/// Reads what the end of the instruction that exited needs.
+#[inline(always)]
+fn instruction(vcpu: &mut VmxVcpu, vmcs: Current) {
+    vcpu.length = vmcs.read(vmcs::EXIT_INSTRUCTION_LENGTH).into();
+    vcpu.cache.fill(AT_COMPLETION, &vmcs);
+}
+
+/// Where the instruction that exited ends, being `length` bytes long.
 #[inline]
-fn next_rip(vcpu: &VmxVcpu) -> u64 {
-    let next = vcpu.rip().wrapping_add(vcpu.region.read(vmcs::EXIT_INSTRUCTION_LENGTH).into());
+fn next_rip(vcpu: &VmxVcpu, length: u64) -> u64 {
+    let next = vcpu.rip().wrapping_add(length);
     // Outside 64-bit mode RIP has 32 bits. CS.L is bit 13 of its access rights, and counts in long mode alone.
     let long = vcpu.efer() & crate::vm::msr::EFER_LMA != 0
         && vcpu.cache.get(Hot::CsRights, &vcpu.region) & u64::from(super::access_rights::LONG) != 0;
@@ -135,21 +165,21 @@ fn block_nmis_again(vcpu: &mut VmxVcpu) {
     vcpu.set_interruptibility(state | Interruptibility::NMI);
 }
 
-#[inline]
-fn second_stage(vcpu: &mut VmxVcpu) -> Exit {
-    vcpu.has_length = false;
-    let violation = EptViolation::from(vcpu.region.read(vmcs::EXIT_QUALIFICATION));
+#[inline(always)]
+fn second_stage(vcpu: &mut VmxVcpu, vmcs: Current) -> Exit {
+    // Pages may have to be zeroed.
+    vcpu.timer_runs = 0;
+    let violation = EptViolation::from(vmcs.read(vmcs::EXIT_QUALIFICATION));
     if violation.nmi_unblocking() && vcpu.vectoring & VALID == 0 {
         block_nmis_again(vcpu);
     }
-    let gpa = vcpu.region.read(vmcs::GUEST_PHYSICAL_ADDRESS);
-    let linear = violation.has_linear_address().then(|| vcpu.region.read(vmcs::GUEST_LINEAR_ADDRESS));
+    let gpa = vmcs.read(vmcs::GUEST_PHYSICAL_ADDRESS);
+    let linear = violation.has_linear_address().then(|| vmcs.read(vmcs::GUEST_LINEAR_ADDRESS));
     Exit::SecondStage(SecondStageFault { gpa, linear, cause: violation.cause() })
 }
 
 #[cold]
 fn exception_or_nmi(vcpu: &mut VmxVcpu) -> Exit {
-    vcpu.has_length = false;
     let info = vcpu.region.read(vmcs::EXIT_INTERRUPTION);
     let interruption = Interruption::new(info, vcpu.region.read(vmcs::EXIT_INTERRUPTION_ERROR));
     if interruption.is_nmi() {
@@ -165,7 +195,7 @@ fn exception_or_nmi(vcpu: &mut VmxVcpu) -> Exit {
         DEBUG => {
             if info >> TYPE_SHIFT & 7 == TYPE_PRIVILEGED_EXCEPTION {
                 // INT1 is a trap: its handler returns behind it, but the exit leaves RIP at it (SDM vol. 3, 28.3.3).
-                let next = next_rip(vcpu);
+                let next = next_rip(vcpu, vcpu.region.read(vmcs::EXIT_INSTRUCTION_LENGTH).into());
                 vcpu.set_rip(next);
                 vcpu.clear_shadow();
             }
@@ -176,9 +206,9 @@ fn exception_or_nmi(vcpu: &mut VmxVcpu) -> Exit {
             let dr6 = vcpu.dr6();
             vcpu.set_dr6(dr6 & !0xf | causes);
             // Nor is general detection off yet, as it is in the handler.
-            let dr7 = vcpu.region.read(vmcs::GUEST_DR7);
+            let dr7 = vcpu.dr7();
             if dr7 & DR7_GD != 0 {
-                vcpu.region.set(vmcs::GUEST_DR7, dr7 & !DR7_GD);
+                vcpu.cache.set(Hot::Dr7, dr7 & !DR7_GD);
             }
             Exit::Exception(DEBUG, None)
         }
@@ -208,6 +238,6 @@ fn task_switch(vcpu: &mut VmxVcpu) -> Exit {
     // An interrupt or a fault comes back to the instruction itself; INT n, INT3 and INTO behind it (28.2.1).
     let by_hardware = matches!(vcpu.vectoring >> TYPE_SHIFT & 7, 0 | 2 | 3);
     let stays = source == TaskSwitchSource::TaskGate && vcpu.vectoring & VALID != 0 && by_hardware;
-    let next_rip = if stays { vcpu.rip() } else { next_rip(vcpu) };
+    let next_rip = if stays { vcpu.rip() } else { next_rip(vcpu, vcpu.length) };
     Exit::TaskSwitch(TaskSwitch { selector, cause, next_rip })
 }

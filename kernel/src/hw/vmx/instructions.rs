@@ -85,6 +85,25 @@ pub(super) unsafe fn vmwrite<W: Width>(field: Field<W>, value: impl Into<u64>) -
     unsafe { vmx_instruction!("vmwrite {field}, {value}", field = in(reg) field, value = in(reg) value) }
 }
 
+/// The same, where a failure would be Umbra's own mistake: only debug builds look whether there is one.
+///
+/// # Safety
+/// As for [`vmwrite`].
+#[inline(always)]
+pub(super) unsafe fn vmwrite_sure<W: Width>(field: Field<W>, value: impl Into<u64>) {
+    if cfg!(debug_assertions) {
+        // SAFETY: promised by the caller.
+        let outcome = unsafe { vmwrite(field, value) };
+        assert!(outcome.is_ok(), "VMCS field {:#x}: {outcome:?}", field.encoding());
+    } else {
+        // SAFETY: promised by the caller.
+        unsafe {
+            asm!("vmwrite {field}, {value}", field = in(reg) u64::from(field.encoding()), value = in(reg) value.into(),
+                 options(nostack));
+        }
+    }
+}
+
 /// Which translations INVEPT removes (SDM vol. 3, INVEPT).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u64)]

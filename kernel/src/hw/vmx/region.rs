@@ -5,7 +5,7 @@
 #![allow(unsafe_code)] // The region is shared with the processor.
 
 use super::cache::FieldsMut;
-use super::instructions::{vmclear, vmptrld, vmread, vmwrite};
+use super::instructions::{vmclear, vmptrld, vmread, vmwrite, vmwrite_sure};
 use super::vmcs::{Field, Fields, Natural, Width};
 use crate::cpu::{self, smp};
 use crate::hw::OutOfMemory;
@@ -52,14 +52,40 @@ impl Region {
 
     /// Makes it the current VMCS of the CPU that runs this.
     #[inline]
-    pub(super) fn make_current(&self) {
-        let this = cpu::this().index();
+    fn make_current(&self) {
+        self.make_current_on(cpu::this().index());
+    }
+
+    #[inline]
+    fn make_current_on(&self, this: usize) {
         if CURRENT[this].load(Ordering::Relaxed) != self.address.as_u64() {
             self.load(this);
         }
     }
 
+    /// The fields without a look at each access whether this VMCS is the current one; `this` is the CPU's index.
+    ///
+    /// # Safety
+    /// As long as the result is used, this CPU makes no other VMCS current, nor this one inactive: interrupts are off, and
+    /// nobody touches another region.
+    #[inline]
+    pub(super) unsafe fn current_on(&self, this: usize) -> Current {
+        self.make_current_on(this);
+        Current(())
+    }
+
+    /// The same on the CPU that runs this.
+    ///
+    /// # Safety
+    /// As for [`Self::current_on`].
+    #[inline]
+    pub(super) unsafe fn current(&self) -> Current {
+        // SAFETY: promised by the caller.
+        unsafe { self.current_on(cpu::this().index()) }
+    }
+
     #[cold]
+    #[inline(never)]
     fn load(&self, this: usize) {
         if self.home.get() != this {
             // Also the first time, when VMCLEAR initializes what the processor keeps in the region.
@@ -111,8 +137,7 @@ impl FieldsMut for Region {
         self.make_current();
         // SAFETY: this CPU is in VMX operation, for it has a current VMCS. The fields that name memory or decide what the
         // host runs after an exit are written by `setup.rs` alone, with what the vCPU owns.
-        let outcome = unsafe { vmwrite(field, value) };
-        debug_assert!(outcome.is_ok(), "VMCS field {:#x}: {outcome:?}", field.encoding());
+        unsafe { vmwrite_sure(field, value) };
     }
 }
 
@@ -120,7 +145,27 @@ impl Fields for Region {
     #[inline]
     fn read<W: Width>(&self, field: Field<W>) -> W::Value {
         self.make_current();
-        // SAFETY: as in `write`.
+        // SAFETY: as in `set`.
+        unsafe { vmread(field) }
+    }
+}
+
+/// The VMCS that is known to be current; see [`Region::current_on`].
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Current(());
+
+impl FieldsMut for Current {
+    #[inline(always)]
+    fn set<W: Width>(&self, field: Field<W>, value: W::Value) {
+        // SAFETY: as in the region's own `set`; that the VMCS is current was promised when this was made.
+        unsafe { vmwrite_sure(field, value) };
+    }
+}
+
+impl Fields for Current {
+    #[inline(always)]
+    fn read<W: Width>(&self, field: Field<W>) -> W::Value {
+        // SAFETY: as in `set`.
         unsafe { vmread(field) }
     }
 }

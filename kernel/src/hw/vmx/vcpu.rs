@@ -2,17 +2,17 @@
 #![allow(unsafe_code)] // Entering a guest is unsafe.
 
 use super::access_rights::{from_access_rights, to_access_rights};
-use super::cache::{Cache, FieldsMut, Hot};
+use super::cache::{Cache, FieldsMut, Hot, AT_COMPLETION, IN_EMULATION};
 use super::capabilities::{cr0_for_hardware, cr4_for_hardware, EptVpid};
 use super::check::{explain, guest_state_error, Failure, GuestState};
 use super::choice::{APIC_VIRTUALIZATION, CR3_EXITING};
-use super::controls::{Activity, EntryControls, Interruptibility, Pin, Primary, Secondary};
+use super::controls::{Activity, EntryControls, ExitControls, Interruptibility, Pin, Primary, Secondary};
 use super::cpu::{with_this_cpu, Machine, Vmx};
 use super::exit::{interrupted_event, ExitReason};
 use super::instructions::{invept, invvpid_all, InveptScope};
 use super::msr_area::MsrAreas;
 use super::real_mode::{self, Form};
-use super::region::Region;
+use super::region::{Current, Region};
 use super::registers::Registers;
 use super::vmcs::{self, Fields, GUEST_SEGMENTS, LDTR, TR};
 use super::{decode, dirty_log, entry, event, setup, spoil};
@@ -43,6 +43,11 @@ const PENDING_STEP: u64 = 1 << 14;
 /// TPR in the virtual-APIC page (SDM vol. 3, 30.1.1): CR8 is its bits 7:4.
 const APIC_PAGE_TPR: u64 = 0x80;
 
+/// Entries after which the VMX-preemption timer is set anew. In between it counts on from what the exit saved (SDM vol. 3,
+/// 26.5.1), so it stands still while the host runs, and expires late by what this many exits take. Exits that may take long,
+/// as those for second-stage faults do, set it anew at once, and so does everything after which a vCPU looks for events.
+const TIMER_RUNS: u8 = 16;
+
 /// A vCPU under VMX.
 #[derive(Debug)]
 pub struct VmxVcpu {
@@ -57,7 +62,10 @@ pub struct VmxVcpu {
     eptp: u64,
     /// Bits of CR4 that the guest may set.
     cr4_allowed: u64,
-    /// What the guest reads in the bits of CR0 and CR4 that are the host's.
+    /// Bits of CR0 and CR4 that are the host's in this form.
+    cr0_mask: u64,
+    cr4_mask: u64,
+    /// What the guest reads in those.
     cr0_shadow: u64,
     cr4_shadow: u64,
     /// EFER as the guest sees it. It changes only by exits, for CR0.PG is the host's.
@@ -79,7 +87,9 @@ pub struct VmxVcpu {
     primary: Primary,
     /// Primary controls that the VMCS has.
     primary_written: Primary,
-    entry_written: Option<EntryControls>,
+    /// Entry controls for the next entry, and those that the VMCS has.
+    entry: EntryControls,
+    entry_written: EntryControls,
     /// Whether the processor can have the local APIC.
     virtual_apic: bool,
     /// Secondary controls for the next entry, and those that the VMCS has.
@@ -96,12 +106,14 @@ pub struct VmxVcpu {
     /// RSP as the VMCS has it.
     rsp: u64,
     deadline: Option<u64>,
+    /// Entries that go on with what the exit saved of the timer, before it is set anew.
+    pub(super) timer_runs: u8,
     /// Index of the CPU it last ran on, whose state the VMCS has as the host's.
     cpu: usize,
     tag: Tag,
     flush: bool,
-    /// The last exit has an instruction length.
-    pub(super) has_length: bool,
+    /// Length of the instruction that exited, 0 if the last exit has none.
+    pub(super) length: u64,
 }
 
 // SAFETY: the VMCS and the pages belong to this vCPU alone, wherever it runs.
@@ -126,11 +138,13 @@ impl VmxVcpu {
             vmx,
             eptp,
             cr4_allowed,
+            cr0_mask: u64::MAX,
+            cr4_mask: u64::MAX,
             cr0_shadow: 0,
             cr4_shadow: 0,
             efer: 0,
             form: Form::Own,
-            unsettled: true,
+            unsettled: false,
             unpaged_cr3: 0,
             real_attributes: [0; 6],
             real_tr: Segment::default(),
@@ -139,7 +153,8 @@ impl VmxVcpu {
             pin: controls.pin,
             primary: controls.primary,
             primary_written: Primary::empty(),
-            entry_written: None,
+            entry: controls.entry,
+            entry_written: EntryControls::empty(),
             virtual_apic: controls.can_virtualize_apic(),
             secondary: controls.secondary,
             secondary_written: controls.secondary,
@@ -149,10 +164,11 @@ impl VmxVcpu {
             vectoring: 0,
             rsp: 0,
             deadline: None,
+            timer_runs: 0,
             cpu: usize::MAX,
             tag: Tag::default(),
             flush: true,
-            has_length: false,
+            length: 0,
         };
         vcpu.region.set(vmcs::GUEST_RSP, 0);
         vcpu.set_pat(PAT_RESET);
@@ -163,6 +179,7 @@ impl VmxVcpu {
 
     /// Moves to this CPU, or takes a new tag, or flushes the old one.
     #[cold]
+    #[inline(never)]
     fn retag(&mut self, cpu: usize, vpids: &mut TagAllocator) {
         let capabilities = self.machine.capabilities.ept_vpid;
         if self.cpu != cpu {
@@ -197,8 +214,13 @@ impl VmxVcpu {
 
     /// Sets who owns which bits of CR0 and CR4, and which exceptions exit, in this form.
     fn write_form_masks(&mut self) {
-        self.region.set(vmcs::CR0_MASK, self.cr0_mask());
-        self.region.set(vmcs::CR4_MASK, self.cr4_mask());
+        (self.cr0_mask, self.cr4_mask) = match self.form {
+            Form::Own => (!CR0_OWN, !self.cr4_allowed | CR4_MCE | CR4_VMXE),
+            Form::Unpaged => (!CR0_OWN, u64::MAX),
+            Form::Vm86 => (u64::MAX, u64::MAX),
+        };
+        self.region.set(vmcs::CR0_MASK, self.cr0_mask);
+        self.region.set(vmcs::CR4_MASK, self.cr4_mask);
         let exceptions = if self.form == Form::Vm86 { u32::MAX } else { setup::INTERCEPTED_EXCEPTIONS };
         self.region.set(vmcs::EXCEPTION_BITMAP, exceptions);
         // CPUs that cannot run CR3 accesses free have these bits fixed; then they exit in each form.
@@ -206,30 +228,15 @@ impl VmxVcpu {
         self.primary.set(cr3, self.form != Form::Own);
     }
 
-    #[inline]
-    fn cr0_mask(&self) -> u64 {
-        match self.form {
-            Form::Own | Form::Unpaged => !CR0_OWN,
-            Form::Vm86 => u64::MAX,
-        }
-    }
-
-    #[inline]
-    fn cr4_mask(&self) -> u64 {
-        match self.form {
-            Form::Own => !self.cr4_allowed | CR4_MCE | CR4_VMXE,
-            Form::Unpaged | Form::Vm86 => u64::MAX,
-        }
-    }
-
     /// Brings the VMCS into a form that can be entered; false if there is none.
     #[inline]
     fn settle_form(&mut self) -> bool {
         // What the guest itself makes of an enterable state is one.
-        self.machine.unrestricted() || !self.unsettled || self.settle_restricted_form()
+        !self.unsettled || self.settle_restricted_form()
     }
 
     #[cold]
+    #[inline(never)]
     fn settle_restricted_form(&mut self) -> bool {
         let state = self.state();
         let Some(form) = real_mode::form(&state) else { return false };
@@ -259,39 +266,44 @@ impl VmxVcpu {
     }
 
     /// Writes what was set since the last entry.
-    #[inline]
-    fn write_back(&mut self) {
-        if self.cache.is_dirty(Hot::Interruptibility) || self.cache.is_dirty(Hot::Rflags) {
+    #[inline(always)]
+    fn write_back(&mut self, vmcs: Current) {
+        if self.cache.is_dirty([Hot::Interruptibility, Hot::Rflags]) {
             self.settle_shadow();
         }
-        self.cache.write_back(&self.region);
+        self.cache.write_back(&vmcs);
         if self.primary != self.primary_written {
-            self.region.set(vmcs::PRIMARY_CONTROLS, self.primary.bits());
+            vmcs.set(vmcs::PRIMARY_CONTROLS, self.primary.bits());
             self.primary_written = self.primary;
         }
         if self.secondary != self.secondary_written {
             setup::write_secondary(&self.region, self.machine, self.secondary);
             self.secondary_written = self.secondary;
         }
-        let long = self.efer & EFER_LMA != 0 && self.form == Form::Own;
-        let mut entry_controls = self.machine.controls.entry;
-        entry_controls.set(EntryControls::IA32E_GUEST, long);
-        if self.entry_written != Some(entry_controls) {
-            self.region.set(vmcs::ENTRY_CONTROLS, entry_controls.bits());
-            self.entry_written = Some(entry_controls);
+        if self.entry != self.entry_written {
+            vmcs.set(vmcs::ENTRY_CONTROLS, self.entry.bits());
+            self.entry_written = self.entry;
         }
-        if let Some(event) = self.injection.take() {
-            let (info, error) = event::encode(event, self.cr0_shadow & CR0_PE != 0);
-            self.region.set(vmcs::ENTRY_INTERRUPTION, info);
-            self.region.set(vmcs::ENTRY_EXCEPTION_ERROR, error);
+        if self.injection.is_some() {
+            self.write_injection(vmcs);
         }
         if self.gprs[gpr::RSP] != self.rsp {
             self.rsp = self.gprs[gpr::RSP];
-            self.region.set(vmcs::GUEST_RSP, self.rsp);
+            vmcs.set(vmcs::GUEST_RSP, self.rsp);
+        }
+    }
+
+    #[inline(never)]
+    fn write_injection(&mut self, vmcs: Current) {
+        if let Some(event) = self.injection.take() {
+            let (info, error) = event::encode(event, self.cr0_shadow & CR0_PE != 0);
+            vmcs.set(vmcs::ENTRY_INTERRUPTION, info);
+            vmcs.set(vmcs::ENTRY_EXCEPTION_ERROR, error);
         }
     }
 
     /// Makes the shadow and what is pending agree with RFLAGS, as entries demand (SDM vol. 3, 27.3.1.5).
+    #[inline(never)]
     pub(super) fn settle_shadow(&mut self) {
         let rflags = self.cache.get(Hot::Rflags, &self.region);
         let mut state = self.interruptibility();
@@ -308,13 +320,14 @@ impl VmxVcpu {
     }
 
     /// Starts the VMX-preemption timer, if there is a deadline for it.
-    #[inline]
-    fn start_timer(&mut self) {
+    #[inline(never)]
+    fn start_timer(&mut self, vmcs: Current) {
+        self.timer_runs = TIMER_RUNS - 1;
         let Some(deadline) = self.deadline else { return };
         let ticks =
             deadline.saturating_sub(tsc::read()) >> self.machine.capabilities.preemption_timer_shift();
         // One that is too far away expires early, and the caller sets it again.
-        self.region.set(vmcs::PREEMPTION_TIMER, ticks.min(u32::MAX.into()) as u32);
+        vmcs.set(vmcs::PREEMPTION_TIMER, ticks.min(u32::MAX.into()) as u32);
     }
 
     #[inline]
@@ -329,6 +342,7 @@ impl VmxVcpu {
     /// Sets EFER and what depends on it.
     fn write_efer(&mut self, form: Form, efer: u64) {
         self.efer = efer;
+        self.entry.set(EntryControls::IA32E_GUEST, efer & EFER_LMA != 0 && form == Form::Own);
         let hardware = real_mode::efer(efer, form);
         if self.machine.controls.entry.contains(EntryControls::LOAD_EFER) {
             self.region.set(vmcs::GUEST_EFER, hardware);
@@ -400,7 +414,7 @@ impl VmxVcpu {
         self.cache.set(Hot::Cr3, cr3);
         self.registers.set_cr2(state.cr2);
         self.registers.set_dr6(state.dr6);
-        self.region.set(vmcs::GUEST_DR7, state.dr7);
+        self.cache.set(Hot::Dr7, state.dr7);
         self.cache.set(Hot::Rip, state.rip);
         self.region.set(vmcs::GUEST_GDTR_BASE, state.gdtr.base);
         self.region.set(vmcs::GUEST_GDTR_LIMIT, state.gdtr.limit.into());
@@ -459,22 +473,22 @@ impl VmxVcpu {
     }
 
     /// What the last exit tells.
-    #[inline]
-    fn exit(&mut self) -> Exit {
-        let reason = ExitReason(self.region.read(vmcs::EXIT_REASON));
-        self.vectoring = 0;
+    #[inline(always)]
+    fn exit(&mut self, vmcs: Current) -> Exit {
+        let reason = ExitReason(vmcs.read(vmcs::EXIT_REASON));
         if reason.entry_failed() {
             return self.entry_failed(reason);
         }
         self.region.set_launched();
-        self.vectoring = self.region.read(vmcs::IDT_VECTORING);
-        decode::exit(self, reason.basic())
+        self.vectoring = vmcs.read(vmcs::IDT_VECTORING);
+        decode::exit(self, vmcs, reason.basic())
     }
 
     /// The entry failed while the guest's state was loaded (SDM vol. 3, 27.8).
     #[cold]
     fn entry_failed(&mut self, reason: ExitReason) -> Exit {
         use super::exit::reason as basic;
+        self.vectoring = 0;
         match reason.basic() {
             basic::ENTRY_MACHINE_CHECK => Exit::MachineCheck,
             basic::MSR_LOADING => Exit::InvalidState("an entry of the VM-entry MSR-load area was refused"),
@@ -505,12 +519,13 @@ impl HwVcpu for VmxVcpu {
         &mut self.gprs
     }
 
-    #[inline]
+    #[inline(always)]
     fn run(&mut self, cpu: usize) -> Exit {
         if !self.settle_form() {
             return Exit::Emulate;
         }
-        self.region.make_current();
+        // SAFETY: `cpu` is this CPU, and interrupts are off until this returns; nothing here touches another region.
+        let vmcs = unsafe { self.region.current_on(cpu) };
         // SAFETY: the trait's contract: `cpu` is this CPU, and interrupts are off.
         let enabled = unsafe {
             with_this_cpu(cpu, |state| {
@@ -522,8 +537,12 @@ impl HwVcpu for VmxVcpu {
         if enabled.is_none() {
             return Exit::InvalidState("VMX is not enabled on this CPU");
         }
-        self.write_back();
-        self.start_timer();
+        self.write_back(vmcs);
+        if self.timer_runs == 0 {
+            self.start_timer(vmcs);
+        } else {
+            self.timer_runs -= 1;
+        }
         if !self.region.launched() {
             spoil::apply(&self.region);
         }
@@ -534,9 +553,9 @@ impl HwVcpu for VmxVcpu {
         if how != entry::EXITED {
             return self.not_entered(how);
         }
-        self.rsp = self.region.read(vmcs::GUEST_RSP);
+        self.rsp = vmcs.read(vmcs::GUEST_RSP);
         self.gprs[gpr::RSP] = self.rsp;
-        self.exit()
+        self.exit(vmcs)
     }
 
     #[inline]
@@ -565,8 +584,7 @@ impl HwVcpu for VmxVcpu {
     }
     #[inline]
     fn cr0(&self) -> u64 {
-        let mask = self.cr0_mask();
-        self.cache.get(Hot::Cr0, &self.region) & !mask | self.cr0_shadow & mask
+        self.cache.get(Hot::Cr0, &self.region) & !self.cr0_mask | self.cr0_shadow & self.cr0_mask
     }
     fn set_cr0(&mut self, cr0: u64) {
         const MODE: u64 = CR0_PE | CR0_PG;
@@ -612,8 +630,7 @@ impl HwVcpu for VmxVcpu {
     }
     #[inline]
     fn cr4(&self) -> u64 {
-        let mask = self.cr4_mask();
-        self.cache.get(Hot::Cr4, &self.region) & !mask | self.cr4_shadow & mask
+        self.cache.get(Hot::Cr4, &self.region) & !self.cr4_mask | self.cr4_shadow & self.cr4_mask
     }
     fn set_cr4(&mut self, cr4: u64) {
         self.write_cr4(self.form, cr4);
@@ -647,7 +664,7 @@ impl HwVcpu for VmxVcpu {
         self.registers.set_dr6(dr6);
     }
     fn dr7(&self) -> u64 {
-        self.region.read(vmcs::GUEST_DR7)
+        self.cache.get(Hot::Dr7, &self.region)
     }
     #[inline]
     fn cpl(&self) -> u8 {
@@ -664,6 +681,20 @@ impl HwVcpu for VmxVcpu {
             segment.attributes = self.real_attributes[name as usize];
         }
         segment
+    }
+    #[inline]
+    fn cs_attributes(&self) -> u16 {
+        if self.form == Form::Vm86 {
+            return self.real_attributes[SegmentName::Cs as usize];
+        }
+        from_access_rights(self.cache.get(Hot::CsRights, &self.region) as u32)
+    }
+    #[inline]
+    fn prepare_emulation(&mut self) {
+        // SAFETY: interrupts are off while a vCPU is run, and nothing here touches another region.
+        let vmcs = unsafe { self.region.current() };
+        self.cache.fill(AT_COMPLETION, &vmcs);
+        self.cache.fill(IN_EMULATION, &vmcs);
     }
     #[inline]
     fn switched_msr(&self, msr: u32) -> Option<u64> {
@@ -724,7 +755,7 @@ impl HwVcpu for VmxVcpu {
     fn set_state(&mut self, state: &CpuState) {
         // Not necessarily a form that can be entered: `settle_form` finds that.
         self.write_state(Form::Own, state);
-        self.unsettled = true;
+        self.unsettled = !self.machine.unrestricted();
         self.flush = true;
     }
 
@@ -750,8 +781,7 @@ impl HwVcpu for VmxVcpu {
 
     #[inline]
     fn exit_next_rip(&self) -> Option<u64> {
-        self.has_length
-            .then(|| self.rip().wrapping_add(self.region.read(vmcs::EXIT_INSTRUCTION_LENGTH).into()))
+        (self.length != 0).then(|| self.rip().wrapping_add(self.length))
     }
 
     #[inline]
@@ -849,8 +879,11 @@ impl HwVcpu for VmxVcpu {
         if self.deadline.is_none() {
             self.pin.insert(Pin::PREEMPTION_TIMER);
             self.region.set(vmcs::PIN_CONTROLS, self.pin.bits());
+            let exit = self.machine.controls.exit | ExitControls::SAVE_PREEMPTION_TIMER;
+            self.region.set(vmcs::EXIT_CONTROLS, exit.bits());
         }
         self.deadline = Some(tsc);
+        self.timer_runs = 0;
         reliable
     }
 

@@ -92,6 +92,8 @@ pub enum FieldType {
 
 impl Field<Natural> {
     /// A field by its encoding. VMREAD and VMWRITE of a register's width reach fields of every width.
+    #[cfg(any(test, target_os = "none"))]
+    #[inline]
     pub(super) const fn from_encoding(encoding: u32) -> Self {
         Self(encoding, PhantomData)
     }
