@@ -5,8 +5,9 @@ use std::time::Instant;
 
 use anyhow::{ensure, Context, Result};
 use xtask::bundle::Bundle;
-use xtask::emulator::{BochsCpu, Boot, Machine};
+use xtask::emulator::{BochsCpu, Boot, Kind, Machine};
 use xtask::exec::{wait_within, CommandLine};
+use xtask::guest::description::linux_cmdline;
 use xtask::guest::{initramfs, PROMPT};
 use xtask::size::Size;
 
@@ -36,8 +37,10 @@ pub(super) fn all() -> Vec<Scenario> {
 /// Boots Linux up to its prompt.
 fn boot(ctx: &Ctx, machine: &Machine) -> Result<Vm> {
     let linux = ctx.linux()?;
-    let config = "[[vm]]\nname = \"linux\"\nmemory = \"512M\"\nkernel = \"vmlinuz\"\ninitrd = \"initrd\"\n\
-                  cmdline = \"console=ttyS0\"\n";
+    let config = format!(
+        "[[vm]]\nname = \"linux\"\nmemory = \"512M\"\nkernel = \"vmlinuz\"\ninitrd = \"initrd\"\ncmdline = \"{}\"\n",
+        linux_cmdline(machine.kind == Kind::Bochs)
+    );
     let bundle = Bundle::new(config)
         .file_from("vmlinuz", &linux.kernel)?
         .file("initrd", initramfs::build(&linux.busybox)?);
