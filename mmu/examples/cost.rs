@@ -11,8 +11,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use mmu::{
     Access, AccessKind, Backing, BelowError, CpuId, CpuRole, Cr0, Cr4, DirectMmu, Efer, FaultOutcome, Gfn,
     GfnRange, Gpa, GuestCpu, Gva, HwEntry, NoPage, Npt, NptHost, PageSize, PagingContext, PagingRegs, Pfn,
-    PhysTables, RamAddr, Resolved, Slot, SlotFlags, TableCache, TablePage, TableSource, VmMemory, WalkRegs,
-    ENTRIES,
+    PhysTables, RamAddr, Resolved, Slot, SlotFlags, TableCache, TablePage, TableSource, Update, VmMemory,
+    WalkRegs, ENTRIES,
 };
 
 /// Guest memory in one array. The slot's cookie is the address of its first byte, as with a kernel's direct map.
@@ -65,10 +65,10 @@ impl TableSource<Gpa> for Flat {
     fn read_u32(&self, _: Gpa) -> Result<u32, BelowError> {
         Err(BelowError::NotRam)
     }
-    fn update_u64(&self, _: Gpa, _: u64, _: u64) -> Result<bool, BelowError> {
+    fn update_u64(&self, _: Gpa, _: u64, _: u64) -> Result<Update, BelowError> {
         Err(BelowError::NotRam)
     }
-    fn update_u32(&self, _: Gpa, _: u32, _: u32) -> Result<bool, BelowError> {
+    fn update_u32(&self, _: Gpa, _: u32, _: u32) -> Result<Update, BelowError> {
         Err(BelowError::NotRam)
     }
 }

@@ -61,9 +61,19 @@ bitflags! {
     pub struct Prot: u8 {
         /// Writes (subject to CR0.WP for supervisor accesses).
         const WRITE = 1 << 0;
-        /// User accesses.
+        /// User accesses. EPT has no such bit, and never sets it.
         const USER = 1 << 1;
-        /// Instruction fetches.
+        /// Instruction fetches; with mode-based execute control those through supervisor-mode linear addresses.
         const EXECUTE = 1 << 2;
+        /// Data reads: only EPT can say no.
+        const READ = 1 << 3;
+        /// Fetches through user-mode linear addresses: only EPT with mode-based execute control tells them apart, and sets
+        /// it.
+        const EXECUTE_USER = 1 << 4;
     }
+}
+
+impl Prot {
+    /// What no paging at all permits.
+    pub const UNPAGED: Self = Self::READ.union(Self::WRITE).union(Self::USER).union(Self::EXECUTE);
 }

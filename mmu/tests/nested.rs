@@ -2,7 +2,7 @@
 mod support;
 
 use mmu::{
-    Access, AccessKind, Cause, CpuId, CpuRole, Cr0, Cr4, Efer, Fault, Gfn, GfnRange, Gpa, GuestCpu, Gva,
+    Access, AccessKind, Cause, CpuId, CpuRole, Cr0, Cr4, Efer, FaultInfo, Gfn, GfnRange, Gpa, GuestCpu, Gva,
     Level, NGpa, NestedTables, NpfInfo, PageFaultCode, PagingContext, PagingRegs, Place, Shared, Slot,
     SlotFlags, Stage, Translation, VmMemory, WalkError, WalkRegs,
 };
@@ -49,7 +49,11 @@ impl World {
         }
         ram.set(L2_PTE, L2_PAGE << 12 | 7);
         let l2 = CpuRole::new(&role(Efer::NXE, Cr4::SMEP), &CPU);
-        Self { memory, nested: PagingContext::new(CpuRole::nested(&l1, &CPU)), l2: PagingContext::new(l2) }
+        Self {
+            memory,
+            nested: PagingContext::new(CpuRole::nested(&l1, &CPU, false)),
+            l2: PagingContext::new(l2),
+        }
     }
 
     fn tables<'w>(&'w self, shared: &'w Shared<'w, FlatRam>) -> NestedTables<'w, Shared<'w, FlatRam>> {
@@ -57,14 +61,14 @@ impl World {
     }
 
     /// Both stages, as an access of L2 makes them.
-    fn access(&self, kind: AccessKind) -> Result<Translation<Gpa>, Fault> {
+    fn access(&self, kind: AccessKind) -> Result<Translation<Gpa>, FaultInfo> {
         let shared = self.memory.shared(CpuId::BOOT);
         let regs = WalkRegs { cr3: L2_CR3, ..WalkRegs::default() };
         let l2 = self.l2.translate(&self.tables(&shared), &regs, Gva::new(VA), Access::at_cpl(kind, 3));
         let last = l2.and_then(|l2| self.nested.translate(&shared, &ncr3(), l2.address, Access::user(kind)));
         last.map_err(|error| match error {
             WalkError::Fault(fault) => fault,
-            WalkError::Contended => panic!("nobody else is here"),
+            _ => panic!("nobody else is here"),
         })
     }
 
@@ -153,12 +157,12 @@ fn a_fault_of_the_first_stage_is_a_page_fault() {
 /// CR0.WP, SMAP, SMEP and protection keys of L1 do not change how its nested tables are read.
 #[test]
 fn nested_tables_are_read_as_user_accesses() {
-    let plain = CpuRole::nested(&role(Efer::NXE, Cr4::empty()), &CPU);
+    let plain = CpuRole::nested(&role(Efer::NXE, Cr4::empty()), &CPU, false);
     for cr4 in [Cr4::SMEP, Cr4::SMAP, Cr4::PKE] {
-        assert_eq!(CpuRole::nested(&role(Efer::NXE, cr4), &CPU), plain);
+        assert_eq!(CpuRole::nested(&role(Efer::NXE, cr4), &CPU, false), plain);
     }
     let no_wp = PagingRegs { cr0: Cr0::empty(), ..role(Efer::NXE, Cr4::empty()) };
-    assert_eq!(CpuRole::nested(&no_wp, &CPU), plain);
+    assert_eq!(CpuRole::nested(&no_wp, &CPU, false), plain);
 }
 
 #[test]

@@ -20,6 +20,7 @@ const BASE: Machine = Machine {
     smep: false,
     smap: false,
     pke: false,
+    pks: false,
     lma: true,
     nxe: true,
     maxphyaddr: 46,
@@ -29,6 +30,7 @@ const BASE: Machine = Machine {
     cr3: 0x1000,
     ac: false,
     pkru: 0,
+    pkrs: 0,
 };
 
 fn memory() -> VmMemory<FlatRam> {
@@ -54,6 +56,7 @@ fn context(m: &Machine) -> PagingContext<Gva, Gpa> {
         (Cr4::SMEP, m.smep),
         (Cr4::SMAP, m.smap),
         (Cr4::PKE, m.pke),
+        (Cr4::PKS, m.pks),
     ] {
         cr4.set(bit, set);
     }
@@ -66,7 +69,7 @@ fn context(m: &Machine) -> PagingContext<Gva, Gpa> {
 }
 
 fn regs(m: &Machine) -> WalkRegs {
-    WalkRegs { cr3: m.cr3, pkru: m.pkru, ac: m.ac, pdptes: None }
+    WalkRegs { cr3: m.cr3, pkru: m.pkru, pkrs: m.pkrs, ac: m.ac, pdptes: None }
 }
 
 fn access(what: What, who: Who) -> Access {
@@ -158,7 +161,7 @@ fn compare_fast(
             assert_eq!(fault.address, if m.lma { va } else { va & 0xffff_ffff });
             Err(fault.page_fault_code().bits())
         }
-        Err(WalkError::Contended) => panic!("nobody else is here"),
+        Err(_) => panic!("nobody else is here"),
     };
     assert_eq!(found, expected, "{m:?} va {va:#x} {what:?} {who:?}");
 }

@@ -1,9 +1,9 @@
 //! One walk through a guest's tables: reads and checks entries, changes nothing.
 use super::context::{PagingContext, Translation, WalkRegs};
-use super::fault::{Cause, Fault, WalkError};
+use super::fault::{Cause, FaultInfo, WalkError};
 use super::source::TableSource;
 use crate::access::{Access, AccessKind, Prot};
-use crate::addr::{Address, MAX_PHYSICAL_BITS, PAGE_SHIFT};
+use crate::addr::{Address, Stage, MAX_PHYSICAL_BITS, PAGE_SHIFT};
 use crate::level::Level;
 use crate::role::{PagingMode, RoleFlags};
 
@@ -14,17 +14,34 @@ const WRITE: u64 = 1 << 1;
 /// U/S: user.
 const USER: u64 = 1 << 2;
 /// A: accessed.
-const ACCESSED: u64 = 1 << 5;
+pub(super) const ACCESSED: u64 = 1 << 5;
 /// D: dirty.
-const DIRTY: u64 = 1 << 6;
-/// PS: page size.
-const LARGE: u64 = 1 << 7;
+pub(super) const DIRTY: u64 = 1 << 6;
+/// PS: page size, of EPT as well.
+pub(super) const LARGE: u64 = 1 << 7;
+/// G: global.
+pub(super) const GLOBAL: u64 = 1 << 8;
 /// NX: no execute.
 const NO_EXECUTE: u64 = 1 << 63;
 /// Frame number field of an 8-byte entry.
 const FRAME: u64 = ((1 << MAX_PHYSICAL_BITS) - 1) & !((1 << PAGE_SHIFT) - 1);
 /// Lowest bit of the protection key in a leaf.
-const KEY_SHIFT: u32 = 59;
+pub(super) const KEY_SHIFT: u32 = 59;
+
+/// EPT: data reads.
+const EPT_READ: u64 = 1 << 0;
+/// EPT: data writes.
+const EPT_WRITE: u64 = 1 << 1;
+/// EPT: fetches.
+const EPT_EXECUTE: u64 = 1 << 2;
+/// EPT: lowest bit of a leaf's memory type.
+const EPT_TYPE_SHIFT: u32 = 3;
+/// EPT: accessed.
+pub(super) const EPT_ACCESSED: u64 = 1 << 8;
+/// EPT: dirty.
+pub(super) const EPT_DIRTY: u64 = 1 << 9;
+/// EPT: fetches through user-mode addresses, with mode-based execute control.
+const EPT_EXECUTE_USER: u64 = 1 << 10;
 
 /// Frame number field of a 4-byte entry, and of CR3 with those.
 const FRAME32: u64 = 0xffff_f000;
@@ -47,11 +64,10 @@ pub(super) struct Walker<'w, In, Out, S, V> {
     any: u64,
     /// The walk succeeded, and a bit that the access sets is not set yet.
     pub(super) unmarked: bool,
-}
-
-/// `entry` after it was used.
-pub(super) const fn marked(entry: u64, written: bool) -> u64 {
-    entry | ACCESSED | if written { DIRTY } else { 0 }
+    /// Level of the leaf, once it has succeeded.
+    pub(super) leaf: Level,
+    /// PAE: the PDPTE.
+    pub(super) pdpte: Option<u64>,
 }
 
 impl<'w, In, Out, S, V> Walker<'w, In, Out, S, V>
@@ -71,8 +87,8 @@ where
         visit: V,
     ) -> Self {
         let table = regs.cr3 & FRAME;
-        let (all, any, unmarked) = (u64::MAX, 0, false);
-        Self { context, tables, regs, address, access, visit, table, all, any, unmarked }
+        let (all, any, unmarked, leaf) = (u64::MAX, 0, false, Level::L1);
+        Self { context, tables, regs, address, access, visit, table, all, any, unmarked, leaf, pdpte: None }
     }
 
     /// A walk in whatever mode the context is for.
@@ -80,29 +96,45 @@ where
         match self.context.role().mode() {
             PagingMode::FiveLevel => {
                 self.table = self.entry(Level::L5)? & FRAME;
-                self.four_levels()
+                self.lower_four_levels()
             }
             PagingMode::FourLevel => self.four_levels(),
             PagingMode::Pae => {
-                self.cut_address();
-                self.table = self.pdpte()? & FRAME;
+                self.fit(32, Level::L3)?;
+                let pdpte = self.pdpte()?;
+                self.pdpte = Some(pdpte);
+                self.table = pdpte & FRAME;
                 self.two_levels()
             }
             PagingMode::TwoLevel => {
-                self.cut_address();
+                self.fit(32, Level::L2)?;
                 self.short_entries()
             }
             PagingMode::Unpaged => {
-                self.cut_address();
+                self.fit(32, Level::L1)?;
                 let address = Out::from_bits_truncate(self.address.bits());
-                Ok(Translation { address, page_bytes: 1 << 32, prot: Prot::all() })
+                Ok(Translation { address, page_bytes: 1 << 32, prot: Prot::UNPAGED })
             }
+            PagingMode::EptFourLevel => {
+                self.fit(48, Level::L4)?;
+                self.ept_levels(Level::L4)
+            }
+            PagingMode::EptFiveLevel => self.ept_levels(Level::L5),
         }
+    }
+
+    /// A walk of four levels of 8-byte entries.
+    #[inline(always)]
+    pub(super) fn four_levels(&mut self) -> Result<Translation<Out>, WalkError> {
+        if In::STAGE != Stage::Gva {
+            self.fit(48, Level::L4)?;
+        }
+        self.lower_four_levels()
     }
 
     /// 8-byte entries, from level 4 on.
     #[inline(always)]
-    pub(super) fn four_levels(&mut self) -> Result<Translation<Out>, WalkError> {
+    fn lower_four_levels(&mut self) -> Result<Translation<Out>, WalkError> {
         self.table = self.entry(Level::L4)? & FRAME;
         let entry = self.entry(Level::L3)?;
         if entry & LARGE != 0 {
@@ -168,6 +200,69 @@ where
         let address = Out::from_bits_truncate(start | self.address.bits() & (page_bytes - 1));
         let clean = self.access.kind == AccessKind::Write && entry & DIRTY == 0;
         self.unmarked = clean || self.all & ACCESSED == 0;
+        self.leaf = level;
+        Ok(Translation { address, page_bytes, prot })
+    }
+
+    /// Extended page tables, from level `top` on.
+    fn ept_levels(&mut self, top: Level) -> Result<Translation<Out>, WalkError> {
+        let mut level = top;
+        loop {
+            let at = self.table | (level.index(self.address.bits() >> PAGE_SHIFT) as u64) << 3;
+            let entry = match self.tables.read_u64(Out::from_bits_truncate(at)) {
+                Ok(entry) => entry,
+                Err(error) => return Err(error.into_walk(self.fault(level))),
+            };
+            self.meet(entry);
+            if entry & self.ept_rights() == 0 {
+                return Err(WalkError::Fault(self.fault(level)));
+            }
+            let below = level.down();
+            let large = matches!(level, Level::L2 | Level::L3) && entry & LARGE != 0;
+            if self.misconfigured(level, entry, large) {
+                return Err(WalkError::Fault(FaultInfo { cause: Cause::Reserved, ..self.fault(level) }));
+            }
+            (self.visit)(at, entry);
+            match below {
+                Some(below) if !large => {
+                    self.table = entry & FRAME;
+                    level = below;
+                }
+                _ => return self.reach_by_ept(level, entry),
+            }
+        }
+    }
+
+    /// Bits that make an entry of EPT present.
+    fn ept_rights(&self) -> u64 {
+        let rights = EPT_READ | EPT_WRITE | EPT_EXECUTE;
+        if self.context.role().flags().contains(RoleFlags::MODE_BASED_EXECUTE) {
+            rights | EPT_EXECUTE_USER
+        } else {
+            rights
+        }
+    }
+
+    /// Whether the entry of EPT is misconfigured (Intel SDM vol. 3, 29.3.3.1).
+    fn misconfigured(&self, level: Level, entry: u64, large: bool) -> bool {
+        let leaf = large || level == Level::L1;
+        let reserved = entry & self.context.wrong[level.ordinal()][usize::from(large)] != 0;
+        let hides_reads = entry & EPT_READ == 0
+            && (entry & EPT_WRITE != 0 || !self.context.role().flags().contains(RoleFlags::EXECUTE_ONLY));
+        let unknown_type = leaf && matches!(entry >> EPT_TYPE_SHIFT & 7, 2 | 3 | 7);
+        reserved || hides_reads || unknown_type
+    }
+
+    /// The end of a walk of EPT: `entry` is the leaf.
+    fn reach_by_ept(&mut self, level: Level, entry: u64) -> Result<Translation<Out>, WalkError> {
+        let prot = ept_prot(self.all, self.context.role().flags());
+        self.context.check(self.regs, self.address, self.access, level, (prot, 0))?;
+        let page_bytes = 1 << level.shift();
+        let inside = page_bytes - 1;
+        let address = Out::from_bits_truncate(entry & FRAME & !inside | self.address.bits() & inside);
+        let clean = self.access.kind == AccessKind::Write && entry & EPT_DIRTY == 0;
+        self.unmarked = self.context.role().keeps_accessed_dirty() && (clean || self.all & EPT_ACCESSED == 0);
+        self.leaf = level;
         Ok(Translation { address, page_bytes, prot })
     }
 
@@ -183,7 +278,7 @@ where
         };
         if (pdpte ^ PRESENT) & self.context.wrong[Level::L3.ordinal()][0] != 0 {
             let cause = if pdpte & PRESENT == 0 { Cause::NotPresent } else { Cause::Reserved };
-            return Err(WalkError::Fault(Fault { cause, ..self.fault(Level::L3) }));
+            return Err(WalkError::Fault(FaultInfo { cause, ..self.fault(Level::L3) }));
         }
         Ok(pdpte)
     }
@@ -216,9 +311,20 @@ where
         Ok(entry)
     }
 
-    /// Outside long mode addresses have 32 bits.
-    fn cut_address(&mut self) {
-        self.address = In::from_bits_truncate(self.address.bits() & u64::from(u32::MAX));
+    /// Linear addresses have `width` bits here; a second stage that is asked for more has no entry for them, in its table at
+    /// level `top`.
+    #[inline(always)]
+    fn fit(&mut self, width: u32, top: Level) -> Result<(), WalkError> {
+        let address = self.address.bits();
+        if address >> width == 0 {
+            return Ok(());
+        }
+        if In::STAGE == Stage::Gva {
+            self.address = In::from_bits_truncate(address & ((1 << width) - 1));
+            return Ok(());
+        }
+        self.all = 0;
+        Err(WalkError::Fault(self.fault(top)))
     }
 
     #[inline(always)]
@@ -230,30 +336,54 @@ where
     /// What the entries so far permit.
     #[inline(always)]
     fn prot(&self) -> Prot {
-        let data = (self.all & (WRITE | USER)) >> 1;
-        let execute = (!self.any & NO_EXECUTE) >> 61;
-        Prot::from_bits_truncate((data | execute) as u8)
+        prot(self.all, self.any)
     }
 
     /// The error for an entry that is not present or has a reserved bit set.
-    #[inline(always)]
+    #[cold]
+    #[inline(never)]
     fn bad_entry(&mut self, level: Level, entry: u64) -> WalkError {
         if entry & PRESENT == 0 {
             return WalkError::Fault(self.fault(level));
         }
         self.meet(entry);
-        WalkError::Fault(Fault { cause: Cause::Reserved, ..self.fault(level) })
+        WalkError::Fault(FaultInfo { cause: Cause::Reserved, ..self.fault(level) })
     }
 
     /// A fault at `level`, of an entry that is not present unless the caller knows better.
-    #[inline(always)]
-    fn fault(&self, level: Level) -> Fault {
-        self.context.fault_at(self.address, self.access, level, self.prot())
+    #[cold]
+    #[inline(never)]
+    fn fault(&self, level: Level) -> FaultInfo {
+        let role = self.context.role();
+        let found = if role.is_ept() { ept_prot(self.all, role.flags()) } else { self.prot() };
+        self.context.fault_at(self.address, self.access, level, found)
     }
+}
+
+/// What entries permit, given their AND and their OR.
+#[inline(always)]
+pub(super) const fn prot(all: u64, any: u64) -> Prot {
+    let data = (all & (WRITE | USER)) >> 1;
+    let execute = (!any & NO_EXECUTE) >> 61;
+    Prot::from_bits_truncate((data | execute) as u8 | Prot::READ.bits())
+}
+
+/// What entries of EPT permit, given their AND.
+pub(super) const fn ept_prot(all: u64, flags: RoleFlags) -> Prot {
+    let read = (all & EPT_READ) << 3;
+    let write = (all & EPT_WRITE) >> 1;
+    let execute = all & EPT_EXECUTE;
+    let by_user =
+        if flags.contains(RoleFlags::MODE_BASED_EXECUTE) { (all & EPT_EXECUTE_USER) >> 6 } else { 0 };
+    Prot::from_bits_truncate((read | write | execute | by_user) as u8)
 }
 
 const _: () = assert!(
     Prot::WRITE.bits() as u64 == WRITE >> 1
         && Prot::USER.bits() as u64 == USER >> 1
         && Prot::EXECUTE.bits() as u64 == NO_EXECUTE >> 61
+        && Prot::READ.bits() as u64 == EPT_READ << 3
+        && Prot::WRITE.bits() as u64 == EPT_WRITE >> 1
+        && Prot::EXECUTE.bits() as u64 == EPT_EXECUTE
+        && Prot::EXECUTE_USER.bits() as u64 == EPT_EXECUTE_USER >> 6
 );

@@ -11,6 +11,7 @@ pub struct Machine {
     pub smep: bool,
     pub smap: bool,
     pub pke: bool,
+    pub pks: bool,
     pub lma: bool,
     pub nxe: bool,
     pub maxphyaddr: u32,
@@ -20,6 +21,7 @@ pub struct Machine {
     pub cr3: u64,
     pub ac: bool,
     pub pkru: u32,
+    pub pkrs: u32,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -162,12 +164,13 @@ pub fn walk(
             What::Fetch => executable,
         }
     };
-    // SDM 4.6.2.
+    // SDM 4.6.2: user-mode addresses have PKRU, supervisor-mode addresses IA32_PKRS.
     let mut key_denies = false;
-    if m.lma && m.pke && user_page && what != What::Fetch {
+    let (keys_on, key_rights) = if user_page { (m.pke, m.pkru) } else { (m.pks, m.pkrs) };
+    if m.lma && keys_on && what != What::Fetch {
         let key = (leaf.entry >> 59 & 15) as u32;
-        let access_disabled = m.pkru >> (2 * key) & 1 == 1;
-        let write_disabled = m.pkru >> (2 * key + 1) & 1 == 1;
+        let access_disabled = key_rights >> (2 * key) & 1 == 1;
+        let write_disabled = key_rights >> (2 * key + 1) & 1 == 1;
         key_denies = access_disabled || (what == What::Write && write_disabled && (user || m.wp));
     }
     if !allowed || key_denies {
