@@ -26,8 +26,13 @@ const MAX_RESTARTS: usize = 8;
 pub struct PagingContext<In, Out> {
     role: CpuRole,
     permissions: &'static Permissions,
-    /// Reserved bits, and bit 0 for entries that are not present.
+    /// Reserved bits, and bit 0 for entries that are not present, both of entries in positive form.
     pub(super) wrong: Reserved,
+    /// An entry XOR this is its positive form: one AND over all levels says what they permit. Turned around are NX, if it has
+    /// a meaning, and P, which so is an error where it is set. Not for EPT.
+    pub(super) flip: u64,
+    /// What is permitted whatever the entries say.
+    pub(super) implied: Prot,
     stages: PhantomData<fn(In) -> Out>,
 }
 
@@ -61,7 +66,23 @@ pub struct Translation<Out> {
 impl<In: Address, Out: Address> PagingContext<In, Out> {
     /// The context of a role.
     pub const fn new(role: CpuRole) -> Self {
-        Self { role, permissions: permissions(&role), wrong: reserved(&role), stages: PhantomData }
+        let no_execute = role.flags().contains(RoleFlags::NX);
+        let mut wrong = reserved(&role);
+        if matches!(role.mode(), PagingMode::Pae | PagingMode::FourLevel | PagingMode::FiveLevel) {
+            // The walk meets large pages where it meets what is wrong with a link.
+            wrong[Level::L2.ordinal()][0] |= walker::LARGE;
+            if !matches!(role.mode(), PagingMode::Pae) {
+                wrong[Level::L3.ordinal()][0] |= walker::LARGE;
+            }
+        }
+        Self {
+            role,
+            permissions: permissions(&role),
+            wrong,
+            flip: walker::PRESENT | if no_execute { walker::NO_EXECUTE } else { 0 },
+            implied: if no_execute { Prot::READ } else { Prot::READ.union(Prot::EXECUTE) },
+            stages: PhantomData,
+        }
     }
 
     /// The role the context was made for: while it stays the same, so does the context.
@@ -105,7 +126,7 @@ impl<In: Address, Out: Address> PagingContext<In, Out> {
         access: Access,
     ) -> Result<GuestWalk<Out>, WalkError> {
         let (translation, trail) = self.walk_and_mark(tables, regs, address, access)?;
-        Ok(GuestWalk::new(&self.role, translation, &trail, access))
+        Ok(GuestWalk::new(self, translation, &trail, access))
     }
 
     /// The access that L1's nested tables see when L2 makes `access` to an address that its own tables permit `linear` at.

@@ -1,10 +1,10 @@
 //! All of a walk: what a shadow of a guest's tables is made from.
-use super::context::Translation;
-use super::walker::{ept_prot, prot, DIRTY, EPT_DIRTY, GLOBAL, KEY_SHIFT};
+use super::context::{PagingContext, Translation};
+use super::walker::{DIRTY, EPT_DIRTY, GLOBAL, KEY_SHIFT};
 use crate::access::{Access, AccessKind, Prot};
 use crate::addr::Address;
 use crate::level::Level;
-use crate::role::{CpuRole, PagingMode};
+use crate::role::PagingMode;
 
 /// Entries that a walk has at most.
 const MAX_STEPS: usize = 5;
@@ -45,17 +45,22 @@ pub struct GuestWalk<Out> {
 
 impl<Out: Address> GuestWalk<Out> {
     #[inline(never)]
-    pub(super) fn new(role: &CpuRole, translation: Translation<Out>, trail: &Trail, access: Access) -> Self {
+    pub(super) fn new<In: Address>(
+        context: &PagingContext<In, Out>,
+        translation: Translation<Out>,
+        trail: &Trail,
+        access: Access,
+    ) -> Self {
+        let role = context.role();
         let ept = role.is_ept();
         let none =
             WalkStep { level: Level::L1, at: Out::from_bits_truncate(0), entry: 0, parents: Prot::empty() };
         let (mut steps, mut len) = ([none; MAX_STEPS], 0);
-        let (mut all, mut any) = (u64::MAX, 0);
+        let mut all = u64::MAX;
         for ((level, step), place) in trail.steps().zip(&mut steps) {
-            let parents = if ept { ept_prot(all, role.flags()) } else { prot(all, any) };
+            let parents = if ept { context.prot_by_ept(all) } else { context.prot(all) };
             *place = WalkStep { level, at: Out::from_bits_truncate(step.at), entry: step.entry, parents };
-            all &= step.entry;
-            any |= step.entry;
+            all &= if ept { step.entry } else { step.entry ^ context.flip };
             len += 1;
         }
         let leaf = trail.leaf_entry().unwrap_or(0);

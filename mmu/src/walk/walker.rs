@@ -8,7 +8,7 @@ use crate::level::Level;
 use crate::role::{PagingMode, RoleFlags};
 
 /// P: present.
-const PRESENT: u64 = 1 << 0;
+pub(super) const PRESENT: u64 = 1 << 0;
 /// R/W: writable.
 const WRITE: u64 = 1 << 1;
 /// U/S: user.
@@ -22,7 +22,7 @@ pub(super) const LARGE: u64 = 1 << 7;
 /// G: global.
 pub(super) const GLOBAL: u64 = 1 << 8;
 /// NX: no execute.
-const NO_EXECUTE: u64 = 1 << 63;
+pub(super) const NO_EXECUTE: u64 = 1 << 63;
 /// Frame number field of an 8-byte entry.
 const FRAME: u64 = ((1 << MAX_PHYSICAL_BITS) - 1) & !((1 << PAGE_SHIFT) - 1);
 /// Lowest bit of the protection key in a leaf.
@@ -58,10 +58,9 @@ pub(super) struct Walker<'w, In, Out, S, V> {
     /// Called with address and value of each entry that has an accessed bit, from the top.
     visit: V,
     table: u64,
-    /// AND of the entries: what all levels permit, and whether all were accessed.
+    /// AND of the entries, in the positive form of [`PagingContext::flip`]: what all levels permit, and whether all were
+    /// accessed.
     all: u64,
-    /// OR of the entries: whether any level forbids fetches.
-    any: u64,
     /// The walk succeeded, and a bit that the access sets is not set yet.
     pub(super) unmarked: bool,
     /// Level of the leaf, once it has succeeded.
@@ -87,15 +86,19 @@ where
         visit: V,
     ) -> Self {
         let table = regs.cr3 & FRAME;
-        let (all, any, unmarked, leaf) = (u64::MAX, 0, false, Level::L1);
-        Self { context, tables, regs, address, access, visit, table, all, any, unmarked, leaf, pdpte: None }
+        let (all, unmarked, leaf) = (u64::MAX, false, Level::L1);
+        Self { context, tables, regs, address, access, visit, table, all, unmarked, leaf, pdpte: None }
     }
 
     /// A walk in whatever mode the context is for.
     pub(super) fn any_mode(&mut self) -> Result<Translation<Out>, WalkError> {
         match self.context.role().mode() {
             PagingMode::FiveLevel => {
-                self.table = self.entry(Level::L5)? & FRAME;
+                let (at, entry) = self.read(Level::L5)?;
+                if self.is_unusual(Level::L5, entry) {
+                    return Err(self.bad_entry(Level::L5, entry));
+                }
+                self.descend(at, entry);
                 self.lower_four_levels()
             }
             PagingMode::FourLevel => self.four_levels(),
@@ -135,51 +138,77 @@ where
     /// 8-byte entries, from level 4 on.
     #[inline(always)]
     fn lower_four_levels(&mut self) -> Result<Translation<Out>, WalkError> {
-        self.table = self.entry(Level::L4)? & FRAME;
-        let entry = self.entry(Level::L3)?;
-        if entry & LARGE != 0 {
-            return self.finish(Level::L3, entry);
+        let (at, entry) = self.read(Level::L4)?;
+        if self.is_unusual(Level::L4, entry) {
+            return Err(self.bad_entry(Level::L4, entry));
         }
-        self.table = entry & FRAME;
+        self.descend(at, entry);
+        let (at, entry) = self.read(Level::L3)?;
+        if self.is_unusual(Level::L3, entry) {
+            return self.large_page(Level::L3, at, entry);
+        }
+        self.descend(at, entry);
         self.two_levels()
     }
 
     /// 8-byte entries, from level 2 on.
     #[inline(always)]
     fn two_levels(&mut self) -> Result<Translation<Out>, WalkError> {
-        let entry = self.entry(Level::L2)?;
-        if entry & LARGE != 0 {
-            return self.finish(Level::L2, entry);
+        let (at, entry) = self.read(Level::L2)?;
+        if self.is_unusual(Level::L2, entry) {
+            return self.large_page(Level::L2, at, entry);
         }
-        self.table = entry & FRAME;
-        let entry = self.entry(Level::L1)?;
-        self.finish(Level::L1, entry)
+        self.descend(at, entry);
+        let (at, entry) = self.read(Level::L1)?;
+        if self.is_unusual(Level::L1, entry) {
+            return Err(self.bad_entry(Level::L1, entry));
+        }
+        self.finish(Level::L1, at, entry)
     }
 
-    /// Reads and checks the 8-byte entry in the walk's table, which is at `level`.
+    /// Reads the 8-byte entry in the walk's table, which is at `level`: where it is, and its positive form.
     #[inline(always)]
-    fn entry(&mut self, level: Level) -> Result<u64, WalkError> {
+    fn read(&self, level: Level) -> Result<(u64, u64), WalkError> {
         let at = self.table | (level.index(self.address.bits() >> PAGE_SHIFT) as u64) << 3;
-        let entry = match self.tables.read_u64(Out::from_bits_truncate(at)) {
-            Ok(entry) => entry,
-            Err(error) => return Err(error.into_walk(self.fault(level))),
-        };
-        // Not present and reserved are one test: the masks have bit 0 set. Only at levels 2 and 3 does bit 7 decide what
-        // else is reserved.
-        let [link, leaf] = self.context.wrong[level.ordinal()];
-        let large = matches!(level, Level::L2 | Level::L3) && entry & LARGE != 0;
-        let wrong = if large { leaf } else { link };
-        if (entry ^ PRESENT) & wrong != 0 {
+        match self.tables.read_u64(Out::from_bits_truncate(at)) {
+            Ok(entry) => Ok((at, entry ^ self.context.flip)),
+            Err(error) => Err(error.into_walk(self.fault(level))),
+        }
+    }
+
+    /// Whether the entry is no link, or at the lowest level no page: in positive form one test finds what is not present,
+    /// reserved, or a large page.
+    #[inline(always)]
+    fn is_unusual(&self, level: Level, entry: u64) -> bool {
+        entry & self.context.wrong[level.ordinal()][0] != 0
+    }
+
+    /// `entry` is a link: on to its table.
+    #[inline(always)]
+    fn descend(&mut self, at: u64, entry: u64) {
+        self.pass(at, entry);
+        self.table = entry & FRAME;
+    }
+
+    #[inline(always)]
+    fn pass(&mut self, at: u64, entry: u64) {
+        self.all &= entry;
+        (self.visit)(at, entry ^ self.context.flip);
+    }
+
+    /// `entry` is a large page, or wrong.
+    #[inline(always)]
+    fn large_page(&mut self, level: Level, at: u64, entry: u64) -> Result<Translation<Out>, WalkError> {
+        if entry & LARGE == 0 || entry & self.context.wrong[level.ordinal()][1] != 0 {
             return Err(self.bad_entry(level, entry));
         }
-        self.meet(entry);
-        (self.visit)(at, entry);
-        Ok(entry)
+        self.finish(level, at, entry)
     }
 
     /// The end of a walk of 8-byte entries: `entry` is the leaf.
     #[inline(always)]
-    fn finish(&mut self, level: Level, entry: u64) -> Result<Translation<Out>, WalkError> {
+    fn finish(&mut self, level: Level, at: u64, entry: u64) -> Result<Translation<Out>, WalkError> {
+        self.pass(at, entry);
         let key = (entry >> KEY_SHIFT & 15) as u32;
         let page_bytes = 1 << level.shift();
         self.reach(level, entry, key, entry & FRAME & !(page_bytes - 1), page_bytes)
@@ -195,7 +224,7 @@ where
         start: u64,
         page_bytes: u64,
     ) -> Result<Translation<Out>, WalkError> {
-        let prot = self.prot();
+        let prot = self.context.prot(self.all);
         self.context.check(self.regs, self.address, self.access, level, (prot, key))?;
         let address = Out::from_bits_truncate(start | self.address.bits() & (page_bytes - 1));
         let clean = self.access.kind == AccessKind::Write && entry & DIRTY == 0;
@@ -213,7 +242,7 @@ where
                 Ok(entry) => entry,
                 Err(error) => return Err(error.into_walk(self.fault(level))),
             };
-            self.meet(entry);
+            self.all &= entry;
             if entry & self.ept_rights() == 0 {
                 return Err(WalkError::Fault(self.fault(level)));
             }
@@ -255,7 +284,7 @@ where
 
     /// The end of a walk of EPT: `entry` is the leaf.
     fn reach_by_ept(&mut self, level: Level, entry: u64) -> Result<Translation<Out>, WalkError> {
-        let prot = ept_prot(self.all, self.context.role().flags());
+        let prot = self.context.prot_by_ept(self.all);
         self.context.check(self.regs, self.address, self.access, level, (prot, 0))?;
         let page_bytes = 1 << level.shift();
         let inside = page_bytes - 1;
@@ -297,18 +326,18 @@ where
         self.reach(Level::L1, entry, 0, entry & FRAME32, 1 << 12)
     }
 
-    /// Reads and checks the 4-byte entry in the walk's table, whose index starts at address bit `shift`.
+    /// Reads and checks the 4-byte entry in the walk's table, whose index starts at address bit `shift`; in positive form.
     fn short_entry(&mut self, level: Level, shift: u32) -> Result<u64, WalkError> {
         let at = self.table | ((self.address.bits() >> shift) & 0x3ff) << 2;
         let entry = self.tables.read_u32(Out::from_bits_truncate(at));
         let entry = u64::from(entry.map_err(|error| error.into_walk(self.fault(level)))?);
-        let wrong = self.context.wrong[level.ordinal()][usize::from(entry & LARGE != 0)];
-        if (entry ^ PRESENT) & wrong != 0 {
-            return Err(self.bad_entry(level, entry));
+        let positive = entry ^ self.context.flip;
+        if positive & self.context.wrong[level.ordinal()][usize::from(entry & LARGE != 0)] != 0 {
+            return Err(self.bad_entry(level, positive));
         }
-        self.meet(entry);
+        self.all &= positive;
         (self.visit)(at, entry);
-        Ok(entry)
+        Ok(positive)
     }
 
     /// Linear addresses have `width` bits here; a second stage that is asked for more has no entry for them, in its table at
@@ -327,63 +356,64 @@ where
         Err(WalkError::Fault(self.fault(top)))
     }
 
+    /// The error for an entry, in positive form, that is not present or has a reserved bit set.
     #[inline(always)]
-    fn meet(&mut self, entry: u64) {
-        self.all &= entry;
-        self.any |= entry;
-    }
-
-    /// What the entries so far permit.
-    #[inline(always)]
-    fn prot(&self) -> Prot {
-        prot(self.all, self.any)
-    }
-
-    /// The error for an entry that is not present or has a reserved bit set.
-    #[cold]
-    #[inline(never)]
-    fn bad_entry(&mut self, level: Level, entry: u64) -> WalkError {
-        if entry & PRESENT == 0 {
-            return WalkError::Fault(self.fault(level));
-        }
-        self.meet(entry);
-        WalkError::Fault(FaultInfo { cause: Cause::Reserved, ..self.fault(level) })
+    fn bad_entry(&self, level: Level, entry: u64) -> WalkError {
+        self.context.bad_entry(self.address, self.access, level, self.all, entry)
     }
 
     /// A fault at `level`, of an entry that is not present unless the caller knows better.
-    #[cold]
-    #[inline(never)]
+    ///
+    /// No reference to the walker leaves it, so that a walk stays in registers.
+    #[inline(always)]
     fn fault(&self, level: Level) -> FaultInfo {
-        let role = self.context.role();
-        let found = if role.is_ept() { ept_prot(self.all, role.flags()) } else { self.prot() };
-        self.context.fault_at(self.address, self.access, level, found)
+        self.context.fault_after(self.address, self.access, level, self.all)
     }
 }
 
-/// What entries permit, given their AND and their OR.
-#[inline(always)]
-pub(super) const fn prot(all: u64, any: u64) -> Prot {
-    let data = (all & (WRITE | USER)) >> 1;
-    let execute = (!any & NO_EXECUTE) >> 61;
-    Prot::from_bits_truncate((data | execute) as u8 | Prot::READ.bits())
-}
+impl<In: Address, Out: Address> PagingContext<In, Out> {
+    /// What entries permit, given the AND of their positive forms.
+    #[inline(always)]
+    pub(super) fn prot(&self, all: u64) -> Prot {
+        let rights = all & (WRITE | USER | NO_EXECUTE);
+        Prot::from_bits_retain(rights.rotate_left(2) as u8 | self.implied.bits())
+    }
 
-/// What entries of EPT permit, given their AND.
-pub(super) const fn ept_prot(all: u64, flags: RoleFlags) -> Prot {
-    let read = (all & EPT_READ) << 3;
-    let write = (all & EPT_WRITE) >> 1;
-    let execute = all & EPT_EXECUTE;
-    let by_user =
-        if flags.contains(RoleFlags::MODE_BASED_EXECUTE) { (all & EPT_EXECUTE_USER) >> 6 } else { 0 };
-    Prot::from_bits_truncate((read | write | execute | by_user) as u8)
+    /// What entries of EPT permit, given their AND.
+    pub(super) fn prot_by_ept(&self, all: u64) -> Prot {
+        let read = all & EPT_READ;
+        let write = (all & EPT_WRITE) << 2;
+        let execute = (all & EPT_EXECUTE) >> 1;
+        let mode_based = self.role().flags().contains(RoleFlags::MODE_BASED_EXECUTE);
+        let by_user = if mode_based { (all & EPT_EXECUTE_USER) >> 8 } else { 0 };
+        Prot::from_bits_truncate((read | write | execute | by_user) as u8)
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn bad_entry(&self, address: In, access: Access, level: Level, all: u64, entry: u64) -> WalkError {
+        if entry & PRESENT != 0 {
+            return WalkError::Fault(self.fault_after(address, access, level, all));
+        }
+        let fault = self.fault_after(address, access, level, all & entry);
+        WalkError::Fault(FaultInfo { cause: Cause::Reserved, ..fault })
+    }
+
+    /// A fault after entries with this AND.
+    #[cold]
+    #[inline(never)]
+    fn fault_after(&self, address: In, access: Access, level: Level, all: u64) -> FaultInfo {
+        let found = if self.role().is_ept() { self.prot_by_ept(all) } else { self.prot(all) };
+        self.fault_at(address, access, level, found)
+    }
 }
 
 const _: () = assert!(
-    Prot::WRITE.bits() as u64 == WRITE >> 1
-        && Prot::USER.bits() as u64 == USER >> 1
-        && Prot::EXECUTE.bits() as u64 == NO_EXECUTE >> 61
-        && Prot::READ.bits() as u64 == EPT_READ << 3
-        && Prot::WRITE.bits() as u64 == EPT_WRITE >> 1
-        && Prot::EXECUTE.bits() as u64 == EPT_EXECUTE
-        && Prot::EXECUTE_USER.bits() as u64 == EPT_EXECUTE_USER >> 6
+    Prot::WRITE.bits() as u64 == WRITE << 2
+        && Prot::USER.bits() as u64 == USER << 2
+        && Prot::EXECUTE.bits() as u64 == NO_EXECUTE.rotate_left(2)
+        && Prot::READ.bits() as u64 == EPT_READ
+        && Prot::WRITE.bits() as u64 == EPT_WRITE << 2
+        && Prot::EXECUTE.bits() as u64 == EPT_EXECUTE >> 1
+        && Prot::EXECUTE_USER.bits() as u64 == EPT_EXECUTE_USER >> 8
 );
