@@ -6,7 +6,7 @@ use super::permission::{forbids, index, permissions, Permissions};
 use super::reserved::{reserved, Reserved};
 use super::result::{GuestWalk, Trail};
 use super::source::{LogFull, TableSource, Update};
-use super::walker::{self, Walker};
+use super::walker::{self, Full, Quick, Walker};
 use crate::access::{Access, AccessKind, Agent, Prot};
 use crate::addr::{Address, NGpa, PAGE_SIZE};
 use crate::level::Level;
@@ -107,10 +107,11 @@ impl<In: Address, Out: Address> PagingContext<In, Out> {
         access: Access,
     ) -> Result<Translation<Out>, WalkError> {
         if self.role.mode() == PagingMode::FourLevel {
-            let mut walker = Walker::new(self, tables, regs, address, access, |_, _| {});
-            let translation = walker.four_levels();
-            if !walker.unmarked {
-                return translation;
+            let mut walker = Walker::<Quick, _, _, _, _>::new(self, tables, regs, address, access, |_, _| {});
+            if let Ok(translation) = walker.four_levels() {
+                if !walker.unmarked {
+                    return Ok(translation);
+                }
             }
         }
         self.translate_and_mark(tables, regs, address, access)
@@ -171,7 +172,9 @@ impl<In: Address, Out: Address> PagingContext<In, Out> {
         for _ in 0..MAX_RESTARTS {
             let mut trail = Trail::new();
             let mut walker =
-                Walker::new(self, tables, regs, address, access, |at, entry| trail.push(at, entry));
+                Walker::<Full, _, _, _, _>::new(self, tables, regs, address, access, |at, entry| {
+                    trail.push(at, entry)
+                });
             let translation = walker.any_mode()?;
             let (leaf, pdpte, unmarked) = (walker.leaf, walker.pdpte, walker.unmarked);
             trail.end(leaf, pdpte);
@@ -228,42 +231,23 @@ impl<In: Address, Out: Address> PagingContext<In, Out> {
         }
     }
 
-    /// Whether a translation with `prot` and protection key `key`, from a leaf at `level`, permits the access.
+    /// Whether a translation with `prot` forbids the access, protection keys aside.
     #[inline(always)]
-    pub(super) fn check(
-        &self,
-        regs: &WalkRegs,
-        address: In,
-        access: Access,
-        level: Level,
-        (prot, key): (Prot, u32),
-    ) -> Result<(), WalkError> {
-        let forbidden = forbids(self.permissions, index(access, regs.ac), prot);
-        let key_denied = self.role.flags().intersects(RoleFlags::PKE.union(RoleFlags::PKS))
-            && self.key_denies(regs, access, prot, key);
-        if forbidden || key_denied {
-            return Err(self.protection_fault(address, access, level, (prot, key_denied)));
-        }
-        Ok(())
-    }
-
-    #[cold]
-    #[inline(never)]
-    fn protection_fault(
-        &self,
-        address: In,
-        access: Access,
-        level: Level,
-        (prot, key_denied): (Prot, bool),
-    ) -> WalkError {
-        let fault = self.fault_at(address, access, level, prot);
-        WalkError::Fault(FaultInfo { cause: Cause::Protection, key_denied, ..fault })
+    pub(super) fn forbids(&self, regs: &WalkRegs, access: Access, prot: Prot) -> bool {
+        forbids(self.permissions, index(access, regs.ac), prot)
     }
 
     /// Protection keys restrict data accesses: those to user pages by PKRU, those to supervisor pages by IA32_PKRS; a
     /// supervisor's writes only with CR0.WP (Intel SDM vol. 3, 4.6.2).
+    #[inline(always)]
+    pub(super) fn key_denies(&self, regs: &WalkRegs, access: Access, prot: Prot, key: u32) -> bool {
+        self.role.flags().intersects(RoleFlags::PKE.union(RoleFlags::PKS))
+            && self.key_in_use_denies(regs, access, prot, key)
+    }
+
+    #[cold]
     #[inline(never)]
-    fn key_denies(&self, regs: &WalkRegs, access: Access, prot: Prot, key: u32) -> bool {
+    fn key_in_use_denies(&self, regs: &WalkRegs, access: Access, prot: Prot, key: u32) -> bool {
         let (on, rights) =
             if prot.contains(Prot::USER) { (RoleFlags::PKE, regs.pkru) } else { (RoleFlags::PKS, regs.pkrs) };
         if access.kind == AccessKind::Execute || !self.role.flags().contains(on) {

@@ -54,7 +54,7 @@ pub trait TableSource<A: Address> {
 
 /// L1's tables, and those of an L2 without nested paging: straight from the slots.
 impl<B: Backing> TableSource<Gpa> for Shared<'_, B> {
-    #[inline]
+    #[inline(always)]
     fn read_u64(&self, at: Gpa) -> Result<u64, BelowError> {
         self.load_u64(at).map_err(|NotRam { .. }| BelowError::NotRam)
     }

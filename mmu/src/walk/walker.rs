@@ -1,7 +1,9 @@
 //! One walk through a guest's tables: reads and checks entries, changes nothing.
+use core::marker::PhantomData;
+
 use super::context::{PagingContext, Translation, WalkRegs};
 use super::fault::{Cause, FaultInfo, WalkError};
-use super::source::TableSource;
+use super::source::{BelowError, TableSource};
 use crate::access::{Access, AccessKind, Prot};
 use crate::addr::{Address, Stage, MAX_PHYSICAL_BITS, PAGE_SHIFT};
 use crate::level::Level;
@@ -48,8 +50,37 @@ const FRAME32: u64 = 0xffff_f000;
 /// Address of the four PDPTEs in CR3.
 const PDPTES: u64 = 0xffff_ffe0;
 
+/// How much a walk says of its failure.
+pub(super) trait Detail {
+    /// What it says.
+    type Error;
+    /// The error that `full` is all of.
+    fn error(full: impl FnOnce() -> WalkError) -> Self::Error;
+}
+
+/// Says nothing: the walk only finds out whether all is as usual, and is repeated if not. So the hot path holds no fault, and
+/// stays in registers.
+pub(super) struct Quick;
+
+/// Says everything.
+pub(super) struct Full;
+
+impl Detail for Quick {
+    type Error = ();
+    #[inline(always)]
+    fn error(_: impl FnOnce() -> WalkError) {}
+}
+
+impl Detail for Full {
+    type Error = WalkError;
+    #[inline(always)]
+    fn error(full: impl FnOnce() -> WalkError) -> WalkError {
+        full()
+    }
+}
+
 /// A walk: what it is for, where it is, and what it has seen.
-pub(super) struct Walker<'w, In, Out, S, V> {
+pub(super) struct Walker<'w, D, In, Out, S, V> {
     context: &'w PagingContext<In, Out>,
     tables: &'w S,
     regs: &'w WalkRegs,
@@ -67,10 +98,12 @@ pub(super) struct Walker<'w, In, Out, S, V> {
     pub(super) leaf: Level,
     /// PAE: the PDPTE.
     pub(super) pdpte: Option<u64>,
+    detail: PhantomData<D>,
 }
 
-impl<'w, In, Out, S, V> Walker<'w, In, Out, S, V>
+impl<'w, D, In, Out, S, V> Walker<'w, D, In, Out, S, V>
 where
+    D: Detail,
     In: Address,
     Out: Address,
     S: TableSource<Out>,
@@ -87,11 +120,24 @@ where
     ) -> Self {
         let table = regs.cr3 & FRAME;
         let (all, unmarked, leaf) = (u64::MAX, false, Level::L1);
-        Self { context, tables, regs, address, access, visit, table, all, unmarked, leaf, pdpte: None }
+        Self {
+            context,
+            tables,
+            regs,
+            address,
+            access,
+            visit,
+            table,
+            all,
+            unmarked,
+            leaf,
+            pdpte: None,
+            detail: PhantomData,
+        }
     }
 
     /// A walk in whatever mode the context is for.
-    pub(super) fn any_mode(&mut self) -> Result<Translation<Out>, WalkError> {
+    pub(super) fn any_mode(&mut self) -> Result<Translation<Out>, D::Error> {
         match self.context.role().mode() {
             PagingMode::FiveLevel => {
                 let (at, entry) = self.read(Level::L5)?;
@@ -128,7 +174,7 @@ where
 
     /// A walk of four levels of 8-byte entries.
     #[inline(always)]
-    pub(super) fn four_levels(&mut self) -> Result<Translation<Out>, WalkError> {
+    pub(super) fn four_levels(&mut self) -> Result<Translation<Out>, D::Error> {
         if In::STAGE != Stage::Gva {
             self.fit(48, Level::L4)?;
         }
@@ -137,7 +183,7 @@ where
 
     /// 8-byte entries, from level 4 on.
     #[inline(always)]
-    fn lower_four_levels(&mut self) -> Result<Translation<Out>, WalkError> {
+    fn lower_four_levels(&mut self) -> Result<Translation<Out>, D::Error> {
         let (at, entry) = self.read(Level::L4)?;
         if self.is_unusual(Level::L4, entry) {
             return Err(self.bad_entry(Level::L4, entry));
@@ -153,7 +199,7 @@ where
 
     /// 8-byte entries, from level 2 on.
     #[inline(always)]
-    fn two_levels(&mut self) -> Result<Translation<Out>, WalkError> {
+    fn two_levels(&mut self) -> Result<Translation<Out>, D::Error> {
         let (at, entry) = self.read(Level::L2)?;
         if self.is_unusual(Level::L2, entry) {
             return self.large_page(Level::L2, at, entry);
@@ -168,11 +214,11 @@ where
 
     /// Reads the 8-byte entry in the walk's table, which is at `level`: where it is, and its positive form.
     #[inline(always)]
-    fn read(&self, level: Level) -> Result<(u64, u64), WalkError> {
+    fn read(&self, level: Level) -> Result<(u64, u64), D::Error> {
         let at = self.table | (level.index(self.address.bits() >> PAGE_SHIFT) as u64) << 3;
         match self.tables.read_u64(Out::from_bits_truncate(at)) {
             Ok(entry) => Ok((at, entry ^ self.context.flip)),
-            Err(error) => Err(error.into_walk(self.fault(level))),
+            Err(error) => Err(self.unreachable_entry(level, error)),
         }
     }
 
@@ -198,7 +244,7 @@ where
 
     /// `entry` is a large page, or wrong.
     #[inline(always)]
-    fn large_page(&mut self, level: Level, at: u64, entry: u64) -> Result<Translation<Out>, WalkError> {
+    fn large_page(&mut self, level: Level, at: u64, entry: u64) -> Result<Translation<Out>, D::Error> {
         if entry & LARGE == 0 || entry & self.context.wrong[level.ordinal()][1] != 0 {
             return Err(self.bad_entry(level, entry));
         }
@@ -207,7 +253,7 @@ where
 
     /// The end of a walk of 8-byte entries: `entry` is the leaf.
     #[inline(always)]
-    fn finish(&mut self, level: Level, at: u64, entry: u64) -> Result<Translation<Out>, WalkError> {
+    fn finish(&mut self, level: Level, at: u64, entry: u64) -> Result<Translation<Out>, D::Error> {
         self.pass(at, entry);
         let key = (entry >> KEY_SHIFT & 15) as u32;
         let page_bytes = 1 << level.shift();
@@ -223,9 +269,9 @@ where
         key: u32,
         start: u64,
         page_bytes: u64,
-    ) -> Result<Translation<Out>, WalkError> {
+    ) -> Result<Translation<Out>, D::Error> {
         let prot = self.context.prot(self.all);
-        self.context.check(self.regs, self.address, self.access, level, (prot, key))?;
+        self.check(level, prot, key)?;
         let address = Out::from_bits_truncate(start | self.address.bits() & (page_bytes - 1));
         let clean = self.access.kind == AccessKind::Write && entry & DIRTY == 0;
         self.unmarked = clean || self.all & ACCESSED == 0;
@@ -233,23 +279,39 @@ where
         Ok(Translation { address, page_bytes, prot })
     }
 
+    /// Whether the leaf at `level` permits the access.
+    #[inline(always)]
+    fn check(&self, level: Level, prot: Prot, key: u32) -> Result<(), D::Error> {
+        let (context, access) = (self.context, self.access);
+        let key_denied = context.key_denies(self.regs, access, prot, key);
+        if !key_denied && !context.forbids(self.regs, access, prot) {
+            return Ok(());
+        }
+        Err(D::error(|| {
+            let fault = context.fault_at(self.address, access, level, prot);
+            WalkError::Fault(FaultInfo { cause: Cause::Protection, key_denied, ..fault })
+        }))
+    }
+
     /// Extended page tables, from level `top` on.
-    fn ept_levels(&mut self, top: Level) -> Result<Translation<Out>, WalkError> {
+    fn ept_levels(&mut self, top: Level) -> Result<Translation<Out>, D::Error> {
         let mut level = top;
         loop {
             let at = self.table | (level.index(self.address.bits() >> PAGE_SHIFT) as u64) << 3;
             let entry = match self.tables.read_u64(Out::from_bits_truncate(at)) {
                 Ok(entry) => entry,
-                Err(error) => return Err(error.into_walk(self.fault(level))),
+                Err(error) => return Err(self.unreachable_entry(level, error)),
             };
             self.all &= entry;
             if entry & self.ept_rights() == 0 {
-                return Err(WalkError::Fault(self.fault(level)));
+                return Err(D::error(|| WalkError::Fault(self.fault(level))));
             }
             let below = level.down();
             let large = matches!(level, Level::L2 | Level::L3) && entry & LARGE != 0;
             if self.misconfigured(level, entry, large) {
-                return Err(WalkError::Fault(FaultInfo { cause: Cause::Reserved, ..self.fault(level) }));
+                return Err(D::error(|| {
+                    WalkError::Fault(FaultInfo { cause: Cause::Reserved, ..self.fault(level) })
+                }));
             }
             (self.visit)(at, entry);
             match below {
@@ -283,9 +345,9 @@ where
     }
 
     /// The end of a walk of EPT: `entry` is the leaf.
-    fn reach_by_ept(&mut self, level: Level, entry: u64) -> Result<Translation<Out>, WalkError> {
+    fn reach_by_ept(&mut self, level: Level, entry: u64) -> Result<Translation<Out>, D::Error> {
         let prot = self.context.prot_by_ept(self.all);
-        self.context.check(self.regs, self.address, self.access, level, (prot, 0))?;
+        self.check(level, prot, 0)?;
         let page_bytes = 1 << level.shift();
         let inside = page_bytes - 1;
         let address = Out::from_bits_truncate(entry & FRAME & !inside | self.address.bits() & inside);
@@ -296,24 +358,24 @@ where
     }
 
     /// PAE's first step: a PDPTE, which restricts nothing and has no accessed bit.
-    fn pdpte(&self) -> Result<u64, WalkError> {
+    fn pdpte(&self) -> Result<u64, D::Error> {
         let index = (self.address.bits() >> Level::L3.shift()) & 3;
         let pdpte = match self.regs.pdptes {
             Some(pdptes) => pdptes[index as usize],
             None => {
                 let at = Out::from_bits_truncate((self.regs.cr3 & PDPTES) + index * 8);
-                self.tables.read_u64(at).map_err(|error| error.into_walk(self.fault(Level::L3)))?
+                self.tables.read_u64(at).map_err(|error| self.unreachable_entry(Level::L3, error))?
             }
         };
         if (pdpte ^ PRESENT) & self.context.wrong[Level::L3.ordinal()][0] != 0 {
             let cause = if pdpte & PRESENT == 0 { Cause::NotPresent } else { Cause::Reserved };
-            return Err(WalkError::Fault(FaultInfo { cause, ..self.fault(Level::L3) }));
+            return Err(D::error(|| WalkError::Fault(FaultInfo { cause, ..self.fault(Level::L3) })));
         }
         Ok(pdpte)
     }
 
     /// Two levels of 4-byte entries.
-    fn short_entries(&mut self) -> Result<Translation<Out>, WalkError> {
+    fn short_entries(&mut self) -> Result<Translation<Out>, D::Error> {
         self.table &= FRAME32;
         let entry = self.short_entry(Level::L2, 22)?;
         if entry & LARGE != 0 && self.context.role().flags().contains(RoleFlags::PSE) {
@@ -327,10 +389,10 @@ where
     }
 
     /// Reads and checks the 4-byte entry in the walk's table, whose index starts at address bit `shift`; in positive form.
-    fn short_entry(&mut self, level: Level, shift: u32) -> Result<u64, WalkError> {
+    fn short_entry(&mut self, level: Level, shift: u32) -> Result<u64, D::Error> {
         let at = self.table | ((self.address.bits() >> shift) & 0x3ff) << 2;
         let entry = self.tables.read_u32(Out::from_bits_truncate(at));
-        let entry = u64::from(entry.map_err(|error| error.into_walk(self.fault(level)))?);
+        let entry = u64::from(entry.map_err(|error| self.unreachable_entry(level, error))?);
         let positive = entry ^ self.context.flip;
         if positive & self.context.wrong[level.ordinal()][usize::from(entry & LARGE != 0)] != 0 {
             return Err(self.bad_entry(level, positive));
@@ -343,7 +405,7 @@ where
     /// Linear addresses have `width` bits here; a second stage that is asked for more has no entry for them, in its table at
     /// level `top`.
     #[inline(always)]
-    fn fit(&mut self, width: u32, top: Level) -> Result<(), WalkError> {
+    fn fit(&mut self, width: u32, top: Level) -> Result<(), D::Error> {
         let address = self.address.bits();
         if address >> width == 0 {
             return Ok(());
@@ -353,19 +415,22 @@ where
             return Ok(());
         }
         self.all = 0;
-        Err(WalkError::Fault(self.fault(top)))
+        Err(D::error(|| WalkError::Fault(self.fault(top))))
     }
 
     /// The error for an entry, in positive form, that is not present or has a reserved bit set.
     #[inline(always)]
-    fn bad_entry(&self, level: Level, entry: u64) -> WalkError {
-        self.context.bad_entry(self.address, self.access, level, self.all, entry)
+    fn bad_entry(&self, level: Level, entry: u64) -> D::Error {
+        D::error(|| self.context.bad_entry(self.address, self.access, level, self.all, entry))
+    }
+
+    /// The error for an entry that cannot be read.
+    #[inline(always)]
+    fn unreachable_entry(&self, level: Level, error: BelowError) -> D::Error {
+        D::error(|| error.into_walk(self.fault(level)))
     }
 
     /// A fault at `level`, of an entry that is not present unless the caller knows better.
-    ///
-    /// No reference to the walker leaves it, so that a walk stays in registers.
-    #[inline(always)]
     fn fault(&self, level: Level) -> FaultInfo {
         self.context.fault_after(self.address, self.access, level, self.all)
     }
