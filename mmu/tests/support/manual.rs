@@ -1,5 +1,7 @@
 //! Reference walk of a guest's tables, as slow and as close to the manuals as possible (Intel SDM vol. 3, 4.3 to 4.7; AMD
 //! APM vol. 2, 5.2 to 5.6). Shares nothing with the crate.
+pub mod ept;
+pub mod guest;
 
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Machine {
