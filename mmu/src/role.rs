@@ -436,4 +436,23 @@ mod tests {
         assert_eq!(nested(Cr4::PAE, Efer::LMA).mode(), PagingMode::FourLevel);
         assert!(nested(Cr4::PSE, Efer::empty()).flags().contains(RoleFlags::WP | RoleFlags::NESTED));
     }
+
+    /// 03a6e84069d1: after INIT nothing is left of the mode before, for a role follows from registers alone.
+    #[test]
+    fn commit_03a6e84069d1_init_leads_to_the_same_role_from_every_mode() {
+        let reset = PagingRegs { cr0: Cr0::empty(), cr4: Cr4::empty(), efer: Efer::empty() };
+        for (cr4, efer) in [
+            (Cr4::empty(), Efer::empty()),
+            (Cr4::PAE, Efer::NXE),
+            (Cr4::PAE | Cr4::SMEP, Efer::LMA),
+            (Cr4::PAE | Cr4::LA57 | Cr4::PKE, Efer::LMA | Efer::NXE),
+        ] {
+            let before = role(Cr0::PG | Cr0::WP, cr4, efer);
+            // INIT keeps the caches' bits of CR0, and clears the rest.
+            let after = CpuRole::new(&PagingRegs { cr0: Cr0::from_bits_retain(0x6000_0010), ..reset }, &CPU);
+            assert_ne!(before, after);
+            assert_eq!(after, CpuRole::new(&reset, &CPU));
+            assert_eq!((after.mode(), after.flags()), (PagingMode::Unpaged, RoleFlags::empty()));
+        }
+    }
 }
