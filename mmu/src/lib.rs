@@ -109,6 +109,6 @@ pub use tables::{
 pub use vcpu::{Entered, Mmu, TagFlush};
 pub use walk::{
     BelowError, Cause, EptExit, EptViolation, FaultInfo, GuestWalk, Linear, LogFull, MarkObserver,
-    NestedTables, NestedWalk, NpfInfo, Observed, PageFaultCode, PagingContext, Place, TableSource,
-    Translation, Update, WalkError, WalkRegs, WalkStep,
+    NestedTables, NestedWalk, NpfInfo, Observed, PageFaultCode, PagingContext, PdpteError, Place,
+    TableSource, Translation, Update, WalkError, WalkRegs, WalkStep,
 };

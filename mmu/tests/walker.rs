@@ -4,7 +4,7 @@ mod support;
 
 use std::sync::atomic::Ordering;
 
-use mmu::{Access, AccessKind, CpuId, Gva, SlotFlags, WalkError, WalkRegs};
+use mmu::{Access, AccessKind, BelowError, CpuId, Gva, PdpteError, SlotFlags, WalkError, WalkRegs};
 use support::flat::FlatRam;
 use support::manual::guest::{
     accesses, compare, compare_fast, context, link, memory, places, regs, roles, slotted, BASE, RAM_BYTES, VA,
@@ -221,6 +221,27 @@ fn pae_with_pdpte_registers() {
     assert_eq!(context.translate(&shared, &regs, va, read).unwrap().address.bits(), 0x4123);
     let from_memory = context.translate(&shared, &WalkRegs { pdptes: None, ..regs }, va, read);
     assert!(matches!(from_memory, Err(WalkError::Fault(fault)) if fault.page_fault_code().bits() == 4));
+}
+
+/// kut vmx_pae_test: PDPTE registers are checked as they are loaded, the present ones alone.
+#[test]
+fn pdpte_registers_are_checked_when_they_are_loaded() {
+    let memory = memory();
+    let m = Machine { lma: false, maxphyaddr: 39, ..BASE };
+    let context = context(&m);
+    for bit in 0..64 {
+        let pdptes = [0x2001, 0, 0x3001 ^ 1 << bit, 1 << bit & !1];
+        for (at, pdpte) in (0x1020..).step_by(8).zip(pdptes) {
+            memory.backing().set(at, pdpte);
+        }
+        let loaded = context.load_pdptes(&memory.shared(CpuId::BOOT), 0x1020 | 0x1f);
+        // Bit 5 is let through, as QEMU's TCG sets it.
+        let reserved = matches!(bit, 1 | 2 | 6..=8 | 39..=63);
+        let expected = if reserved { Err(PdpteError::Reserved(pdptes[2])) } else { Ok(pdptes) };
+        assert_eq!(loaded, expected, "bit {bit}");
+    }
+    let outside = context.load_pdptes(&memory.shared(CpuId::BOOT), RAM_BYTES);
+    assert_eq!(outside, Err(PdpteError::Unreachable(BelowError::NotRam)));
 }
 
 /// F2: a store of the guest between the walk and the marking of an entry is not lost, and the walk follows it.

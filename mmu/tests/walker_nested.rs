@@ -5,8 +5,8 @@ mod support;
 use std::cell::RefCell;
 
 use mmu::{
-    Access, AccessKind, CpuId, CpuRole, EptExit, Gpa, GuestEpt, Gva, NGpa, NestedTables, NestedWalk,
-    PagingContext, Prot, Stage, VmMemory, WalkError, WalkRegs,
+    Access, AccessKind, BelowError, CpuId, CpuRole, EptExit, Gpa, GuestEpt, Gva, NGpa, NestedTables,
+    NestedWalk, PagingContext, PdpteError, Prot, Stage, VmMemory, WalkError, WalkRegs,
 };
 use support::flat::FlatRam;
 use support::manual::guest::{access, accesses, context, memory, registers, BASE, RAM_BYTES};
@@ -381,6 +381,28 @@ fn check_short(memory: &VmMemory<FlatRam>, m: &Machine) {
     let Err(WalkError::Fault(fault)) = at(0x1_0000_9123) else { panic!("no alias of 0x9123") };
     assert_eq!(fault.npf_info().bits(), 0x1_0000_0004);
     assert_eq!(fault.address, 0x1_0000_9123);
+}
+
+/// P16: a load of PDPTE registers reads, also where a walk counts as a write, and a violation has no linear address.
+#[test]
+fn g7_loads_of_pdptes_through_ept() {
+    let (tables, root) = Below::Ept(EPT).context();
+    let memory = world(7, 0x37);
+    let l2 = context(&Machine { lma: false, ..BASE });
+    let l2 = PagingContext::<Gva, NGpa>::new(l2.role());
+    let load = |leaf: u64| {
+        memory.backing().set(LEAVES + 0x10 * 8, 0x5000 | leaf);
+        (0..4).for_each(|index| memory.backing().set(0x5000 + index * 8, 0x11001));
+        let shared = memory.shared(CpuId::BOOT);
+        let regs = WalkRegs { cr3: root, ..WalkRegs::default() };
+        l2.load_pdptes(&NestedTables { context: &tables, regs, memory: &shared }, L2_CR3)
+    };
+    assert_eq!(load(0x31), Ok([0x11001; 4]));
+    assert_eq!(memory.backing().get(LEAVES + 0x10 * 8), Some(0x5131), "accessed, not dirty");
+    let Err(PdpteError::Unreachable(BelowError::Fault(fault))) = load(0) else { panic!("not present") };
+    assert_eq!(fault.address, L2_CR3);
+    let EptExit::Violation(info) = fault.ept_exit() else { panic!("nothing is misconfigured") };
+    assert_eq!(info.bits(), 1);
 }
 
 /// L2 without paging: its addresses are a user's, under mode-based execute control and in the advanced information (Intel SDM

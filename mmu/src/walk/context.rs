@@ -5,7 +5,7 @@ use super::fault::{Cause, FaultInfo, Place, WalkError};
 use super::permission::{forbids, index, permissions, Permissions};
 use super::reserved::{reserved, Reserved};
 use super::result::{GuestWalk, Trail};
-use super::source::{LogFull, TableSource, Update};
+use super::source::{BelowError, LogFull, TableSource, Update};
 use super::walker::{self, Full, Quick, Walker};
 use crate::access::{Access, AccessKind, Agent, Prot};
 use crate::addr::{Address, NGpa, PAGE_SIZE};
@@ -50,6 +50,15 @@ pub struct WalkRegs {
     /// PAE: the PDPTE registers, where the CPU has them (VMX). Under nested paging it has none, and each walk reads the
     /// PDPTE from memory (AMD APM vol. 2, 15.25.10).
     pub pdptes: Option<[u64; 4]>,
+}
+
+/// PDPTE registers that cannot be loaded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PdpteError {
+    /// This entry is present and has a reserved bit set: the instruction gets #GP.
+    Reserved(u64),
+    /// An entry cannot be read. A fault of L1's tables goes back to no linear address.
+    Unreachable(BelowError),
 }
 
 /// Where an address leads.
@@ -128,6 +137,25 @@ impl<In: Address, Out: Address> PagingContext<In, Out> {
     ) -> Result<GuestWalk<Out>, WalkError> {
         let (translation, trail) = self.walk_and_mark(tables, regs, address, access)?;
         Ok(GuestWalk::new(self, translation, &trail, access))
+    }
+
+    /// Loads the PDPTE registers, as a MOV to CR0, CR3 or CR4 that leads to PAE paging does on a CPU that has them (Intel SDM
+    /// vol. 3, 4.4.1).
+    pub fn load_pdptes<S: TableSource<Out>>(&self, tables: &S, cr3: u64) -> Result<[u64; 4], PdpteError> {
+        let mut pdptes = [0; 4];
+        for (at, pdpte) in walker::pdpte_addresses(cr3).zip(&mut pdptes) {
+            *pdpte = tables.read_pdpte(Out::from_bits_truncate(at)).map_err(PdpteError::Unreachable)?;
+            if *pdpte & walker::PRESENT != 0 && self.pdpte_is_wrong(*pdpte) {
+                return Err(PdpteError::Reserved(*pdpte));
+            }
+        }
+        Ok(pdptes)
+    }
+
+    /// Whether a PDPTE is not present or has a reserved bit set.
+    #[inline]
+    pub(super) fn pdpte_is_wrong(&self, pdpte: u64) -> bool {
+        (pdpte ^ walker::PRESENT) & self.wrong[Level::L3.ordinal()][0] != 0
     }
 
     /// The access that L1's nested tables see when L2 makes `access` to an address that its own tables permit `linear` at.

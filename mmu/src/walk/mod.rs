@@ -7,7 +7,7 @@ mod result;
 mod source;
 mod walker;
 
-pub use context::{PagingContext, Translation, WalkRegs};
+pub use context::{PagingContext, PdpteError, Translation, WalkRegs};
 pub use fault::{Cause, EptExit, EptViolation, FaultInfo, Linear, NpfInfo, PageFaultCode, Place, WalkError};
 pub use result::{GuestWalk, WalkStep};
 pub use source::{

@@ -40,6 +40,11 @@ pub trait TableSource<A: Address> {
     fn read_u64(&self, at: A) -> Result<u64, BelowError>;
     /// Reads a 4-byte entry; `at` is a multiple of four.
     fn read_u32(&self, at: A) -> Result<u32, BelowError>;
+    /// Reads a PDPTE for its register: no step of a walk, so a read whatever a walk is.
+    #[inline]
+    fn read_pdpte(&self, at: A) -> Result<u64, BelowError> {
+        self.read_u64(at)
+    }
     /// Replaces an 8-byte entry if it still is `current`.
     fn update_u64(&self, at: A, current: u64, new: u64) -> Result<Update, BelowError>;
     /// Replaces a 4-byte entry if it still is `current`.
@@ -199,6 +204,10 @@ impl<S: TableSource<Gpa>> TableSource<NGpa> for NestedTables<'_, S> {
 
     fn read_u32(&self, at: NGpa) -> Result<u32, BelowError> {
         self.memory.read_u32(self.locate_to_read(at)?)
+    }
+
+    fn read_pdpte(&self, at: NGpa) -> Result<u64, BelowError> {
+        self.memory.read_u64(self.locate(at, AccessKind::Read)?)
     }
 
     fn update_u64(&self, at: NGpa, current: u64, new: u64) -> Result<Update, BelowError> {

@@ -50,6 +50,11 @@ const FRAME32: u64 = 0xffff_f000;
 /// Address of the four PDPTEs in CR3.
 const PDPTES: u64 = 0xffff_ffe0;
 
+/// Where the four PDPTEs are.
+pub(super) fn pdpte_addresses(cr3: u64) -> impl Iterator<Item = u64> {
+    (0..4).map(move |index| (cr3 & PDPTES) + index * 8)
+}
+
 /// How much a walk says of its failure.
 pub(super) trait Detail {
     /// What it says.
@@ -367,7 +372,7 @@ where
                 self.tables.read_u64(at).map_err(|error| self.unreachable_entry(Level::L3, error))?
             }
         };
-        if (pdpte ^ PRESENT) & self.context.wrong[Level::L3.ordinal()][0] != 0 {
+        if self.context.pdpte_is_wrong(pdpte) {
             let cause = if pdpte & PRESENT == 0 { Cause::NotPresent } else { Cause::Reserved };
             return Err(D::error(|| WalkError::Fault(FaultInfo { cause, ..self.fault(Level::L3) })));
         }
