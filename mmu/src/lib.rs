@@ -89,7 +89,10 @@ pub use addr::{
     MAX_PHYSICAL_BITS, PAGE_SHIFT, PAGE_SIZE,
 };
 pub use cpu::{CpuId, CpuSet, MAX_CPUS};
-pub use format::{Entry, EntryFormat, Ept, EptHost, Leaf, MemoryType, Npt, NptHost, Writability};
+pub use format::{
+    Entry, EntryFormat, Ept, EptHost, Leaf, MemoryType, Mmio, MmioGeneration, Npt, NptHost, Pae, PaeHost,
+    Writability,
+};
 pub use kind::{
     Direct, DirectMmu, FaultOutcome, Flush, Issued, MmuKind, PageCounts, Resolution, Root, SplitProgress,
     Sweep,

@@ -156,7 +156,7 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
             let place = self.find(gfn);
             let cell = self.cell(&place.table, place.level.index(gfn));
             match place.kind {
-                Entry::Empty => {
+                Entry::Empty | Entry::Mmio => {
                     // Frames are found by their place in the block, so a block that is not as aligned as the backing
                     // says is mapped in smaller pages, not wrongly.
                     let mut leaf = resolution.leaf(resolution.size);
@@ -235,8 +235,8 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
             let mut level = leaf.size.level();
             for &page in cache.peek(depth)? {
                 self.cell(&TableFrame::linked(page), level.index(gfn)).store(entry);
-                entry = self.format.make_table(page);
                 level = level_above(level);
+                entry = self.format.make_table(page, level);
             }
             M::Cell::fence(Ordering::Release);
         }

@@ -55,7 +55,7 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
             }
             M::Cell::fence(Ordering::Release);
             let cell = self.cell(&place.table, place.level.index(gfn));
-            if cell.compare_exchange(place.entry, self.format.make_table(page)).is_ok() {
+            if cell.compare_exchange(place.entry, self.format.make_table(page, place.level)).is_ok() {
                 cache.consume(1);
                 self.counters.tables(cpu, 1);
                 self.counters.leaves(cpu, place.level, -1);
