@@ -79,6 +79,7 @@ mod kind;
 mod level;
 mod memory;
 mod role;
+mod sync;
 mod tables;
 mod vcpu;
 mod walk;
@@ -94,13 +95,13 @@ pub use format::{
     Writability,
 };
 pub use kind::{
-    Direct, DirectMmu, FaultOutcome, Flush, Issued, MmuKind, PageCounts, Resolution, Root, SplitProgress,
-    Sweep,
+    Direct, DirectMmu, FaultOutcome, Flush, Issued, MmuKind, NoRoot, PageCounts, Resolution, Root, RootRole,
+    SplitProgress, Sweep, MAX_ROOTS,
 };
 pub use level::{Level, PageSize, ENTRIES};
 pub use memory::{
-    Backing, Exclusive, Generation, Held, Invalidation, InvalidationSeq, NoPage, NotRam, RamAddr, Resolved,
-    Shared, Shootdown, Slot, SlotError, SlotFlags, VmMemory, MAX_SLOTS,
+    Backing, DirtyLog, Exclusive, Generation, Held, Invalidation, InvalidationSeq, LogBy, NoPage, NotRam,
+    RamAddr, Resolved, Shared, Shootdown, Slot, SlotError, SlotFlags, SlotNotes, VmMemory, MAX_SLOTS,
 };
 pub use role::{CpuRole, Cr0, Cr4, Efer, GuestCpu, PagingMode, PagingRegs, RoleFlags};
 pub use tables::{
