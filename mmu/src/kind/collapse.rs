@@ -100,7 +100,7 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
         let base = gfn & !(size.pages() - 1);
         let at = Gfn::new_truncate(gfn);
         let Ok(resolution) = self.resolve_on(guard, root, at.gpa(), AccessKind::Read) else { return };
-        let stale = guard.memory().invalidations().is_stale(resolution.sequence(), at);
+        let stale = guard.memory().invalidations().is_stale(resolution.sequence(), at, size);
         if stale || resolution.size() < size {
             return;
         }

@@ -196,6 +196,10 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
         }
         let sequence = memory.invalidations().sequence();
         let mut want = self.largest();
+        // While memory is taken away somewhere, no page may reach there.
+        if want != PageSize::Size4K && memory.invalidations().any_in_progress() {
+            want = PageSize::Size4K;
+        }
         // A page always fits its slot.
         while want != PageSize::Size4K && !memory.allows(&slot, want) {
             match want.smaller() {
@@ -258,7 +262,7 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
     ) -> FaultOutcome {
         let cpu = self.admit(guard);
         let memory = guard.memory();
-        if memory.invalidations().is_stale(resolution.sequence, resolution.gfn) {
+        if memory.invalidations().is_stale(resolution.sequence, resolution.gfn, resolution.size) {
             return FaultOutcome::Retry;
         }
         // Nearly always the tables are there, and the entry for the page is empty.

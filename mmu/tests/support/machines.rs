@@ -77,6 +77,11 @@ pub trait Machine: Copy + fmt::Debug + Send + Sync + 'static {
     fn flags(&self) -> (u64, u64);
     /// Whether a leaf at `level` has the type of ordinary memory.
     fn is_write_back(&self, entry: u64, level: u32) -> bool;
+    /// The entry that an access-tracked one stands for: the rights that were put aside, and the frame as it is.
+    fn aside(&self, entry: u64) -> Option<u64> {
+        let _ = entry;
+        None
+    }
     /// Software's own: whether the slot permits writes, and whether a fault may set W.
     fn notes(&self, entry: u64) -> (bool, bool);
 }
@@ -249,6 +254,16 @@ impl Machine for Intel {
     /// Type 6, and the guest's PAT has its say.
     fn is_write_back(&self, entry: u64, _: u32) -> bool {
         entry >> 3 & 15 == 6
+    }
+
+    /// Bits 54 and 55 are R and X, put aside; nothing is where the frame would be, which is inverted.
+    fn aside(&self, entry: u64) -> Option<u64> {
+        let (read, execute) = (bit(entry, 54), bit(entry, 55));
+        let absent = self.read(entry, 1) == Reading::Absent && bit(entry, 11);
+        let execute_bits = if self.mode_based_execute { 0x404 } else { 0x4 };
+        let rights = u64::from(read) | if execute { execute_bits } else { 0 };
+        (absent && !self.accessed_dirty && (read || execute))
+            .then_some((entry ^ 0x000f_ffff_ffff_f000) & !(3 << 54) | rights)
     }
 
     fn notes(&self, entry: u64) -> (bool, bool) {
