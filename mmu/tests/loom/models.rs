@@ -11,9 +11,7 @@ use crate::cpu::CpuId;
 use crate::format::{Entry, EntryFormat, Npt, NptHost, Writability};
 use crate::kind::{DirectMmu, FaultOutcome, Sweep};
 use crate::level::{Level, PageSize, ENTRIES};
-use crate::memory::{
-    Backing, LogBy, NoPage, RamAddr, Resolved, Slot, SlotFlags, SlotNotes, VmMemory,
-};
+use crate::memory::{Backing, LogBy, NoPage, RamAddr, Resolved, Slot, SlotFlags, SlotNotes, VmMemory};
 use crate::role::{CpuRole, Cr0, Cr4, Efer, GuestCpu, PagingRegs};
 use crate::sync::{fence, AtomicU64, Ordering};
 use crate::tables::{EntryCell, TableCache, TableFrame, TableMemory, TablePage};
@@ -25,11 +23,12 @@ static EXECUTIONS: Plain = Plain::new(0);
 /// Preemptions per execution: what bounds a model. More than two have not shown anything that two do not.
 const PREEMPTIONS: usize = 5;
 
-const MODELS: [(&str, fn()); 11] = [
+const MODELS: [(&str, fn()); 12] = [
     ("litmus_fences_order_relaxed_accesses", litmus_fences_order_relaxed_accesses),
     ("litmus_without_fences_both_can_miss", litmus_without_fences_both_can_miss),
     ("concurrent_populate", concurrent_populate),
     ("populate_of_neighbours_without_tables", populate_of_neighbours_without_tables),
+    ("a_chain_appears_whole", a_chain_appears_whole),
     ("populate_against_zap_and_reclaim", populate_against_zap_and_reclaim),
     ("fast_fault_against_write_protection", fast_fault_against_write_protection),
     ("fast_fault_against_the_dirty_log", fast_fault_against_the_dirty_log),
@@ -58,7 +57,9 @@ pub fn main() {
         eprintln!("    {} executions, {:.1?}", EXECUTIONS.load(Std::Relaxed) - before, begin.elapsed());
     }
     let verdict = if failed == 0 { "ok" } else { "FAILED" };
-    println!("test result: {verdict}. {passed} passed; {failed} failed; 0 ignored; 0 measured; 0 filtered out");
+    println!(
+        "test result: {verdict}. {passed} passed; {failed} failed; 0 ignored; 0 measured; 0 filtered out"
+    );
     std::process::exit(i32::from(failed != 0));
 }
 
@@ -205,7 +206,8 @@ impl Vm {
         let memory = VmMemory::new(ram);
         let slot = Slot { range: range(0, 64), flags: SlotFlags::empty(), cookie: 0 };
         memory.exclusive(cpu(0)).insert_slot(&slot).unwrap();
-        let host = NptHost { five_level: false, max_phys_addr: 46, no_execute: true, largest: PageSize::Size4K };
+        let host =
+            NptHost { five_level: false, max_phys_addr: 46, no_execute: true, largest: PageSize::Size4K };
         let tables = Tables::new(pages);
         let kind =
             DirectMmu::new(&memory, Npt::new(&host), tables.clone(), tables.page(0), 46, PageSize::Size4K);
@@ -311,7 +313,11 @@ fn concurrent_populate() {
         let other = thread::spawn(move || there.fault(1, &mut TableCache::new(), 0, AccessKind::Write));
         let here = vm.fault(0, &mut TableCache::new(), 0, AccessKind::Write);
         let outcomes = [here, other.join().unwrap()];
-        assert_eq!(outcomes.iter().filter(|&&outcome| outcome == FaultOutcome::Mapped).count(), 1, "{outcomes:?}");
+        assert_eq!(
+            outcomes.iter().filter(|&&outcome| outcome == FaultOutcome::Mapped).count(),
+            1,
+            "{outcomes:?}"
+        );
         assert!(outcomes.contains(&FaultOutcome::Spurious), "{outcomes:?}");
         vm.check();
     });
@@ -343,6 +349,25 @@ fn populate_of_neighbours_without_tables() {
             }
         }
         assert_eq!(kept, 3);
+    });
+}
+
+/// Who finds the link to new tables finds what is in them.
+fn a_chain_appears_whole() {
+    explore(|| {
+        let vm = Vm::new(4);
+        let mut cache = vm.cache(3);
+        let there = vm.clone();
+        let other = thread::spawn(move || {
+            let root = there.kind.root();
+            let entry = there.tables.cell(&TableFrame::linked(root.hpa.pfn()), 0).load();
+            fence(Ordering::Acquire);
+            let linked = there.kind.format().link(entry).is_some();
+            assert!(!linked || there.leaf(0).is_some(), "half of a chain");
+        });
+        assert_eq!(vm.fault(0, &mut cache, 0, AccessKind::Write), FaultOutcome::Mapped);
+        other.join().unwrap();
+        vm.check();
     });
 }
 
@@ -404,11 +429,8 @@ fn fast_fault_against_the_dirty_log() {
     explore(|| {
         let vm = Vm::new(4);
         vm.populate(&[0]);
-        let mut sweep = vm
-            .memory
-            .exclusive(cpu(0))
-            .start_dirty_log(Gfn::default(), LogBy::WriteProtection)
-            .unwrap();
+        let mut sweep =
+            vm.memory.exclusive(cpu(0)).start_dirty_log(Gfn::default(), LogBy::WriteProtection).unwrap();
         drop(vm.kind.rearm(&vm.memory.shared(cpu(0)), &mut sweep));
         let there = vm.clone();
         let other = thread::spawn(move || {
