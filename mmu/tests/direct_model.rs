@@ -101,7 +101,7 @@ fn ops() -> impl Strategy<Value = Op> {
         1 => gfns().prop_map(|gfn| Op::Invalidate { gfn }),
         1 => (gfns(), any::<bool>()).prop_map(|(gfn, invalidate)| Op::LateInstall { gfn, invalidate }),
         2 => (1..20usize).prop_map(|limit| Op::Reclaim { limit }),
-        8 => features(),
+        18 => features(),
     ]
 }
 
@@ -109,10 +109,10 @@ fn features() -> impl Strategy<Value = Op> {
     let slots = 0..SLOTS.len();
     prop_oneof![
         // The slots without a gigabyte, so that splitting them is quick.
-        2 => (0..3usize, any::<bool>(), any::<bool>(), any::<bool>())
+        3 => (0..3usize, any::<bool>(), any::<bool>(), any::<bool>())
             .prop_map(|(slot, dirty_bits, all_set, split)| Op::StartLog { slot, dirty_bits, all_set, split }),
-        1 => slots.clone().prop_map(|slot| Op::StopLog { slot }),
-        3 => (0..3usize).prop_map(|slot| Op::Harvest { slot }),
+        1 => slots.prop_map(|slot| Op::StopLog { slot }),
+        4 => (0..3usize).prop_map(|slot| Op::Harvest { slot }),
         2 => (gfns(), spans()).prop_map(|(gfn, pages)| Op::Age { gfn, pages }),
         2 => (gfns(), spans()).prop_map(|(gfn, pages)| Op::Collapse { gfn, pages }),
         2 => gfns().prop_map(|gfn| Op::Track { gfn }),
