@@ -124,7 +124,7 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
             }
         }
         self.counters.tables(cpu, -1);
-        flush.note();
+        // The table is owed, and with it a flush that also covers a W that went, where one of the pages is watched.
         flush.adopt(below);
     }
 
