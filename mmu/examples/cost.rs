@@ -3,7 +3,8 @@
 //! `valgrind --tool=callgrind target/release/examples/cost WHAT COUNT` prints instructions collected; the difference
 //! between two counts, divided, is the cost of one, ten instructions of the loop around a walk included. WHAT is `walk`
 //! (four levels, A bits set, one slot), `flat` (the same over a bare array), `fault` (4 KiB, tables present), `spurious`
-//! (the same, mapped already) or `guard`.
+//! (the same, mapped already), `fast` (W given back by the fast path, with its share of the sweep that took it) or
+//! `guard`.
 #![allow(unsafe_code)] // It makes table pages and reads guest memory, as a kernel does.
 
 use std::hint::black_box;
@@ -12,8 +13,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use mmu::{
     Access, AccessKind, Backing, BelowError, CpuId, CpuRole, Cr0, Cr4, DirectMmu, Efer, FaultOutcome, Gfn,
     GfnRange, Gpa, GuestCpu, Gva, HwEntry, NoPage, Npt, NptHost, PageSize, PagingContext, PagingRegs, Pfn,
-    PhysTables, RamAddr, Resolved, Slot, SlotFlags, TableCache, TablePage, TableSource, Update, VmMemory,
-    WalkRegs, ENTRIES,
+    PhysTables, RamAddr, Resolved, Slot, SlotFlags, Sweep, TableCache, TablePage, TableSource, Update,
+    VmMemory, WalkRegs, ENTRIES,
 };
 
 /// Guest memory in one array. The slot's cookie is the address of its first byte, as with a kernel's direct map.
@@ -135,6 +136,12 @@ fn fault(kind: &Kind, memory: &VmMemory<Flat>, cache: &mut TableCache, gfn: u64)
 }
 
 #[inline(never)]
+fn fast(kind: &Kind, memory: &VmMemory<Flat>, cache: &mut TableCache, gfn: u64) -> Option<FaultOutcome> {
+    let shared = memory.shared(CpuId::BOOT);
+    kind.fast_fault(&shared, cache, kind.root(), Gfn::new_truncate(gfn).gpa(), AccessKind::Write)
+}
+
+#[inline(never)]
 fn guard(memory: &VmMemory<Flat>) {
     black_box(&memory.shared(CpuId::BOOT));
 }
@@ -182,7 +189,29 @@ fn main() {
                 assert_eq!(fault(&kind, &memory, &mut cache, gfn), outcome);
             }
         }
+        "fast" => {
+            let host =
+                NptHost { five_level: false, max_phys_addr: 48, no_execute: true, largest: PageSize::Size4K };
+            // SAFETY: table pages are ordinary memory of this process, at their own address.
+            let tables = unsafe { PhysTables::new(0) };
+            let kind = DirectMmu::new(&memory, Npt::new(&host), tables, table_page(), 40, PageSize::Size4K);
+            let mut cache = TableCache::new();
+            while cache.missing() > 0 {
+                cache.push(table_page()).expect("a page is missing");
+            }
+            for gfn in 0..512 {
+                assert_eq!(fault(&kind, &memory, &mut cache, gfn), FaultOutcome::Mapped);
+            }
+            for turn in 0..count {
+                let gfn = turn % 512;
+                if gfn == 0 {
+                    let all = GfnRange::new(Gfn::default(), 512).expect("fits");
+                    drop(kind.write_protect(&memory.shared(CpuId::BOOT), &mut Sweep::over(all)));
+                }
+                assert_eq!(fast(&kind, &memory, &mut cache, gfn), Some(FaultOutcome::Mapped));
+            }
+        }
         "guard" => (0..count).for_each(|_| guard(&memory)),
-        _ => eprintln!("usage: cost walk|flat|fault|spurious|guard COUNT"),
+        _ => eprintln!("usage: cost walk|flat|fault|spurious|fast|guard COUNT"),
     }
 }

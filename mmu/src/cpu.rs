@@ -1,7 +1,7 @@
 //! Physical CPUs as the crate counts them.
 
-/// Physical CPUs that one VM can run on.
-pub const MAX_CPUS: usize = 64;
+/// Physical CPUs that one VM can run on. (A model that looks at every interleaving takes fewer.)
+pub const MAX_CPUS: usize = if cfg!(loom) { 3 } else { 64 };
 
 /// Number of a physical CPU, dense from zero.
 ///
@@ -59,4 +59,4 @@ impl CpuSet {
     }
 }
 
-const _: () = assert!(MAX_CPUS == u64::BITS as usize);
+const _: () = assert!(MAX_CPUS <= u64::BITS as usize);

@@ -13,7 +13,8 @@
 //! RootRole      per role: which tables of Umbra's can serve a vCPU in that role
 //! ```
 //!
-//! What an entry of a kind's tables means is its [`EntryFormat`]: [`Npt`] for SVM, [`Ept`] for VMX, where the CPU is given
+//! What an entry of a kind's tables means is its [`EntryFormat`]: [`Npt`] for SVM (and long mode), [`Pae`] for 32-bit
+//! guests, [`Ept`] for VMX, where the CPU is given
 //! [`Ept::pointer`] of the root instead of its address. Code that serves a fault is the same for both.
 //!
 //! A vCPU's loop, with interrupts off:
@@ -30,6 +31,9 @@
 //!     NeedTables => fill the cache, OutOfRange(gpa) => the guest used an address that its CPU does not have,
 //! }
 //! ```
+//!
+//! If the processor says that the page is there, [`fast_fault`](DirectMmu::fast_fault) comes before the fault: it gives back
+//! what logging or aging took. A vCPU whose root [became obsolete](Entered::is_obsolete) takes the root of now.
 //!
 //! Taking translations away ([`MmuKind::zap`](DirectMmu::zap), [`write_protect`](DirectMmu::write_protect)) works in
 //! batches on a [`Sweep`] and returns a [`Flush`]: [`issue`](Flush::issue) it, kick the CPUs it names, and the host memory
@@ -51,13 +55,82 @@
 //!
 //! - **No function of a kind takes a vCPU**, and no mask is global: formats are values.
 //! - **Lock modes are types.** Direct operations ask for any [`Held`] guard and change entries by compare-exchange only;
-//!   slots and the start of an invalidation ask for [`Exclusive`].
+//!   slots, roots, tracking, the start of a log or an invalidation, and collapsing ask for [`Exclusive`].
 //! - **A fault takes no lock, allocates nothing, and is never half done.**
 //! - **A table page leaves the crate only when no CPU can reach it**: not while an operation that may have seen it runs, not
 //!   while a CPU is in the guest that has not acknowledged the flush.
 //! - **Nothing a guest does panics here** or loops without bound: walks restart a bounded number of times
 //!   ([`WalkError::Contended`]), faults give up ([`FaultOutcome::Retry`]), sweeps come in batches.
 //! - Unsafe code is in one module (`tables/phys.rs`), with its argument; a test counts.
+//!
+//! # What the types exclude
+//!
+//! CVE-2022-45869: a fault, which holds the shared guard, cannot call what must have the VM for itself.
+//!
+//! ```compile_fail,E0308
+//! # use mmu::*;
+//! fn f<'m, F: EntryFormat, M: TableMemory, B: Backing>(
+//!     kind: &'m DirectMmu<F, M>, guard: &Shared<'m, B>, sweep: &mut Sweep,
+//! ) {
+//!     drop(kind.collapse(guard, sweep));
+//! }
+//! ```
+//!
+//! ```
+//! # use mmu::*;
+//! fn f<'m, F: EntryFormat, M: TableMemory, B: Backing>(
+//!     kind: &'m DirectMmu<F, M>, guard: &Exclusive<'m, B>, sweep: &mut Sweep,
+//! ) {
+//!     drop(kind.collapse(guard, sweep));
+//! }
+//! ```
+//!
+//! A guard stays on its CPU:
+//!
+//! ```compile_fail,E0277
+//! # use mmu::*;
+//! fn is_send<T: Send>() {}
+//! is_send::<Shared<'static, ()>>();
+//! ```
+//!
+//! An obligation is spent once, and its pages are nowhere else:
+//!
+//! ```compile_fail,E0382
+//! # use mmu::*;
+//! fn f<F: EntryFormat, M: TableMemory>(flush: Flush<'_, F, M>) {
+//!     let issued = flush.issue();
+//!     let again = flush.issue();
+//! }
+//! ```
+//!
+//! A table page is in one place, and none is made of a table that is linked somewhere; those come out of
+//! [`MmuKind::reclaim`], which asks for proof that nobody reaches them, and [`MmuKind::dismantle`](DirectMmu::dismantle),
+//! which consumes the kind.
+//!
+//! ```compile_fail,E0599
+//! # use mmu::*;
+//! fn f(page: TablePage) -> (TablePage, TablePage) {
+//!     (page.clone(), page)
+//! }
+//! ```
+//!
+//! ```compile_fail,E0624
+//! # use mmu::*;
+//! fn f(frame: &TableFrame) -> TablePage {
+//!     TablePage::owned(frame.pfn())
+//! }
+//! ```
+//!
+//! A walker of the wrong stage (the guest's own address where a guest-physical one belongs):
+//!
+//! ```compile_fail,E0308
+//! # use mmu::*;
+//! fn f<'m, F: EntryFormat, M: TableMemory, B: Backing>(
+//!     kind: &'m DirectMmu<F, M>, guard: &Shared<'m, B>, cache: &mut TableCache, at: NGpa,
+//! ) {
+//!     let _ = kind.fault(guard, cache, at, AccessKind::Read);
+//! }
+//! ```
 //!
 //! # The sketch
 //!
@@ -92,6 +165,7 @@ mod kind;
 mod level;
 mod memory;
 mod role;
+mod sync;
 mod tables;
 mod vcpu;
 mod walk;
@@ -102,15 +176,18 @@ pub use addr::{
     MAX_PHYSICAL_BITS, PAGE_SHIFT, PAGE_SIZE,
 };
 pub use cpu::{CpuId, CpuSet, MAX_CPUS};
-pub use format::{Entry, EntryFormat, Ept, EptHost, Leaf, MemoryType, Npt, NptHost, Writability};
+pub use format::{
+    Entry, EntryFormat, Ept, EptHost, Leaf, MemoryType, Mmio, MmioGeneration, Npt, NptHost, Pae, PaeHost,
+    Writability,
+};
 pub use kind::{
-    Direct, DirectMmu, FaultOutcome, Flush, Issued, MmuKind, PageCounts, Resolution, Root, SplitProgress,
-    Sweep,
+    Direct, DirectMmu, DirectRole, FaultOutcome, Flush, Issued, MmuKind, NoRoot, PageCounts, Resolution,
+    Root, SplitProgress, Sweep, MAX_ROOTS,
 };
 pub use level::{Level, PageSize, ENTRIES};
 pub use memory::{
-    Backing, Exclusive, Generation, Held, Invalidation, InvalidationSeq, NoPage, NotRam, RamAddr, Resolved,
-    Shared, Shootdown, Slot, SlotError, SlotFlags, VmMemory, MAX_SLOTS,
+    Backing, DirtyLog, Exclusive, Generation, Held, Invalidation, InvalidationSeq, LogBy, NoPage, NotRam,
+    RamAddr, Resolved, Shared, Shootdown, Slot, SlotError, SlotFlags, SlotNotes, VmMemory, MAX_SLOTS,
 };
 pub use role::{
     BadEptPointer, BaseRole, CpuRole, Cr0, Cr4, Efer, GuestCpu, GuestEpt, PageRole, PagingMode, PagingRegs,

@@ -2,104 +2,14 @@
 mod support;
 
 use mmu::{
-    AccessKind, CpuId, CpuRole, Cr0, Cr4, DirectMmu, Efer, FaultOutcome, Gfn, GfnRange, Gpa, GuestCpu, Mmu,
-    PageCounts, PageSize, PagingRegs, Slot, SlotFlags, SplitProgress, Sweep, TableCache, TagFlush, VmMemory,
+    AccessKind, CpuId, DirectMmu, FaultOutcome, Gfn, PageCounts, PageSize, Slot, SlotFlags, SplitProgress,
+    Sweep, TableCache, TagFlush, VmMemory,
 };
 use support::blocks::{Blocks, MOVE};
-use support::hardware::{Tally, Walker};
+use support::hardware::Walker;
 use support::machines::{on_every_machine, Host, Machine, AMD, HOST};
 use support::tables::{interfere, HostTables};
-
-const CPU: CpuId = CpuId::BOOT;
-
-struct Vm<M: Machine> {
-    machine: M,
-    memory: VmMemory<Blocks>,
-    kind: DirectMmu<M::Format, HostTables>,
-    tables: HostTables,
-    cache: TableCache,
-}
-
-impl<M: Machine> Vm<M> {
-    fn new(machine: M, slots: &[(u64, u64, SlotFlags, u64)]) -> Self {
-        let memory = VmMemory::new(Blocks::default());
-        for &(start, pages, flags, cookie) in slots {
-            let slot = Slot { range: range(start, pages), flags, cookie };
-            memory.exclusive(CPU).insert_slot(&slot).unwrap();
-        }
-        let tables = HostTables::new(256);
-        let root = tables.allocate();
-        let kind = DirectMmu::new(&memory, machine.format(), tables.clone(), root, 46, PageSize::Size1G);
-        let mut cache = TableCache::new();
-        tables.fill(&mut cache);
-        Self { machine, memory, kind, tables, cache }
-    }
-
-    fn fault(&mut self, gfn: u64, access: AccessKind) -> FaultOutcome {
-        let outcome = self.kind.fault(&self.memory.shared(CPU), &mut self.cache, gpa(gfn), access);
-        self.tables.fill(&mut self.cache);
-        outcome
-    }
-
-    fn map(&mut self, gfn: u64) {
-        assert_eq!(self.fault(gfn, AccessKind::Write), FaultOutcome::Mapped);
-    }
-
-    fn walker(&self) -> Walker<'_, M> {
-        let root = self.kind.root();
-        assert_eq!(root.level as u32, self.machine.host().levels());
-        Walker { tables: &self.tables, root: root.hpa.pfn().number(), machine: self.machine }
-    }
-
-    /// Frame and page size that the hardware finds, for a write.
-    fn hit(&self, gfn: u64) -> Option<(u64, u64)> {
-        self.walker().walk(gfn, true, false).map(|hit| (hit.pfn, hit.pages))
-    }
-
-    /// D4: the counters equal a scan; no table page is lost.
-    fn check(&self) -> PageCounts {
-        let Tally { leaves, tables } = self.walker().check(&mut |_| {});
-        let counts = self.kind.page_counts();
-        assert_eq!(counts, PageCounts { leaves, tables });
-        counts
-    }
-
-    fn zap(&self, start: u64, pages: u64) {
-        let mut sweep = Sweep::over(range(start, pages));
-        while !sweep.is_done() {
-            drop(self.kind.zap(&self.memory.shared(CPU), &mut sweep));
-        }
-    }
-
-    fn reclaim(&self) -> usize {
-        self.kind.reclaim(&self.memory, usize::MAX, |page| self.tables.release(page))
-    }
-
-    /// No table page is left anywhere when the kind is gone.
-    fn finish(mut self) {
-        self.check();
-        self.tables.drain(&mut self.cache);
-        self.kind.dismantle(|page| self.tables.release(page));
-        assert_eq!(self.tables.in_use(), 0);
-    }
-}
-
-fn range(start: u64, pages: u64) -> GfnRange {
-    GfnRange::new(Gfn::new(start).unwrap(), pages).unwrap()
-}
-
-fn gpa(gfn: u64) -> Gpa {
-    Gfn::new_truncate(gfn).gpa()
-}
-
-fn mmu_of<M: Machine>(vm: &Vm<M>) -> Mmu {
-    let regs = PagingRegs { cr0: Cr0::PG, cr4: Cr4::PAE, efer: Efer::LMA };
-    let cpu = GuestCpu { max_phys_addr: 46, gib_pages: true, pse36: true, amd: true };
-    Mmu::new(CpuRole::new(&regs, &cpu), vm.kind.root())
-}
-
-const RW: SlotFlags = SlotFlags::empty();
-const GIB: u64 = 1 << 18;
+use support::vm::{gpa, mmu_of, range, Vm, CPU, GIB, RW};
 
 on_every_machine! {
     every_outcome_is_reported_and_counted,
@@ -119,6 +29,7 @@ on_every_machine! {
     a_dropped_flush_is_sticky,
     joined_obligations_cost_one_generation_and_keep_all_pages,
     e1_a_resolution_does_not_survive_an_invalidation,
+    e1_no_page_reaches_into_an_invalidation,
     cve_2026_23401_mmio_where_a_slot_was,
     d8_a_leaf_that_disagrees_with_its_slot_is_zapped_not_changed,
     a_lost_race_leaves_nothing_in_the_cache,
@@ -443,6 +354,21 @@ fn e1_a_resolution_does_not_survive_an_invalidation<M: Machine>(machine: M) {
     let after = resolve(&vm);
     assert_eq!(install(&mut cache, after), FaultOutcome::Mapped);
     assert_eq!(vm.hit(700), Some((8 * GIB + 700 + MOVE, 512)));
+    vm.cache = cache;
+    vm.finish();
+}
+
+/// E1: a huge page around a block that is being taken away would map that, too. The pages beside it go on, small.
+fn e1_no_page_reaches_into_an_invalidation<M: Machine>(machine: M) {
+    let mut vm = Vm::new(machine, &[(0, GIB, RW, 8 * GIB)]);
+    let mut cache = core::mem::take(&mut vm.cache);
+    let before = vm.kind.resolve(&vm.memory.shared(CPU), gpa(5), AccessKind::Write).unwrap();
+    let invalidation = vm.memory.exclusive(CPU).begin_invalidation(range(700, 1));
+    assert_eq!(vm.kind.install(&vm.memory.shared(CPU), &mut cache, &before), FaultOutcome::Retry);
+    let outcome = vm.kind.fault(&vm.memory.shared(CPU), &mut cache, gpa(699), AccessKind::Write);
+    assert_eq!(outcome, FaultOutcome::Mapped);
+    assert_eq!((vm.hit(699), vm.hit(700)), (Some((8 * GIB + 699, 1)), None));
+    drop(invalidation);
     vm.cache = cache;
     vm.finish();
 }

@@ -2,16 +2,16 @@
 //! hardware reads them. The names in the checks are the invariants they stand for.
 mod support;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use mmu::{
-    AccessKind, CpuId, CpuRole, Cr0, Cr4, DirectMmu, Efer, Entered, FaultOutcome, Flush, Generation, Gfn,
-    GfnRange, GuestCpu, Mmu, PageCounts, PageSize, PagingRegs, Slot, SlotFlags, SplitProgress, Sweep,
-    TableCache, TagFlush, VmMemory,
+    AccessKind, CpuId, CpuRole, Cr0, Cr4, DirectMmu, DirectRole, Efer, Entered, FaultOutcome, Flush,
+    Generation, Gfn, GfnRange, GuestCpu, LogBy, Mmu, NoRoot, PageCounts, PageSize, PagingRegs, Root, Shared,
+    Slot, SlotFlags, SplitProgress, Sweep, TableCache, TagFlush, VmMemory,
 };
 use proptest::prelude::*;
 use support::blocks::Blocks;
-use support::hardware::Walker;
+use support::hardware::{Exit, Found, Tally, Walker};
 use support::machines::{on_every_machine, Host, Machine, HOST};
 use support::tables::HostTables;
 
@@ -48,6 +48,18 @@ enum Op {
     Invalidate { gfn: u64 },
     LateInstall { gfn: u64, invalidate: bool },
     Reclaim { limit: usize },
+    StartLog { slot: usize, dirty_bits: bool, all_set: bool, split: bool },
+    StopLog { slot: usize },
+    Harvest { slot: usize },
+    Age { gfn: u64, pages: u64 },
+    Collapse { gfn: u64, pages: u64 },
+    Track { gfn: u64 },
+    Untrack { gfn: u64, restore: bool },
+    ForbidHugeExecute { forbid: bool },
+    Recover { ratio: u64 },
+    InvalidateAll,
+    ZapObsolete { batches: usize },
+    CacheMmio { on: bool },
 }
 
 fn gfns() -> impl Strategy<Value = u64> {
@@ -56,7 +68,9 @@ fn gfns() -> impl Strategy<Value = u64> {
         start + offset % pages
     });
     let last = (0..SLOTS.len(), 0..3u64).prop_map(|(slot, after)| SLOTS[slot].0 + SLOTS[slot].1 - 2 + after);
-    prop_oneof![8 => inside, 2 => last, 1 => 0..6 * GIB]
+    // What happens in a row often has to concern the same page to show anything.
+    let hot = (0..3usize, 0..3usize).prop_map(|(slot, index)| SLOTS[slot].0 + [1, 600, 700][index]);
+    prop_oneof![12 => hot, 8 => inside, 2 => last, 1 => 0..6 * GIB]
 }
 
 fn spans() -> impl Strategy<Value = u64> {
@@ -89,6 +103,27 @@ fn ops() -> impl Strategy<Value = Op> {
         1 => gfns().prop_map(|gfn| Op::Invalidate { gfn }),
         1 => (gfns(), any::<bool>()).prop_map(|(gfn, invalidate)| Op::LateInstall { gfn, invalidate }),
         2 => (1..20usize).prop_map(|limit| Op::Reclaim { limit }),
+        18 => features(),
+    ]
+}
+
+fn features() -> impl Strategy<Value = Op> {
+    let slots = 0..SLOTS.len();
+    prop_oneof![
+        // The slots without a gigabyte, so that splitting them is quick.
+        3 => (0..3usize, any::<bool>(), any::<bool>(), any::<bool>())
+            .prop_map(|(slot, dirty_bits, all_set, split)| Op::StartLog { slot, dirty_bits, all_set, split }),
+        1 => slots.prop_map(|slot| Op::StopLog { slot }),
+        4 => (0..3usize).prop_map(|slot| Op::Harvest { slot }),
+        2 => (gfns(), spans()).prop_map(|(gfn, pages)| Op::Age { gfn, pages }),
+        2 => (gfns(), spans()).prop_map(|(gfn, pages)| Op::Collapse { gfn, pages }),
+        2 => gfns().prop_map(|gfn| Op::Track { gfn }),
+        2 => (gfns(), any::<bool>()).prop_map(|(gfn, restore)| Op::Untrack { gfn, restore }),
+        1 => any::<bool>().prop_map(|forbid| Op::ForbidHugeExecute { forbid }),
+        1 => (1..4u64).prop_map(|ratio| Op::Recover { ratio }),
+        1 => Just(Op::InvalidateAll),
+        2 => (1..3usize).prop_map(|batches| Op::ZapObsolete { batches }),
+        1 => any::<bool>().prop_map(|on| Op::CacheMmio { on }),
     ]
 }
 
@@ -99,6 +134,8 @@ struct Cached {
     pages: u64,
     pfn: u64,
     writable: bool,
+    /// D was set when it was cached: another write does not look at the leaf.
+    dirty: bool,
     tables: Vec<u64>,
     /// What it says was taken away; legal to use only until this is acknowledged.
     doomed: Option<Generation>,
@@ -112,6 +149,14 @@ struct World<'m, M: Machine> {
     cache: TableCache,
     /// The slots as they should be: read-only or not.
     slots: [Option<bool>; SLOTS.len()],
+    /// Which are logged, and whether by dirty bits.
+    logged: [Option<bool>; SLOTS.len()],
+    /// Slots whose huge pages have been protected since the log began.
+    armed: [bool; SLOTS.len()],
+    /// Pages of logged slots that were written since the last harvest.
+    written: HashSet<u64>,
+    tracked: HashMap<u64, u32>,
+    no_huge_execute: bool,
     vcpus: Vec<Mmu>,
     running: Vec<Option<(usize, Entered<'m, Blocks>)>>,
     tlb: HashMap<(usize, usize), Vec<Cached>>,
@@ -135,9 +180,212 @@ impl<'m, M: Machine> World<'m, M> {
         })
     }
 
-    fn walker(&self) -> Walker<'m, M> {
-        let root = self.kind.root();
+    /// The slot of `gfn`.
+    fn slot_of(&self, gfn: u64) -> Option<usize> {
+        (0..SLOTS.len()).find(|&slot| {
+            let (start, pages, _) = SLOTS[slot];
+            self.slots[slot].is_some() && (start..start + pages).contains(&gfn)
+        })
+    }
+
+    fn walker(&self, root: Root) -> Walker<'m, M> {
         Walker { tables: self.tables, root: root.hpa.pfn().number(), machine: self.machine }
+    }
+
+    /// Runs the batches of an operation, and sees to the flush at once.
+    fn flush_all(
+        &mut self,
+        mut sweep: Sweep,
+        mut batch: impl FnMut(&Shared<'m, Blocks>, &mut Sweep) -> Flush<'m, M::Format, HostTables>,
+    ) {
+        while !sweep.is_done() {
+            let flush = batch(&self.memory.shared(cpu(2)), &mut sweep);
+            self.settle(flush);
+        }
+    }
+
+    /// Issues the flush and kicks whom it names. What TLBs had is on notice, if there was anything to flush.
+    fn settle(&mut self, flush: Flush<'m, M::Format, HostTables>) {
+        let Some(issued) = flush.issue() else { return };
+        for slot in &mut self.running {
+            let kicked = slot.as_ref().is_some_and(|&(on, _)| issued.kick.contains(cpu(on)));
+            if kicked {
+                *slot = None;
+            }
+        }
+        assert!(self.memory.shootdown().is_acknowledged(issued.generation), "kicks are enough");
+        self.doom(0, 1 << 40, false, issued.generation);
+    }
+
+    /// The log's words of a slot.
+    fn log_word(&self, slot: usize, gfn: u64) -> bool {
+        let (start, ..) = SLOTS[slot];
+        let shared = self.memory.shared(cpu(2));
+        let log = shared.dirty_log(Gfn::new(start).unwrap()).expect("logged");
+        let page = gfn - start;
+        log.read((page / 64) as usize) >> (page % 64) & 1 != 0
+    }
+
+    fn start_log(&mut self, slot: usize, dirty_bits: bool, all_set: bool, split: bool) {
+        let start = Gfn::new(SLOTS[slot].0).unwrap();
+        let by = if dirty_bits { LogBy::DirtyBits } else { LogBy::WriteProtection };
+        let started = match all_set {
+            true => self.memory.exclusive(cpu(0)).start_dirty_log_all_set(start, by),
+            false => self.memory.exclusive(cpu(0)).start_dirty_log(start, by),
+        };
+        assert_eq!(started.is_ok(), self.slots[slot].is_some());
+        let Ok(sweep) = started else { return };
+        if split {
+            self.split(sweep.clone(), PageSize::Size4K);
+        }
+        if !all_set {
+            let kind = self.kind;
+            self.flush_all(sweep, |shared, sweep| kind.rearm(shared, sweep));
+        }
+        self.logged[slot] = Some(dirty_bits);
+        self.armed[slot] = !all_set;
+        self.forget_written(slot);
+    }
+
+    fn forget_written(&mut self, slot: usize) {
+        let (start, pages, _) = SLOTS[slot];
+        self.written.retain(|gfn| !(start..start + pages).contains(gfn));
+    }
+
+    fn stop_log(&mut self, slot: usize) {
+        let start = Gfn::new(SLOTS[slot].0).unwrap();
+        let stopped = self.memory.exclusive(cpu(0)).stop_dirty_log(start);
+        assert_eq!(stopped.is_ok(), self.slots[slot].is_some());
+        self.logged[slot] = None;
+        self.forget_written(slot);
+    }
+
+    /// H1, H3: what was written is in the log, and what is in it was writable.
+    fn harvest(&mut self, slot: usize) {
+        if self.logged[slot].is_none() {
+            return;
+        }
+        let (start, pages, _) = SLOTS[slot];
+        let kind = self.kind;
+        let first = Gfn::new(start).unwrap();
+        self.flush_all(Sweep::over(range(start, pages)), |shared, sweep| kind.collect_dirty(shared, sweep));
+        let shared = self.memory.shared(cpu(2));
+        let log = shared.dirty_log(first).expect("logged");
+        let mut flushes = vec![];
+        let mut found = HashSet::new();
+        for index in 0..log.words() {
+            let frames = log.frames(index).unwrap();
+            let mask = log.clear(index, u64::MAX);
+            if mask != 0 {
+                let at = Gfn::new(frames.start()).unwrap();
+                flushes.push(kind.rearm_pages(&shared, at, mask));
+            }
+            found.extend((0..64).filter(|bit| mask >> bit & 1 != 0).map(|bit| frames.start() + bit));
+        }
+        drop(shared);
+        for flush in flushes {
+            self.settle(flush);
+        }
+        assert!(found.iter().all(|gfn| (start..start + pages).contains(gfn)), "H3");
+        let missed =
+            self.written.iter().find(|&gfn| (start..start + pages).contains(gfn) && !found.contains(gfn));
+        assert_eq!(missed, None, "H1");
+        self.armed[slot] = true;
+        self.forget_written(slot);
+    }
+
+    fn split(&mut self, mut sweep: Sweep, size: PageSize) {
+        while !sweep.is_done() {
+            let shared = self.memory.shared(cpu(0));
+            let progress = self.kind.split(&shared, &mut self.cache, &mut sweep, size);
+            if progress == SplitProgress::NeedTables {
+                self.tables.fill(&mut self.cache);
+            }
+        }
+        self.tables.fill(&mut self.cache);
+    }
+
+    fn track(&mut self, gfn: u64) {
+        let kind = self.kind;
+        let mut exclusive = self.memory.exclusive(cpu(0));
+        let tracked = exclusive.track_writes(Gfn::new(gfn).unwrap());
+        assert_eq!(tracked.is_ok(), self.slot_of(gfn).is_some());
+        let Ok(mut sweep) = tracked else { return };
+        let mut flushes = vec![];
+        while !sweep.is_done() {
+            flushes.push(kind.track(&exclusive, &mut sweep));
+        }
+        drop(exclusive);
+        *self.tracked.entry(gfn).or_default() += 1;
+        for flush in flushes {
+            self.settle(flush);
+        }
+    }
+
+    fn untrack(&mut self, gfn: u64, restore: bool) {
+        let count = self.tracked.get(&gfn).copied().unwrap_or(0);
+        let mut exclusive = self.memory.exclusive(cpu(0));
+        let untracked = exclusive.untrack_writes(Gfn::new(gfn).unwrap());
+        assert_eq!(untracked.is_ok(), count != 0);
+        let Ok(mut sweep) = untracked else { return };
+        while restore && !sweep.is_done() {
+            assert!(!self.kind.untrack(&exclusive, &mut sweep).is_needed(), "C1");
+        }
+        self.tracked.insert(gfn, count - 1);
+        self.tracked.retain(|_, count| *count != 0);
+    }
+
+    fn is_tracked(&self, gfn: u64) -> bool {
+        self.tracked.contains_key(&gfn)
+    }
+
+    /// The slot is gone, and what was noted of its pages.
+    fn forget_slot(&mut self, slot: usize) {
+        let (start, pages, _) = SLOTS[slot];
+        self.logged[slot] = None;
+        self.forget_written(slot);
+        self.tracked.retain(|gfn, _| !(start..start + pages).contains(gfn));
+    }
+
+    fn invalidate_all(&mut self) {
+        let page = self.tables.allocate();
+        let done = self.kind.invalidate_all(&mut self.memory.exclusive(cpu(0)), page);
+        match done {
+            Ok(flush) => self.settle(flush),
+            Err(page) => {
+                self.tables.release(page);
+                self.zap_obsolete(usize::MAX);
+            }
+        }
+    }
+
+    /// (What TLBs have of obsolete roots is on notice since they became so.)
+    fn zap_obsolete(&mut self, batches: usize) {
+        let mut sweep = Sweep::over(GfnRange::ALL);
+        for _ in 0..batches {
+            if sweep.is_done() {
+                break;
+            }
+            drop(self.kind.zap_obsolete(&self.memory.shared(cpu(2)), &mut sweep));
+        }
+    }
+
+    /// The root of now for a vCPU: the second one is in system-management mode.
+    fn new_root(&mut self, vcpu: usize) -> Root {
+        if vcpu == 0 {
+            return self.kind.root();
+        }
+        self.kind.put_root(&mut self.memory.exclusive(cpu(0)), self.vcpus[vcpu].root());
+        loop {
+            let got =
+                self.kind.get_root(&mut self.memory.exclusive(cpu(0)), &mut self.cache, DirectRole::SMM);
+            self.tables.fill(&mut self.cache);
+            match got {
+                Ok(root) => return root,
+                Err(NoRoot::Full) => self.zap_obsolete(usize::MAX),
+                Err(NoRoot::NeedTables) => {}
+            }
+        }
     }
 
     fn apply(&mut self, op: &Op) {
@@ -154,18 +402,7 @@ impl<'m, M: Machine> World<'m, M> {
                     assert!(!flush.is_needed(), "C1");
                 }
             }
-            Op::Split { gfn, pages, size } => {
-                let mut sweep = Sweep::over(range(gfn, pages));
-                while !sweep.is_done() {
-                    let shared = self.memory.shared(cpu(0));
-                    if self.kind.split(&shared, &mut self.cache, &mut sweep, size)
-                        == SplitProgress::NeedTables
-                    {
-                        self.tables.fill(&mut self.cache);
-                    }
-                }
-                self.tables.fill(&mut self.cache);
-            }
+            Op::Split { gfn, pages, size } => self.split(Sweep::over(range(gfn, pages)), size),
             Op::InsertSlot { slot, read_only } => self.insert_slot(slot, read_only),
             Op::RemoveSlot { slot } => {
                 let start = Gfn::new(SLOTS[slot].0).unwrap();
@@ -173,6 +410,7 @@ impl<'m, M: Machine> World<'m, M> {
                 let mut exclusive = self.memory.exclusive(cpu(0));
                 let swept = exclusive.remove_slot(start);
                 assert_eq!(swept.is_ok(), self.slots[slot].take().is_some());
+                self.forget_slot(slot);
                 let Ok(mut sweep) = swept else { return };
                 while !sweep.is_done() {
                     drop(kind.zap(&exclusive, &mut sweep));
@@ -212,6 +450,48 @@ impl<'m, M: Machine> World<'m, M> {
                 }
             }
             Op::Reclaim { limit } => self.reclaim(limit),
+            Op::StartLog { slot, dirty_bits, all_set, split } => {
+                self.start_log(slot, dirty_bits, all_set, split);
+            }
+            Op::StopLog { slot } => self.stop_log(slot),
+            Op::Harvest { slot } => self.harvest(slot),
+            Op::Age { gfn, pages } => {
+                let before = self.memory.shootdown().requested();
+                let mut sweep = Sweep::over(range(gfn, pages));
+                while !sweep.is_done() {
+                    let _ = self.kind.test_and_clear_young(&self.memory.shared(cpu(1)), &mut sweep);
+                }
+                assert_eq!(self.memory.shootdown().requested(), before, "H5");
+                let young =
+                    self.kind.test_young(&self.memory.shared(cpu(1)), &mut Sweep::over(range(gfn, 1)));
+                assert!(!young, "H5");
+            }
+            Op::Collapse { gfn, pages } => {
+                let mut sweep = Sweep::over(range(gfn, pages));
+                while !sweep.is_done() {
+                    let flush = self.kind.collapse(&self.memory.exclusive(cpu(2)), &mut sweep);
+                    self.settle(flush);
+                }
+            }
+            Op::Track { gfn } => self.track(gfn),
+            Op::Untrack { gfn, restore } => self.untrack(gfn, restore),
+            Op::ForbidHugeExecute { forbid } => {
+                let swept = self.kind.forbid_huge_execute(&mut self.memory.exclusive(cpu(0)), forbid);
+                self.no_huge_execute = forbid;
+                let kind = self.kind;
+                self.flush_all(swept.unwrap(), |shared, sweep| kind.zap(shared, sweep));
+            }
+            Op::Recover { ratio } => {
+                let mut sweep = Sweep::over(GfnRange::ALL);
+                let flush = self.kind.recover_huge_pages(&self.memory.shared(cpu(2)), &mut sweep, ratio);
+                self.settle(flush);
+            }
+            Op::InvalidateAll => self.invalidate_all(),
+            Op::ZapObsolete { batches } => self.zap_obsolete(batches),
+            Op::CacheMmio { on } => match on {
+                true => self.kind.cache_mmio(&self.memory.shared(cpu(0))),
+                false => self.kind.stop_caching_mmio(),
+            },
         }
     }
 
@@ -220,7 +500,14 @@ impl<'m, M: Machine> World<'m, M> {
             return;
         }
         self.running[vcpu] = None;
-        let entered = self.vcpus[vcpu].enter(self.memory, cpu(on));
+        let mut entered = self.vcpus[vcpu].enter(self.memory, cpu(on));
+        if entered.is_obsolete() {
+            drop(entered);
+            let root = self.new_root(vcpu);
+            let _ = self.vcpus[vcpu].set_root(root);
+            entered = self.vcpus[vcpu].enter(self.memory, cpu(on));
+            assert!(!entered.is_obsolete(), "D7");
+        }
         let cached = self.tlb.entry((on, vcpu)).or_default();
         match entered.flush() {
             TagFlush::All => cached.clear(),
@@ -239,7 +526,8 @@ impl<'m, M: Machine> World<'m, M> {
         let expected = self.expected(gfn);
         if use_tlb {
             let cached = self.tlb[&(on, vcpu)].iter().find(|cached| {
-                (cached.first..cached.first + cached.pages).contains(&gfn) && (cached.writable || !write)
+                (cached.first..cached.first + cached.pages).contains(&gfn)
+                    && (cached.writable && cached.dirty || !write)
             });
             if let Some(cached) = cached {
                 match cached.doomed {
@@ -251,23 +539,39 @@ impl<'m, M: Machine> World<'m, M> {
                         let (pfn, read_only) = expected.expect("A3: a cached translation has a slot");
                         assert_eq!(cached.pfn + gfn - cached.first, pfn, "A1");
                         assert!(!(write && read_only), "A3");
+                        assert!(!(write && self.is_tracked(gfn)), "D6");
                     }
+                }
+                if write {
+                    self.note_write(gfn);
                 }
                 return;
             }
         }
         // A4: a bounded number of faults, then the access succeeds or must be emulated.
         for _ in 0..8 {
-            if let Some(hit) = self.walker().walk(gfn, write, kind == AccessKind::Execute) {
+            let (root, gpa) = (self.vcpus[vcpu].root(), Gfn::new(gfn).unwrap().gpa());
+            let walked = self.walker(root).try_walk(gfn, write, kind == AccessKind::Execute);
+            if walked == Err(Exit::Misconfiguration)
+                && self.kind.cached_mmio(&self.memory.shared(cpu(on)), root, gpa).is_some()
+            {
+                return assert_eq!(expected, None, "I1");
+            }
+            if let Ok(hit) = walked {
                 let (pfn, read_only) = expected.expect("A3: mapped, but no slot");
                 assert_eq!(hit.pfn, pfn, "A1");
                 assert!(!(hit.writable && read_only), "B3");
+                assert!(!(hit.writable && self.is_tracked(gfn)), "D6");
+                if write {
+                    self.note_write(gfn);
+                }
                 let base = hit.pfn - (gfn - hit.first);
                 let cached = Cached {
                     first: hit.first,
                     pages: hit.pages,
                     pfn: base,
                     writable: hit.writable,
+                    dirty: write || self.machine.flags().1 == 0,
                     tables: hit.tables,
                     doomed: None,
                 };
@@ -280,18 +584,31 @@ impl<'m, M: Machine> World<'m, M> {
                 return;
             }
             self.running[vcpu] = None;
-            let gpa = Gfn::new(gfn).unwrap().gpa();
-            let outcome = self.kind.fault(&self.memory.shared(cpu(on)), &mut self.cache, gpa, kind);
+            let shared = self.memory.shared(cpu(on));
+            let fast = self.kind.fast_fault(&shared, &mut self.cache, root, gpa, kind);
+            let outcome =
+                fast.unwrap_or_else(|| self.kind.fault_on(&shared, &mut self.cache, root, gpa, kind));
+            drop(shared);
             self.tables.fill(&mut self.cache);
             match (outcome, expected) {
                 (FaultOutcome::Mmio(at), None) => return assert_eq!(at, gpa),
                 (FaultOutcome::ReadOnly(at), Some((_, true))) if write => return assert_eq!(at, gpa),
+                (FaultOutcome::WriteTracked(at), Some((_, false))) if write && self.is_tracked(gfn) => {
+                    return assert_eq!(at, gpa);
+                }
                 (FaultOutcome::Mapped | FaultOutcome::Spurious, Some(_)) => {}
                 _ => panic!("A2: {outcome:?} where {expected:?} is expected"),
             }
             self.enter(vcpu, on);
         }
         panic!("A4: livelock");
+    }
+
+    /// A guest has written the page.
+    fn note_write(&mut self, gfn: u64) {
+        if self.slot_of(gfn).is_some_and(|slot| self.logged[slot].is_some()) {
+            self.written.insert(gfn);
+        }
     }
 
     fn sweep(&mut self, gfn: u64, pages: u64, issue: bool, protect: bool) {
@@ -338,6 +655,9 @@ impl<'m, M: Machine> World<'m, M> {
     fn insert_slot(&mut self, slot: usize, read_only: bool) {
         let (start, pages, cookie) = SLOTS[slot];
         let new = Slot { range: range(start, pages), flags: flags(read_only), cookie };
+        if self.slots[slot].is_none() {
+            self.memory.backing().provide_notes(cookie, start, pages);
+        }
         let inserted = self.memory.exclusive(cpu(0)).insert_slot(&new);
         assert_eq!(inserted.is_ok(), self.slots[slot].is_none());
         if inserted.is_ok() {
@@ -379,18 +699,37 @@ impl<'m, M: Machine> World<'m, M> {
         self.cache
     }
 
+    /// B3, B6, D6, H1, H4 of one leaf.
+    fn check_leaf(&self, leaf: &Found) {
+        for probe in [0, leaf.pages / 2, leaf.pages - 1] {
+            let expected = self.expected(leaf.gfn + probe);
+            let (want, read_only) = expected.expect("B3: a leaf outside its slot");
+            assert_eq!(leaf.pfn + probe, want, "A1, D8");
+            assert_eq!(!leaf.host_writable, read_only, "B3: host-writable follows the slot");
+        }
+        let executable = leaf.pages == 1 || !self.no_huge_execute;
+        assert_eq!((leaf.rights.read, leaf.rights.execute), (true, [executable; 2]), "B6");
+        let tracked = self.tracked.keys().any(|&gfn| (leaf.gfn..leaf.gfn + leaf.pages).contains(&gfn));
+        assert!(!(tracked && (leaf.pages != 1 && leaf.host_writable || leaf.mmu_writable)), "D6: {leaf:?}");
+        let Some(slot) = self.slot_of(leaf.gfn) else { return };
+        let Some(dirty_bits) = self.logged[slot].filter(|_| leaf.rights.write) else { return };
+        assert!(leaf.pages == 1 || !self.armed[slot], "H4: {leaf:?}");
+        if leaf.pages == 1 && !(dirty_bits && self.machine.flags().1 != 0) {
+            assert!(self.log_word(slot, leaf.gfn), "H1: {leaf:?} can be written unnoticed");
+        }
+    }
+
     /// The whole tree, after each operation.
     fn check(&self) {
-        let tally = self.walker().check(&mut |leaf| {
-            for probe in [0, leaf.pages / 2, leaf.pages - 1] {
-                let expected = self.expected(leaf.gfn + probe);
-                let (want, read_only) = expected.expect("B3: a leaf outside its slot");
-                assert_eq!(leaf.pfn + probe, want, "A1, D8");
-                assert_eq!(!leaf.host_writable, read_only, "B3: host-writable follows the slot");
-            }
-            assert_eq!((leaf.rights.read, leaf.rights.execute), (true, [true; 2]));
-        });
-        let counts = PageCounts { leaves: tally.leaves, tables: tally.tables };
+        let mut sum = Tally::default();
+        for root in self.kind.roots() {
+            let tally = self.walker(root).check(&mut |leaf| self.check_leaf(leaf));
+            sum.tables += tally.tables;
+            sum.splits += tally.splits;
+            sum.leaves.iter_mut().zip(tally.leaves).for_each(|(sum, leaves)| *sum += leaves);
+        }
+        let counts = PageCounts { leaves: sum.leaves, tables: sum.tables };
+        assert_eq!(self.kind.execute_splits(), sum.splits, "D4");
         assert_eq!(self.kind.page_counts(), counts, "D4");
     }
 }
@@ -418,10 +757,18 @@ fn run<M: Machine>(machine: M, five_level: bool, largest: PageSize, ops: &[Op]) 
         tables: &tables,
         cache: TableCache::new(),
         slots: [None; SLOTS.len()],
+        logged: [None; SLOTS.len()],
+        armed: [false; SLOTS.len()],
+        written: HashSet::new(),
+        tracked: HashMap::new(),
+        no_huge_execute: false,
         vcpus: (0..VCPUS).map(|_| Mmu::new(role, kind.root())).collect(),
         running: (0..VCPUS).map(|_| None).collect(),
         tlb: HashMap::new(),
     };
+    tables.fill(&mut world.cache);
+    let smm = kind.get_root(&mut memory.exclusive(cpu(0)), &mut world.cache, DirectRole::SMM).unwrap();
+    let _ = world.vcpus[1].set_root(smm);
     tables.fill(&mut world.cache);
     for slot in 0..SLOTS.len() {
         world.insert_slot(slot, slot == 1);

@@ -1,4 +1,4 @@
-//! `test`: the host's tests, then the emulator scenarios, and one line that adds them up.
+//! `test`: the host's tests, the models, then the emulator scenarios, and one line that adds them up.
 
 use std::io::{BufRead, BufReader};
 use std::process::{ExitCode, ExitStatus, Stdio};
@@ -37,6 +37,7 @@ pub fn test(options: &Options) -> Result<ExitCode> {
     let ready = setup::ensure(&Component::ALL)?;
     build::build(ready.compiler()?)?;
     let mut tally = host_tests(options)?;
+    tally.add(models(options)?);
     tally.add(scenarios(options, setup::linux_is_possible())?);
     if !tally.names.is_empty() {
         println!("\nfailed:");
@@ -59,6 +60,20 @@ fn host_tests(options: &Options) -> Result<Tally> {
     let mut tally = Tally::default();
     let status = stream(&line.dir(paths::workspace_root()), |line| tally.read_host_line(line))?;
     tally.must_explain(status, "the host's tests could not be built or broke off");
+    Ok(tally)
+}
+
+/// The models of `mmu`'s lock-free protocols: built their own way, so in a folder of their own.
+fn models(options: &Options) -> Result<Tally> {
+    let mut line = CommandLine::new("cargo")
+        .args(["test", "-p", "mmu", "--test", "loom", "--release", "--target-dir", "target/loom"])
+        .env("RUSTFLAGS", "--cfg loom");
+    if let Some(filter) = &options.filter {
+        line = line.args(["--", filter]);
+    }
+    let mut tally = Tally::default();
+    let status = stream(&line.dir(paths::workspace_root()), |line| tally.read_host_line(line))?;
+    tally.must_explain(status, "the models could not be built or broke off");
     Ok(tally)
 }
 

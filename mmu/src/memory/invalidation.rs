@@ -1,7 +1,7 @@
 //! The invalidation sequence: a frame that was resolved before its backing changed is never mapped afterwards.
-use core::sync::atomic::{AtomicU64, Ordering};
-
 use crate::addr::{Gfn, GfnRange};
+use crate::level::PageSize;
+use crate::sync::{AtomicU64, Ordering};
 
 /// A moment in the life of the backing, taken before a frame is resolved and compared when it is mapped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -19,7 +19,7 @@ pub(crate) struct Invalidations {
 }
 
 impl Invalidations {
-    pub(super) const fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self {
             sequence: AtomicU64::new(0),
             in_progress: AtomicU64::new(0),
@@ -39,14 +39,21 @@ impl Invalidations {
         (self.in_progress.load(Ordering::Acquire) == 0).then(|| self.sequence())
     }
 
-    /// Whether something that was resolved at `then` may no longer be mapped at `gfn`.
+    /// Whether an invalidation is in progress anywhere. Under a guard none begins.
     #[inline]
-    pub(crate) fn is_stale(&self, then: InvalidationSeq, gfn: Gfn) -> bool {
+    pub(crate) fn any_in_progress(&self) -> bool {
+        self.in_progress.load(Ordering::Acquire) != 0
+    }
+
+    /// Whether something that was resolved at `then` may no longer be mapped in the block of `size` around `gfn`.
+    #[inline]
+    pub(crate) fn is_stale(&self, then: InvalidationSeq, gfn: Gfn, size: PageSize) -> bool {
         // In this order: an invalidation that ends in between has raised the sequence before it left the count.
         if self.in_progress.load(Ordering::Acquire) != 0 {
             let start = self.start.load(Ordering::Relaxed);
             let end = self.end.load(Ordering::Relaxed);
-            if (start..end).contains(&gfn.number()) {
+            let first = gfn.number() & !(size.pages() - 1);
+            if start < first + size.pages() && first < end {
                 return true;
             }
         }
@@ -89,6 +96,8 @@ impl Drop for Invalidation<'_> {
 mod tests {
     use super::*;
 
+    const SMALL: PageSize = PageSize::Size4K;
+
     fn gfn(number: u64) -> Gfn {
         Gfn::new_truncate(number)
     }
@@ -101,14 +110,16 @@ mod tests {
     fn a_snapshot_taken_before_or_during_is_stale_for_good() {
         let all = Invalidations::new();
         let before = all.sequence();
-        assert!(!all.is_stale(before, gfn(5)));
+        assert!(!all.is_stale(before, gfn(5), SMALL));
         let invalidation = all.begin(range(5, 1));
         let during = all.sequence();
-        assert!(all.is_stale(before, gfn(5)) && all.is_stale(during, gfn(5)));
-        assert!(!all.is_stale(during, gfn(6)), "other pages go on");
+        assert!(all.is_stale(before, gfn(5), SMALL) && all.is_stale(during, gfn(5), SMALL));
+        assert!(!all.is_stale(during, gfn(6), SMALL), "other pages go on");
+        assert!(all.is_stale(during, gfn(6), PageSize::Size2M), "but not as one with this one");
+        assert!(!all.is_stale(during, gfn(512), PageSize::Size2M));
         drop(invalidation);
-        assert!(all.is_stale(before, gfn(5)) && all.is_stale(during, gfn(5)));
-        assert!(!all.is_stale(all.sequence(), gfn(5)));
+        assert!(all.is_stale(before, gfn(5), SMALL) && all.is_stale(during, gfn(5), SMALL));
+        assert!(!all.is_stale(all.sequence(), gfn(5), SMALL));
     }
 
     #[test]
@@ -131,8 +142,8 @@ mod tests {
         let first = all.begin(range(10, 1));
         let second = all.begin(range(20, 1));
         drop(first);
-        assert!(all.is_stale(all.sequence(), gfn(10)) && all.is_stale(all.sequence(), gfn(20)));
+        assert!(all.is_stale(all.sequence(), gfn(10), SMALL) && all.is_stale(all.sequence(), gfn(20), SMALL));
         drop(second);
-        assert!(!all.is_stale(all.sequence(), gfn(20)));
+        assert!(!all.is_stale(all.sequence(), gfn(20), SMALL));
     }
 }

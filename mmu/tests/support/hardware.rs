@@ -44,12 +44,22 @@ pub struct Found {
     pub pfn: u64,
     pub rights: Rights,
     pub host_writable: bool,
+    /// A fault may set W.
+    pub mmu_writable: bool,
+    /// A, or not access-tracked.
+    pub young: bool,
+    /// D; `false` if the machine has none.
+    pub dirty: bool,
 }
 
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Tally {
     pub leaves: [u64; 3],
     pub tables: u64,
+    /// Links that are noted as splits for the sake of fetches.
+    pub splits: u64,
+    /// Notes about device memory.
+    pub mmio: u64,
 }
 
 impl<M: Machine> Walker<'_, M> {
@@ -68,7 +78,7 @@ impl<M: Machine> Walker<'_, M> {
         let (mut table, mut path) = (self.root, vec![]);
         let mut rights = Rights::ALL;
         let mut steps = vec![];
-        for level in (1..=self.machine.host().levels()).rev() {
+        for level in (1..=self.machine.levels()).rev() {
             path.push(table);
             let index = (gfn >> (9 * (level - 1)) & 511) as usize;
             let entry = self.tables.peek(table, index).expect("the walk stays in table memory");
@@ -95,7 +105,8 @@ impl<M: Machine> Walker<'_, M> {
                     }
                     let (accessed, dirty) = self.machine.flags();
                     for &(table, index) in &steps {
-                        self.tables.mark(table, index, accessed);
+                        let pdpte = self.machine.levels() == 3 && table == self.root;
+                        self.tables.mark(table, index, if pdpte { 0 } else { accessed });
                     }
                     if write {
                         let (table, index) = steps[steps.len() - 1];
@@ -117,7 +128,7 @@ impl<M: Machine> Walker<'_, M> {
     pub fn check(&self, leaf: &mut dyn FnMut(&Found)) -> Tally {
         let mut tally = Tally::default();
         let mut seen = HashSet::new();
-        self.check_table(self.root, self.machine.host().levels(), 0, &mut seen, &mut tally, leaf);
+        self.check_table(self.root, self.machine.levels(), 0, &mut seen, &mut tally, leaf);
         tally
     }
 
@@ -136,18 +147,24 @@ impl<M: Machine> Walker<'_, M> {
         for index in 0..512 {
             let entry = self.tables.peek(table, index as usize).expect("B4: a link leads to a table page");
             let gfn = base + index * pages;
+            let aside = self.machine.aside(entry);
+            let entry = aside.unwrap_or(entry);
             let pfn = (entry & FRAME) >> 12;
             let reading = self.machine.read(entry, level);
-            if reading != Reading::Absent {
-                assert_eq!(entry >> 11 & 1, 1, "B5: present entries carry the MMU-present bit");
-            }
             match reading {
                 Reading::Absent => {
                     assert_eq!(entry, 0, "B5: nothing but zero is not present in a live tree");
                 }
-                Reading::Malformed => panic!("B1: level {level}, entry {entry:#x}"),
+                Reading::Malformed => {
+                    assert_eq!(entry >> 11 & 1, 0, "B1: level {level}, entry {entry:#x}");
+                    assert_eq!(entry >> 51 & 1, 1, "B5: L1TF");
+                    assert!(level < self.machine.levels(), "I3: no note in the root");
+                    tally.mmio += 1;
+                }
+                _ if entry >> 11 & 1 == 0 => panic!("B5: present entries carry the MMU-present bit"),
                 Reading::Link(rights) => {
                     assert_eq!(rights, Rights::ALL, "B4: links permit everything");
+                    tally.splits += u64::from(self.machine.notes(entry).0);
                     self.check_table(pfn, level - 1, gfn, seen, tally, leaf);
                 }
                 Reading::Page(rights) => {
@@ -157,7 +174,10 @@ impl<M: Machine> Walker<'_, M> {
                     let legal = [[1, 1, 1], [1, 1, 0], [1, 0, 0], [0, 0, 0]];
                     assert!(legal.contains(&triple), "B2: {triple:?}");
                     tally.leaves[level as usize - 1] += 1;
-                    leaf(&Found { gfn, pages, pfn, rights, host_writable });
+                    let (accessed, dirty) = self.machine.flags();
+                    let young = aside.is_none() && (accessed == 0 || entry & accessed != 0);
+                    let dirty = entry & dirty != 0;
+                    leaf(&Found { gfn, pages, pfn, rights, host_writable, mmu_writable, young, dirty });
                 }
             }
         }

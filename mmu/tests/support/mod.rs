@@ -7,3 +7,4 @@ pub mod hardware;
 pub mod machines;
 pub mod manual;
 pub mod tables;
+pub mod vm;
