@@ -818,9 +818,6 @@ fn failures_inside() {
         world.fails_inside(t, TS, DATA);
     });
     each("inside.ldt_not_present", |t, mode| {
-        if t.skip_on_tcg("an LDT that is not present is #NP") {
-            return;
-        }
         let mut world = World::new(mode, &jump(B), &UD2);
         machine::set_descriptor(EXTRA, 0x0000_0200_0000_0000 | LDT << 16 | 0xf);
         world.b.ldt = EXTRA;
