@@ -162,29 +162,38 @@ impl<'a, V: Vendor> Scheduler<'a, V> {
         }
     }
 
-    /// Places and indices of all vCPUs, beginning behind the one that ran last.
-    fn in_turn(&self) -> impl Iterator<Item = (usize, usize)> + '_ {
-        let all = || {
-            self.places.iter().enumerate().flat_map(|(place, it)| {
-                let count = it.instance.as_ref().map_or(0, |it| it.vcpus.len());
-                (0..count).map(move |index| (place, index))
-            })
-        };
-        all().skip_while(|&at| at < self.next).chain(all().take_while(|&at| at < self.next))
-    }
-
-    fn is_runnable(&self, (place, index): (usize, usize)) -> bool {
-        self.places[place].instance.as_ref().is_some_and(|it| it.vcpus[index].is_runnable(&it.guest))
-    }
-
+    /// Place and index of the next runnable vCPU, beginning behind the one that ran last.
     fn pick(&mut self) -> Option<(usize, usize)> {
-        let chosen = self.in_turn().find(|&at| self.is_runnable(at))?;
-        self.next = (chosen.0, chosen.1 + 1);
-        Some(chosen)
+        let mut before = None;
+        for (place, it) in self.places.iter().enumerate() {
+            let Some(instance) = &it.instance else { continue };
+            for (index, vcpu) in instance.vcpus.iter().enumerate() {
+                let at = (place, index);
+                let behind = at >= self.next;
+                if (behind || before.is_none()) && vcpu.is_runnable(&instance.guest) {
+                    if behind {
+                        self.next = (place, index + 1);
+                        return Some(at);
+                    }
+                    before = Some(at);
+                }
+            }
+        }
+        let (place, index) = before?;
+        self.next = (place, index + 1);
+        before
     }
 
     fn has_other_runnable(&self, this: (usize, usize)) -> bool {
-        self.in_turn().any(|at| at != this && self.is_runnable(at))
+        for (place, it) in self.places.iter().enumerate() {
+            let Some(instance) = &it.instance else { continue };
+            for (index, vcpu) in instance.vcpus.iter().enumerate() {
+                if (place, index) != this && vcpu.is_runnable(&instance.guest) {
+                    return true;
+                }
+            }
+        }
+        false
     }
 
     /// Halves what each VM has used, now and then.
