@@ -52,8 +52,8 @@ fn demo(ctx: &Ctx, machine: &Machine) -> Result<Cases> {
 
 /// Umbra names what it runs on.
 fn vmx(ctx: &Ctx) -> Result<Cases> {
-    let log = demo_log(ctx, &ctx.bochs(BochsCpu::SkylakeX))?;
-    for word in ["VMX", "EPT"] {
+    let log = demo_log(ctx, &Machine { cpus: 2, ..ctx.bochs(BochsCpu::SkylakeX) })?;
+    for word in ["VMX", "EPT", "on 2 of 2 CPUs"] {
         ensure!(
             log.lines().any(|line| line.starts_with("umbra: ") && line.contains(word)),
             "no line of Umbra's says {word}"
