@@ -1,5 +1,5 @@
 //! Exit reasons, and what exit qualifications and event information say. SDM vol. 3, 28.2 and appendix C.
-use super::event::{ERROR_CODE, TYPE_EXCEPTION, TYPE_INTERRUPT, TYPE_NMI, TYPE_SHIFT, VALID};
+use super::event::{self, ERROR_CODE, TYPE_INTERRUPT, TYPE_NMI, TYPE_SHIFT, VALID};
 use crate::hw::{Event, FaultCause, PortAccess, PortKind};
 
 /// Basic exit reasons. SDM vol. 3, table C-1.
@@ -460,17 +460,8 @@ impl Interruption {
 /// the instruction again, for RIP still points to it (28.3.3).
 #[inline]
 pub const fn interrupted_event(info: u32, error: u32) -> Option<Event> {
-    if info & VALID == 0 {
-        return None;
-    }
-    let vector = info as u8;
-    match info >> TYPE_SHIFT & 7 {
-        TYPE_INTERRUPT => Some(Event::Interrupt(vector)),
-        TYPE_NMI => Some(Event::Nmi),
-        TYPE_EXCEPTION if info & ERROR_CODE != 0 => Some(Event::Exception(vector, Some(error))),
-        TYPE_EXCEPTION => Some(Event::Exception(vector, None)),
-        _ => None,
-    }
+    // The fields have one format (tables 25-17 and 25-20), and the types that are not injected again are not decoded.
+    event::decode(info, error)
 }
 
 #[cfg(test)]
