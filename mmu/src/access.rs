@@ -57,13 +57,25 @@ impl Access {
 
 bitflags! {
     /// What a translation permits: the AND of all levels.
+    ///
+    /// The order is that of bits 63, 1 and 2 of an entry, turned left by two: see `PagingContext::prot`.
     #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
     pub struct Prot: u8 {
+        /// Data reads: only EPT can say no.
+        const READ = 1 << 0;
+        /// Instruction fetches; with mode-based execute control those through supervisor-mode linear addresses.
+        const EXECUTE = 1 << 1;
+        /// Fetches through user-mode linear addresses: only EPT with mode-based execute control tells them apart, and sets
+        /// it.
+        const EXECUTE_USER = 1 << 2;
         /// Writes (subject to CR0.WP for supervisor accesses).
-        const WRITE = 1 << 0;
-        /// User accesses.
-        const USER = 1 << 1;
-        /// Instruction fetches.
-        const EXECUTE = 1 << 2;
+        const WRITE = 1 << 3;
+        /// User accesses. EPT has no such bit, and never sets it.
+        const USER = 1 << 4;
     }
+}
+
+impl Prot {
+    /// What no paging at all permits.
+    pub const UNPAGED: Self = Self::READ.union(Self::WRITE).union(Self::USER).union(Self::EXECUTE);
 }

@@ -99,12 +99,16 @@ pub use memory::{
     Backing, Exclusive, Generation, Held, Invalidation, InvalidationSeq, NoPage, NotRam, RamAddr, Resolved,
     Shared, Shootdown, Slot, SlotError, SlotFlags, VmMemory, MAX_SLOTS,
 };
-pub use role::{CpuRole, Cr0, Cr4, Efer, GuestCpu, PagingMode, PagingRegs, RoleFlags};
+pub use role::{
+    BadEptPointer, BaseRole, CpuRole, Cr0, Cr4, Efer, GuestCpu, GuestEpt, PageRole, PagingMode, PagingRegs,
+    RoleFlags, RootRole, VcpuMode,
+};
 pub use tables::{
     EntryCell, FaultStats, HwEntry, PhysTables, TableCache, TableFrame, TableMemory, TablePage,
 };
 pub use vcpu::{Entered, Mmu, TagFlush};
 pub use walk::{
-    BelowError, Cause, Fault, NestedTables, NpfInfo, PageFaultCode, PagingContext, Place, TableSource,
-    Translation, WalkError, WalkRegs,
+    BelowError, Cause, EptExit, EptViolation, FaultInfo, GuestWalk, Linear, LogFull, MarkObserver,
+    NestedTables, NestedWalk, NpfInfo, Observed, PageFaultCode, PagingContext, PdpteError, Place,
+    TableSource, Translation, Update, WalkError, WalkRegs, WalkStep,
 };

@@ -9,7 +9,7 @@
 use super::memory::HostMemory;
 use core::cell::{Cell, RefCell};
 use core::sync::atomic::{AtomicU64, Ordering};
-use mmu::{BelowError, Gpa, InvalidationSeq, Shared, TableSource};
+use mmu::{BelowError, Gpa, InvalidationSeq, Shared, TableSource, Update};
 
 /// Levels of the deepest walk.
 const MAX_LEVELS: usize = 5;
@@ -158,12 +158,12 @@ impl TableSource<Gpa> for Recorder<'_, '_> {
         self.shared.read_u32(at)
     }
 
-    fn update_u64(&self, at: Gpa, current: u64, new: u64) -> Result<bool, BelowError> {
+    fn update_u64(&self, at: Gpa, current: u64, new: u64) -> Result<Update, BelowError> {
         self.spoilt.set(true);
         self.shared.update_u64(at, current, new)
     }
 
-    fn update_u32(&self, at: Gpa, current: u32, new: u32) -> Result<bool, BelowError> {
+    fn update_u32(&self, at: Gpa, current: u32, new: u32) -> Result<Update, BelowError> {
         self.spoilt.set(true);
         self.shared.update_u32(at, current, new)
     }

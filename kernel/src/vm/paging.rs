@@ -354,7 +354,13 @@ fn walk_regs<H: HwVcpu>(hw: &H) -> WalkRegs {
     const CR4_PKE: u64 = 1 << 22;
     // PKRU is in the register while its vCPU is on this CPU.
     let pkru = if hw.cr4() & CR4_PKE != 0 { crate::hw::extended::pkru() } else { 0 };
-    WalkRegs { cr3: hw.cr3(), pkru, ac: hw.rflags() & RFLAGS_AC != 0, pdptes: hw.pdptes() }
+    WalkRegs {
+        cr3: hw.cr3(),
+        pkru,
+        ac: hw.rflags() & RFLAGS_AC != 0,
+        pdptes: hw.pdptes(),
+        ..WalkRegs::default()
+    }
 }
 
 #[cold]
@@ -363,6 +369,7 @@ fn into_fault(error: WalkError) -> Fault {
         WalkError::Fault(fault) => {
             Fault::Exception(Exception::page_fault(fault.page_fault_code().bits(), fault.address))
         }
-        WalkError::Contended => Fault::Retry,
+        // There is no log in a VM's own tables.
+        WalkError::Contended | WalkError::LogFull => Fault::Retry,
     }
 }

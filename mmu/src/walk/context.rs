@@ -1,13 +1,14 @@
 //! The paging context: how a guest's page tables are read, as follows from its registers.
 use core::marker::PhantomData;
 
-use super::fault::{Cause, Fault, Place, WalkError};
+use super::fault::{Cause, FaultInfo, Place, WalkError};
 use super::permission::{forbids, index, permissions, Permissions};
 use super::reserved::{reserved, Reserved};
-use super::source::TableSource;
-use super::walker::{marked, Walker};
+use super::result::{GuestWalk, Trail};
+use super::source::{BelowError, LogFull, TableSource, Update};
+use super::walker::{self, Full, Quick, Walker};
 use crate::access::{Access, AccessKind, Agent, Prot};
-use crate::addr::Address;
+use crate::addr::{Address, NGpa, PAGE_SIZE};
 use crate::level::Level;
 use crate::role::{CpuRole, PagingMode, RoleFlags};
 
@@ -16,8 +17,8 @@ const MAX_RESTARTS: usize = 8;
 
 /// How page tables that translate `In` to `Out` are read: the sketch's `kvm_paging_context`.
 ///
-/// Immutable: a change of CR0, CR4, EFER or of the guest's CPUID is another context. CR3, PKRU and RFLAGS.AC change
-/// without an exit under nested paging, so they are arguments of a walk, as is the access.
+/// Immutable: a change of CR0, CR4, EFER or of the guest's CPUID is another context. CR3, PKRU, IA32_PKRS and RFLAGS.AC
+/// change without an exit under nested paging, so they are arguments of a walk, as is the access.
 ///
 /// The sketch's `root_walk` and `walk01` are both `PagingContext<Gva, Gpa>`: they never differ. `walk12` is
 /// `PagingContext<Gva, NGpa>`, and `tdp12_walk`, for L1's nested tables, `PagingContext<NGpa, Gpa>`.
@@ -25,23 +26,39 @@ const MAX_RESTARTS: usize = 8;
 pub struct PagingContext<In, Out> {
     role: CpuRole,
     permissions: &'static Permissions,
-    /// Reserved bits, and bit 0 for entries that are not present.
+    /// Reserved bits, and bit 0 for entries that are not present, both of entries in positive form.
     pub(super) wrong: Reserved,
+    /// An entry XOR this is its positive form: one AND over all levels says what they permit. Turned around are NX, if it has
+    /// a meaning, and P, which so is an error where it is set. Not for EPT.
+    pub(super) flip: u64,
+    /// What is permitted whatever the entries say.
+    pub(super) implied: Prot,
     stages: PhantomData<fn(In) -> Out>,
 }
 
 /// Registers that a walk reads as they are at the moment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub struct WalkRegs {
-    /// CR3, or NCR3.
+    /// CR3, NCR3, or the EPT pointer.
     pub cr3: u64,
     /// PKRU.
     pub pkru: u32,
+    /// IA32_PKRS.
+    pub pkrs: u32,
     /// RFLAGS.AC.
     pub ac: bool,
     /// PAE: the PDPTE registers, where the CPU has them (VMX). Under nested paging it has none, and each walk reads the
     /// PDPTE from memory (AMD APM vol. 2, 15.25.10).
     pub pdptes: Option<[u64; 4]>,
+}
+
+/// PDPTE registers that cannot be loaded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PdpteError {
+    /// This entry is present and has a reserved bit set: the instruction gets #GP.
+    Reserved(u64),
+    /// An entry cannot be read. A fault of L1's tables goes back to no linear address.
+    Unreachable(BelowError),
 }
 
 /// Where an address leads.
@@ -58,7 +75,23 @@ pub struct Translation<Out> {
 impl<In: Address, Out: Address> PagingContext<In, Out> {
     /// The context of a role.
     pub const fn new(role: CpuRole) -> Self {
-        Self { role, permissions: permissions(role.flags()), wrong: reserved(&role), stages: PhantomData }
+        let no_execute = role.flags().contains(RoleFlags::NX);
+        let mut wrong = reserved(&role);
+        if matches!(role.mode(), PagingMode::Pae | PagingMode::FourLevel | PagingMode::FiveLevel) {
+            // The walk meets large pages where it meets what is wrong with a link.
+            wrong[Level::L2.ordinal()][0] |= walker::LARGE;
+            if !matches!(role.mode(), PagingMode::Pae) {
+                wrong[Level::L3.ordinal()][0] |= walker::LARGE;
+            }
+        }
+        Self {
+            role,
+            permissions: permissions(&role),
+            wrong,
+            flip: walker::PRESENT | if no_execute { walker::NO_EXECUTE } else { 0 },
+            implied: if no_execute { Prot::READ } else { Prot::READ.union(Prot::EXECUTE) },
+            stages: PhantomData,
+        }
     }
 
     /// The role the context was made for: while it stays the same, so does the context.
@@ -83,13 +116,66 @@ impl<In: Address, Out: Address> PagingContext<In, Out> {
         access: Access,
     ) -> Result<Translation<Out>, WalkError> {
         if self.role.mode() == PagingMode::FourLevel {
-            let mut walker = Walker::new(self, tables, regs, address, access, |_, _| {});
-            let translation = walker.four_levels();
-            if !walker.unmarked {
-                return translation;
+            let mut walker = Walker::<Quick, _, _, _, _>::new(self, tables, regs, address, access, |_, _| {});
+            if let Ok(translation) = walker.four_levels() {
+                if !walker.unmarked {
+                    return Ok(translation);
+                }
             }
         }
         self.translate_and_mark(tables, regs, address, access)
+    }
+
+    /// The same walk, with all that a shadow of the tables is made from.
+    #[inline]
+    pub fn walk<S: TableSource<Out>>(
+        &self,
+        tables: &S,
+        regs: &WalkRegs,
+        address: In,
+        access: Access,
+    ) -> Result<GuestWalk<Out>, WalkError> {
+        let (translation, trail) = self.walk_and_mark(tables, regs, address, access)?;
+        Ok(GuestWalk::new(self, translation, &trail, access))
+    }
+
+    /// Loads the PDPTE registers, as a MOV to CR0, CR3 or CR4 that leads to PAE paging does on a CPU that has them (Intel SDM
+    /// vol. 3, 4.4.1).
+    pub fn load_pdptes<S: TableSource<Out>>(&self, tables: &S, cr3: u64) -> Result<[u64; 4], PdpteError> {
+        let mut pdptes = [0; 4];
+        for (at, pdpte) in walker::pdpte_addresses(cr3).zip(&mut pdptes) {
+            *pdpte = tables.read_pdpte(Out::from_bits_truncate(at)).map_err(PdpteError::Unreachable)?;
+            if *pdpte & walker::PRESENT != 0 && self.pdpte_is_wrong(*pdpte) {
+                return Err(PdpteError::Reserved(*pdpte));
+            }
+        }
+        Ok(pdptes)
+    }
+
+    /// Whether a PDPTE is not present or has a reserved bit set.
+    #[inline]
+    pub(super) fn pdpte_is_wrong(&self, pdpte: u64) -> bool {
+        (pdpte ^ walker::PRESENT) & self.wrong[Level::L3.ordinal()][0] != 0
+    }
+
+    /// The access that L1's nested tables see when L2 makes `access` to an address that its own tables permit `linear` at.
+    ///
+    /// All are a user's, but for fetches. Under guest mode execute trap those are by privilege level; under mode-based
+    /// execute control they go by the linear address, which is a user's if all of L2's entries say so, or if L2 has no
+    /// paging (Intel SDM vol. 3, 29.3.3.2).
+    #[inline]
+    pub fn final_access(&self, access: Access, linear: Prot) -> Access {
+        let flags = self.role.flags();
+        let user = if access.kind != AccessKind::Execute {
+            true
+        } else if flags.contains(RoleFlags::MODE_BASED_EXECUTE) {
+            linear.contains(Prot::USER)
+        } else if flags.contains(RoleFlags::NESTED.union(RoleFlags::SMEP)) {
+            access.agent == Agent::User
+        } else {
+            true
+        };
+        Access { kind: access.kind, agent: if user { Agent::User } else { Agent::Supervisor } }
     }
 
     /// The general case of [`translate`](Self::translate): any mode, bits to be set.
@@ -101,13 +187,27 @@ impl<In: Address, Out: Address> PagingContext<In, Out> {
         address: In,
         access: Access,
     ) -> Result<Translation<Out>, WalkError> {
+        self.walk_and_mark(tables, regs, address, access).map(|(translation, _)| translation)
+    }
+
+    fn walk_and_mark<S: TableSource<Out>>(
+        &self,
+        tables: &S,
+        regs: &WalkRegs,
+        address: In,
+        access: Access,
+    ) -> Result<(Translation<Out>, Trail), WalkError> {
         for _ in 0..MAX_RESTARTS {
-            let mut trail = Trail::default();
+            let mut trail = Trail::new();
             let mut walker =
-                Walker::new(self, tables, regs, address, access, |at, entry| trail.push(at, entry));
+                Walker::<Full, _, _, _, _>::new(self, tables, regs, address, access, |at, entry| {
+                    trail.push(at, entry)
+                });
             let translation = walker.any_mode()?;
-            if !walker.unmarked || self.mark(tables, &trail, address, access)? {
-                return Ok(translation);
+            let (leaf, pdpte, unmarked) = (walker.leaf, walker.pdpte, walker.unmarked);
+            trail.end(leaf, pdpte);
+            if !unmarked || self.mark(tables, &mut trail, address, access)? {
+                return Ok((translation, trail));
             }
         }
         Err(WalkError::Contended)
@@ -117,58 +217,71 @@ impl<In: Address, Out: Address> PagingContext<In, Out> {
     fn mark<S: TableSource<Out>>(
         &self,
         tables: &S,
-        trail: &Trail,
+        trail: &mut Trail,
         address: In,
         access: Access,
     ) -> Result<bool, WalkError> {
-        let steps = trail.steps();
-        for (position, &(at, entry)) in steps.iter().enumerate() {
-            let below = steps.len() - 1 - position;
-            let marked = marked(entry, below == 0 && access.kind == AccessKind::Write);
-            if marked == entry {
+        let write = access.kind == AccessKind::Write;
+        let (accessed, dirty) = self.mark_bits();
+        let newly_dirty = write && trail.leaf_entry().is_some_and(|entry| entry & dirty == 0);
+        if newly_dirty && self.role.is_ept() {
+            let page = NGpa::new_truncate(address.bits() & !(PAGE_SIZE - 1));
+            tables.log_dirty(page).map_err(|LogFull| WalkError::LogFull)?;
+        }
+        let leaf = trail.leaf();
+        for (level, step) in trail.steps_mut() {
+            let leaf = level == leaf;
+            let marked = step.entry | accessed | if leaf && write { dirty } else { 0 };
+            if marked == step.entry {
                 continue;
             }
-            let at = Out::from_bits_truncate(at);
-            let done = match self.role.mode() {
-                PagingMode::TwoLevel => tables.update_u32(at, entry as u32, marked as u32),
-                _ => tables.update_u64(at, entry, marked),
+            let at = Out::from_bits_truncate(step.at);
+            let update = match self.role.mode() {
+                PagingMode::TwoLevel => tables.update_u32(at, step.entry as u32, marked as u32),
+                _ => tables.update_u64(at, step.entry, marked),
             };
-            let level = Level::ALL[below % Level::ALL.len()];
-            let failed = self.fault_at(address, access, level, Prot::all());
-            if !done.map_err(|error| error.into_walk(failed))? {
-                return Ok(false);
+            let failed = self.fault_at(address, access, level, Prot::empty());
+            match update.map_err(|error| error.into_walk(failed))? {
+                Update::Done => step.entry = marked,
+                Update::ReadOnly => {}
+                Update::Changed => return Ok(false),
             }
         }
         Ok(true)
     }
 
-    /// Whether a translation with `prot` and protection key `key`, from a leaf at `level`, permits the access.
-    #[inline(always)]
-    pub(super) fn check(
-        &self,
-        regs: &WalkRegs,
-        address: In,
-        access: Access,
-        level: Level,
-        (prot, key): (Prot, u32),
-    ) -> Result<(), WalkError> {
-        let forbidden = forbids(self.permissions, index(access, regs.ac), prot);
-        let key_denied =
-            self.role.flags().contains(RoleFlags::PKE) && self.key_denies(regs, access, prot, key);
-        if forbidden || key_denied {
-            let fault = self.fault_at(address, access, level, prot);
-            return Err(WalkError::Fault(Fault { cause: Cause::Protection, key_denied, ..fault }));
+    /// The accessed and the dirty bit.
+    const fn mark_bits(&self) -> (u64, u64) {
+        if self.role.is_ept() {
+            (walker::EPT_ACCESSED, walker::EPT_DIRTY)
+        } else {
+            (walker::ACCESSED, walker::DIRTY)
         }
-        Ok(())
     }
 
-    /// Protection keys restrict data accesses to user pages, supervisor writes only with CR0.WP (Intel SDM vol. 3,
-    /// 4.6.2).
-    fn key_denies(&self, regs: &WalkRegs, access: Access, prot: Prot, key: u32) -> bool {
-        if access.kind == AccessKind::Execute || !prot.contains(Prot::USER) {
+    /// Whether a translation with `prot` forbids the access, protection keys aside.
+    #[inline(always)]
+    pub(super) fn forbids(&self, regs: &WalkRegs, access: Access, prot: Prot) -> bool {
+        forbids(self.permissions, index(access, regs.ac), prot)
+    }
+
+    /// Protection keys restrict data accesses: those to user pages by PKRU, those to supervisor pages by IA32_PKRS; a
+    /// supervisor's writes only with CR0.WP (Intel SDM vol. 3, 4.6.2).
+    #[inline(always)]
+    pub(super) fn key_denies(&self, regs: &WalkRegs, access: Access, prot: Prot, key: u32) -> bool {
+        self.role.flags().intersects(RoleFlags::PKE.union(RoleFlags::PKS))
+            && self.key_in_use_denies(regs, access, prot, key)
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn key_in_use_denies(&self, regs: &WalkRegs, access: Access, prot: Prot, key: u32) -> bool {
+        let (on, rights) =
+            if prot.contains(Prot::USER) { (RoleFlags::PKE, regs.pkru) } else { (RoleFlags::PKS, regs.pkrs) };
+        if access.kind == AccessKind::Execute || !self.role.flags().contains(on) {
             return false;
         }
-        let rights = regs.pkru >> (2 * key);
+        let rights = rights >> (2 * key);
         let no_access = rights & 1 != 0;
         let no_write = rights & 2 != 0
             && access.kind == AccessKind::Write
@@ -178,8 +291,8 @@ impl<In: Address, Out: Address> PagingContext<In, Out> {
 
     /// A fault at `level`, of an entry that is not present unless the caller knows better.
     #[cold]
-    pub(super) fn fault_at(&self, address: In, access: Access, level: Level, found: Prot) -> Fault {
-        Fault {
+    pub(super) fn fault_at(&self, address: In, access: Access, level: Level, found: Prot) -> FaultInfo {
+        FaultInfo {
             stage: In::STAGE,
             address: address.bits(),
             level,
@@ -188,27 +301,8 @@ impl<In: Address, Out: Address> PagingContext<In, Out> {
             cause: Cause::NotPresent,
             found,
             key_denied: false,
-            reports_fetches: self.role.reports_fetches(),
+            linear: None,
+            role: self.role,
         }
-    }
-}
-
-/// The entries of a walk, top first.
-#[derive(Default)]
-struct Trail {
-    steps: [(u64, u64); 5],
-    len: usize,
-}
-
-impl Trail {
-    fn push(&mut self, at: u64, entry: u64) {
-        if let Some(step) = self.steps.get_mut(self.len) {
-            *step = (at, entry);
-            self.len += 1;
-        }
-    }
-
-    fn steps(&self) -> &[(u64, u64)] {
-        self.steps.get(..self.len).unwrap_or(&self.steps)
     }
 }

@@ -2,15 +2,16 @@
 use bitflags::bitflags;
 
 use crate::access::{Access, AccessKind, Agent, Prot};
-use crate::addr::Stage;
+use crate::addr::{Gva, Stage};
 use crate::level::Level;
+use crate::role::{CpuRole, RoleFlags};
 
 /// Why a walk failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Cause {
     /// An entry is not present.
     NotPresent,
-    /// An entry has a reserved bit set.
+    /// An entry has a reserved bit set; of EPT, it is misconfigured.
     Reserved,
     /// The translation forbids the access.
     Protection,
@@ -27,9 +28,21 @@ pub enum Place {
     TableWalk,
 }
 
-/// A fault of one stage.
+/// The linear address that a fault of the second stage goes back to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Fault {
+pub struct Linear {
+    /// The address.
+    pub address: Gva,
+    /// What the guest's own tables permit there: known once they have been walked, that is in [`Place::Final`].
+    pub prot: Prot,
+}
+
+/// A fault of one stage: everything that is known, and nothing of how it is reported.
+///
+/// The edge renders it as what the guest's CPU has: [`page_fault_code`](Self::page_fault_code),
+/// [`ept_exit`](Self::ept_exit) or [`npf_info`](Self::npf_info).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FaultInfo {
     /// The stage whose tables failed: who gets to see the fault.
     pub stage: Stage,
     /// The address that stage was asked for: CR2, or the guest-physical address of a nested fault.
@@ -42,21 +55,26 @@ pub struct Fault {
     pub place: Place,
     /// Why it failed.
     pub cause: Cause,
-    /// What the entries read so far permit, the failing one included if it is present.
+    /// What the entries read so far permit, the failing one included if it is present. An entry of EPT that is not present
+    /// permits nothing.
     pub found: Prot,
     /// A protection key forbids the access.
     pub key_denied: bool,
-    /// Fetches show in the error code ([`CpuRole::reports_fetches`](crate::CpuRole::reports_fetches)).
-    pub reports_fetches: bool,
+    /// The linear address behind it all, if the stage is a second one and there is one. A load of PDPTEs has none.
+    pub linear: Option<Linear>,
+    /// How the stage's tables were read.
+    pub role: CpuRole,
 }
 
 /// A walk that did not reach its end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum WalkError {
     /// The guest gets a fault.
-    Fault(Fault),
+    Fault(FaultInfo),
     /// The guest changed its tables during the walk, again and again: let it run on and repeat the access.
     Contended,
+    /// L1 logs the pages that its nested tables mark dirty, and its log is full: L1 gets that exit. Nothing was changed.
+    LogFull,
 }
 
 bitflags! {
@@ -78,7 +96,7 @@ bitflags! {
     }
 }
 
-impl Fault {
+impl FaultInfo {
     /// The fault as a #PF error code.
     pub fn page_fault_code(&self) -> PageFaultCode {
         let mut code = PageFaultCode::empty();
@@ -87,7 +105,10 @@ impl Fault {
         code.set(PageFaultCode::WRITE, self.access.kind == AccessKind::Write);
         code.set(PageFaultCode::USER, self.access.agent == Agent::User);
         code.set(PageFaultCode::RESERVED, self.cause == Cause::Reserved);
-        code.set(PageFaultCode::FETCH, self.access.kind == AccessKind::Execute && self.reports_fetches);
+        code.set(
+            PageFaultCode::FETCH,
+            self.access.kind == AccessKind::Execute && self.role.reports_fetches(),
+        );
         code.set(PageFaultCode::KEY, self.key_denied);
         code
     }
@@ -95,6 +116,83 @@ impl Fault {
     /// The fault as EXITINFO1 of a nested page fault.
     pub fn npf_info(&self) -> NpfInfo {
         NpfInfo { code: self.page_fault_code(), place: self.place }
+    }
+
+    /// The fault as the VM exit that L1's extended page tables make (Intel SDM vol. 3, 29.3.3).
+    pub fn ept_exit(&self) -> EptExit {
+        if self.cause == Cause::Reserved {
+            return EptExit::Misconfiguration;
+        }
+        let mut found = self.found;
+        if self.cause == Cause::NoTable {
+            found = Prot::empty();
+        }
+        let mut info = EptViolation::empty();
+        let table_walk = self.place == Place::TableWalk;
+        let write = self.access.kind == AccessKind::Write;
+        // What marks an entry of the guest's tables reads it as well.
+        info.set(EptViolation::READ, self.access.kind == AccessKind::Read || (table_walk && write));
+        info.set(EptViolation::WRITE, write);
+        info.set(EptViolation::FETCH, self.access.kind == AccessKind::Execute);
+        info.set(EptViolation::READABLE, found.contains(Prot::READ));
+        info.set(EptViolation::WRITABLE, found.contains(Prot::WRITE));
+        info.set(EptViolation::EXECUTABLE, found.contains(Prot::EXECUTE));
+        info.set(EptViolation::USER_EXECUTABLE, found.contains(Prot::EXECUTE_USER));
+        if let Some(linear) = self.linear {
+            info.insert(EptViolation::LINEAR_VALID);
+            if !table_walk {
+                info.insert(EptViolation::LINEAR_FINAL);
+                if self.role.flags().contains(RoleFlags::ADVANCED_INFO) {
+                    info.set(EptViolation::LINEAR_USER, linear.prot.contains(Prot::USER));
+                    info.set(EptViolation::LINEAR_WRITABLE, linear.prot.contains(Prot::WRITE));
+                    info.set(EptViolation::LINEAR_NO_EXECUTE, !linear.prot.contains(Prot::EXECUTE));
+                }
+            }
+        }
+        EptExit::Violation(info)
+    }
+}
+
+/// A VM exit that extended page tables make.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum EptExit {
+    /// EPT violation, basic exit reason 48, with this exit qualification. The linear and the guest-physical address go with
+    /// it.
+    Violation(EptViolation),
+    /// EPT misconfiguration, basic exit reason 49. Its exit qualification is zero, and the guest-physical address goes with
+    /// it.
+    Misconfiguration,
+}
+
+bitflags! {
+    /// Exit qualification of an EPT violation (Intel SDM vol. 3, table 28-7). Bit 12, NMI unblocking, is a matter of the
+    /// instruction and left to whoever reports the exit.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct EptViolation: u64 {
+        /// The access was a data read.
+        const READ = 1 << 0;
+        /// The access was a data write.
+        const WRITE = 1 << 1;
+        /// The access was a fetch.
+        const FETCH = 1 << 2;
+        /// All entries permit reads.
+        const READABLE = 1 << 3;
+        /// All entries permit writes.
+        const WRITABLE = 1 << 4;
+        /// All entries permit fetches, with mode-based execute control those of supervisor-mode addresses.
+        const EXECUTABLE = 1 << 5;
+        /// All entries permit fetches of user-mode addresses: with mode-based execute control.
+        const USER_EXECUTABLE = 1 << 6;
+        /// There is a linear address.
+        const LINEAR_VALID = 1 << 7;
+        /// The access was to what the linear address translates to, not to an entry on the way.
+        const LINEAR_FINAL = 1 << 8;
+        /// The linear address is a user-mode address: with advanced information, as the next two.
+        const LINEAR_USER = 1 << 9;
+        /// The linear address can be written.
+        const LINEAR_WRITABLE = 1 << 10;
+        /// Nothing can be fetched from the linear address.
+        const LINEAR_NO_EXECUTE = 1 << 11;
     }
 }
 

@@ -3,9 +3,13 @@ mod context;
 mod fault;
 mod permission;
 mod reserved;
+mod result;
 mod source;
 mod walker;
 
-pub use context::{PagingContext, Translation, WalkRegs};
-pub use fault::{Cause, Fault, NpfInfo, PageFaultCode, Place, WalkError};
-pub use source::{BelowError, NestedTables, TableSource};
+pub use context::{PagingContext, PdpteError, Translation, WalkRegs};
+pub use fault::{Cause, EptExit, EptViolation, FaultInfo, Linear, NpfInfo, PageFaultCode, Place, WalkError};
+pub use result::{GuestWalk, WalkStep};
+pub use source::{
+    BelowError, LogFull, MarkObserver, NestedTables, NestedWalk, Observed, TableSource, Update,
+};

@@ -1,4 +1,4 @@
-//! Bits of a guest's entries that must be zero (AMD APM vol. 2, 5.3; Intel SDM vol. 3, tables 4-4 to 4-20).
+//! Bits of a guest's entries that must be zero (AMD APM vol. 2, 5.3; Intel SDM vol. 3, tables 4-4 to 4-20 and 29-1 to 29-7).
 use crate::addr::{MAX_PHYSICAL_BITS, PAGE_SHIFT};
 use crate::role::{CpuRole, PagingMode, RoleFlags};
 
@@ -20,9 +20,13 @@ const fn bits(high: u32, low: u32) -> u64 {
 
 /// The reserved bits in a role.
 ///
-/// An entry is wrong if `(entry ^ 1) & mask` is not zero.
+/// An entry is wrong if `(entry ^ 1) & mask` is not zero; EPT has no present bit, and there the masks are the reserved bits
+/// alone.
 pub(super) const fn reserved(role: &CpuRole) -> Reserved {
     let mut masks = role_bits(role);
+    if role.is_ept() {
+        return masks;
+    }
     let mut level = 0;
     while level < masks.len() {
         masks[level][0] |= 1;
@@ -59,6 +63,15 @@ const fn role_bits(role: &CpuRole) -> Reserved {
             let gib = if role.flags().contains(RoleFlags::GIB_PAGES) { bits(29, 13) } else { LARGE };
             let top = high | LARGE | if role.flags().contains(RoleFlags::AMD) { 1 << 8 } else { 0 };
             [[high; 2], [high, high | bits(20, 13)], [high, high | gib], [top; 2], [top; 2]]
+        }
+        PagingMode::EptFourLevel | PagingMode::EptFiveLevel => {
+            // Links have neither memory type nor IPAT; above level 3 bit 7 is reserved as well, as it is where the CPU has no
+            // page of that size.
+            let link = address | bits(6, 3);
+            let mib = if role.flags().contains(RoleFlags::MIB_PAGES) { bits(20, 12) } else { LARGE };
+            let gib = if role.flags().contains(RoleFlags::GIB_PAGES) { bits(29, 12) } else { LARGE };
+            let top = link | LARGE;
+            [[address; 2], [link, address | mib], [link, address | gib], [top; 2], [top; 2]]
         }
     }
 }

@@ -1,38 +1,91 @@
 //! One walk through a guest's tables: reads and checks entries, changes nothing.
+use core::marker::PhantomData;
+
 use super::context::{PagingContext, Translation, WalkRegs};
-use super::fault::{Cause, Fault, WalkError};
-use super::source::TableSource;
+use super::fault::{Cause, FaultInfo, WalkError};
+use super::source::{BelowError, TableSource};
 use crate::access::{Access, AccessKind, Prot};
-use crate::addr::{Address, MAX_PHYSICAL_BITS, PAGE_SHIFT};
+use crate::addr::{Address, Stage, MAX_PHYSICAL_BITS, PAGE_SHIFT};
 use crate::level::Level;
 use crate::role::{PagingMode, RoleFlags};
 
 /// P: present.
-const PRESENT: u64 = 1 << 0;
+pub(super) const PRESENT: u64 = 1 << 0;
 /// R/W: writable.
 const WRITE: u64 = 1 << 1;
 /// U/S: user.
 const USER: u64 = 1 << 2;
 /// A: accessed.
-const ACCESSED: u64 = 1 << 5;
+pub(super) const ACCESSED: u64 = 1 << 5;
 /// D: dirty.
-const DIRTY: u64 = 1 << 6;
-/// PS: page size.
-const LARGE: u64 = 1 << 7;
+pub(super) const DIRTY: u64 = 1 << 6;
+/// PS: page size, of EPT as well.
+pub(super) const LARGE: u64 = 1 << 7;
+/// G: global.
+pub(super) const GLOBAL: u64 = 1 << 8;
 /// NX: no execute.
-const NO_EXECUTE: u64 = 1 << 63;
+pub(super) const NO_EXECUTE: u64 = 1 << 63;
 /// Frame number field of an 8-byte entry.
 const FRAME: u64 = ((1 << MAX_PHYSICAL_BITS) - 1) & !((1 << PAGE_SHIFT) - 1);
 /// Lowest bit of the protection key in a leaf.
-const KEY_SHIFT: u32 = 59;
+pub(super) const KEY_SHIFT: u32 = 59;
+
+/// EPT: data reads.
+const EPT_READ: u64 = 1 << 0;
+/// EPT: data writes.
+const EPT_WRITE: u64 = 1 << 1;
+/// EPT: fetches.
+const EPT_EXECUTE: u64 = 1 << 2;
+/// EPT: lowest bit of a leaf's memory type.
+const EPT_TYPE_SHIFT: u32 = 3;
+/// EPT: accessed.
+pub(super) const EPT_ACCESSED: u64 = 1 << 8;
+/// EPT: dirty.
+pub(super) const EPT_DIRTY: u64 = 1 << 9;
+/// EPT: fetches through user-mode addresses, with mode-based execute control.
+const EPT_EXECUTE_USER: u64 = 1 << 10;
 
 /// Frame number field of a 4-byte entry, and of CR3 with those.
 const FRAME32: u64 = 0xffff_f000;
 /// Address of the four PDPTEs in CR3.
 const PDPTES: u64 = 0xffff_ffe0;
 
+/// Where the four PDPTEs are.
+pub(super) fn pdpte_addresses(cr3: u64) -> impl Iterator<Item = u64> {
+    (0..4).map(move |index| (cr3 & PDPTES) + index * 8)
+}
+
+/// How much a walk says of its failure.
+pub(super) trait Detail {
+    /// What it says.
+    type Error;
+    /// The error that `full` is all of.
+    fn error(full: impl FnOnce() -> WalkError) -> Self::Error;
+}
+
+/// Says nothing: the walk only finds out whether all is as usual, and is repeated if not. So the hot path holds no fault, and
+/// stays in registers.
+pub(super) struct Quick;
+
+/// Says everything.
+pub(super) struct Full;
+
+impl Detail for Quick {
+    type Error = ();
+    #[inline(always)]
+    fn error(_: impl FnOnce() -> WalkError) {}
+}
+
+impl Detail for Full {
+    type Error = WalkError;
+    #[inline(always)]
+    fn error(full: impl FnOnce() -> WalkError) -> WalkError {
+        full()
+    }
+}
+
 /// A walk: what it is for, where it is, and what it has seen.
-pub(super) struct Walker<'w, In, Out, S, V> {
+pub(super) struct Walker<'w, D, In, Out, S, V> {
     context: &'w PagingContext<In, Out>,
     tables: &'w S,
     regs: &'w WalkRegs,
@@ -41,21 +94,21 @@ pub(super) struct Walker<'w, In, Out, S, V> {
     /// Called with address and value of each entry that has an accessed bit, from the top.
     visit: V,
     table: u64,
-    /// AND of the entries: what all levels permit, and whether all were accessed.
+    /// AND of the entries, in the positive form of [`PagingContext::flip`]: what all levels permit, and whether all were
+    /// accessed.
     all: u64,
-    /// OR of the entries: whether any level forbids fetches.
-    any: u64,
     /// The walk succeeded, and a bit that the access sets is not set yet.
     pub(super) unmarked: bool,
+    /// Level of the leaf, once it has succeeded.
+    pub(super) leaf: Level,
+    /// PAE: the PDPTE.
+    pub(super) pdpte: Option<u64>,
+    detail: PhantomData<D>,
 }
 
-/// `entry` after it was used.
-pub(super) const fn marked(entry: u64, written: bool) -> u64 {
-    entry | ACCESSED | if written { DIRTY } else { 0 }
-}
-
-impl<'w, In, Out, S, V> Walker<'w, In, Out, S, V>
+impl<'w, D, In, Out, S, V> Walker<'w, D, In, Out, S, V>
 where
+    D: Detail,
     In: Address,
     Out: Address,
     S: TableSource<Out>,
@@ -71,83 +124,142 @@ where
         visit: V,
     ) -> Self {
         let table = regs.cr3 & FRAME;
-        let (all, any, unmarked) = (u64::MAX, 0, false);
-        Self { context, tables, regs, address, access, visit, table, all, any, unmarked }
+        let (all, unmarked, leaf) = (u64::MAX, false, Level::L1);
+        Self {
+            context,
+            tables,
+            regs,
+            address,
+            access,
+            visit,
+            table,
+            all,
+            unmarked,
+            leaf,
+            pdpte: None,
+            detail: PhantomData,
+        }
     }
 
     /// A walk in whatever mode the context is for.
-    pub(super) fn any_mode(&mut self) -> Result<Translation<Out>, WalkError> {
+    pub(super) fn any_mode(&mut self) -> Result<Translation<Out>, D::Error> {
         match self.context.role().mode() {
             PagingMode::FiveLevel => {
-                self.table = self.entry(Level::L5)? & FRAME;
-                self.four_levels()
+                let (at, entry) = self.read(Level::L5)?;
+                if self.is_unusual(Level::L5, entry) {
+                    return Err(self.bad_entry(Level::L5, entry));
+                }
+                self.descend(at, entry);
+                self.lower_four_levels()
             }
             PagingMode::FourLevel => self.four_levels(),
             PagingMode::Pae => {
-                self.cut_address();
-                self.table = self.pdpte()? & FRAME;
+                self.fit(32, Level::L3)?;
+                let pdpte = self.pdpte()?;
+                self.pdpte = Some(pdpte);
+                self.table = pdpte & FRAME;
                 self.two_levels()
             }
             PagingMode::TwoLevel => {
-                self.cut_address();
+                self.fit(32, Level::L2)?;
                 self.short_entries()
             }
             PagingMode::Unpaged => {
-                self.cut_address();
+                self.fit(32, Level::L1)?;
                 let address = Out::from_bits_truncate(self.address.bits());
-                Ok(Translation { address, page_bytes: 1 << 32, prot: Prot::all() })
+                Ok(Translation { address, page_bytes: 1 << 32, prot: Prot::UNPAGED })
             }
+            PagingMode::EptFourLevel => {
+                self.fit(48, Level::L4)?;
+                self.ept_levels(Level::L4)
+            }
+            PagingMode::EptFiveLevel => self.ept_levels(Level::L5),
         }
+    }
+
+    /// A walk of four levels of 8-byte entries.
+    #[inline(always)]
+    pub(super) fn four_levels(&mut self) -> Result<Translation<Out>, D::Error> {
+        if In::STAGE != Stage::Gva {
+            self.fit(48, Level::L4)?;
+        }
+        self.lower_four_levels()
     }
 
     /// 8-byte entries, from level 4 on.
     #[inline(always)]
-    pub(super) fn four_levels(&mut self) -> Result<Translation<Out>, WalkError> {
-        self.table = self.entry(Level::L4)? & FRAME;
-        let entry = self.entry(Level::L3)?;
-        if entry & LARGE != 0 {
-            return self.finish(Level::L3, entry);
+    fn lower_four_levels(&mut self) -> Result<Translation<Out>, D::Error> {
+        let (at, entry) = self.read(Level::L4)?;
+        if self.is_unusual(Level::L4, entry) {
+            return Err(self.bad_entry(Level::L4, entry));
         }
-        self.table = entry & FRAME;
+        self.descend(at, entry);
+        let (at, entry) = self.read(Level::L3)?;
+        if self.is_unusual(Level::L3, entry) {
+            return self.large_page(Level::L3, at, entry);
+        }
+        self.descend(at, entry);
         self.two_levels()
     }
 
     /// 8-byte entries, from level 2 on.
     #[inline(always)]
-    fn two_levels(&mut self) -> Result<Translation<Out>, WalkError> {
-        let entry = self.entry(Level::L2)?;
-        if entry & LARGE != 0 {
-            return self.finish(Level::L2, entry);
+    fn two_levels(&mut self) -> Result<Translation<Out>, D::Error> {
+        let (at, entry) = self.read(Level::L2)?;
+        if self.is_unusual(Level::L2, entry) {
+            return self.large_page(Level::L2, at, entry);
         }
-        self.table = entry & FRAME;
-        let entry = self.entry(Level::L1)?;
-        self.finish(Level::L1, entry)
+        self.descend(at, entry);
+        let (at, entry) = self.read(Level::L1)?;
+        if self.is_unusual(Level::L1, entry) {
+            return Err(self.bad_entry(Level::L1, entry));
+        }
+        self.finish(Level::L1, at, entry)
     }
 
-    /// Reads and checks the 8-byte entry in the walk's table, which is at `level`.
+    /// Reads the 8-byte entry in the walk's table, which is at `level`: where it is, and its positive form.
     #[inline(always)]
-    fn entry(&mut self, level: Level) -> Result<u64, WalkError> {
+    fn read(&self, level: Level) -> Result<(u64, u64), D::Error> {
         let at = self.table | (level.index(self.address.bits() >> PAGE_SHIFT) as u64) << 3;
-        let entry = match self.tables.read_u64(Out::from_bits_truncate(at)) {
-            Ok(entry) => entry,
-            Err(error) => return Err(error.into_walk(self.fault(level))),
-        };
-        // Not present and reserved are one test: the masks have bit 0 set. Only at levels 2 and 3 does bit 7 decide what
-        // else is reserved.
-        let [link, leaf] = self.context.wrong[level.ordinal()];
-        let large = matches!(level, Level::L2 | Level::L3) && entry & LARGE != 0;
-        let wrong = if large { leaf } else { link };
-        if (entry ^ PRESENT) & wrong != 0 {
+        match self.tables.read_u64(Out::from_bits_truncate(at)) {
+            Ok(entry) => Ok((at, entry ^ self.context.flip)),
+            Err(error) => Err(self.unreachable_entry(level, error)),
+        }
+    }
+
+    /// Whether the entry is no link, or at the lowest level no page: in positive form one test finds what is not present,
+    /// reserved, or a large page.
+    #[inline(always)]
+    fn is_unusual(&self, level: Level, entry: u64) -> bool {
+        entry & self.context.wrong[level.ordinal()][0] != 0
+    }
+
+    /// `entry` is a link: on to its table.
+    #[inline(always)]
+    fn descend(&mut self, at: u64, entry: u64) {
+        self.pass(at, entry);
+        self.table = entry & FRAME;
+    }
+
+    #[inline(always)]
+    fn pass(&mut self, at: u64, entry: u64) {
+        self.all &= entry;
+        (self.visit)(at, entry ^ self.context.flip);
+    }
+
+    /// `entry` is a large page, or wrong.
+    #[inline(always)]
+    fn large_page(&mut self, level: Level, at: u64, entry: u64) -> Result<Translation<Out>, D::Error> {
+        if entry & LARGE == 0 || entry & self.context.wrong[level.ordinal()][1] != 0 {
             return Err(self.bad_entry(level, entry));
         }
-        self.meet(entry);
-        (self.visit)(at, entry);
-        Ok(entry)
+        self.finish(level, at, entry)
     }
 
     /// The end of a walk of 8-byte entries: `entry` is the leaf.
     #[inline(always)]
-    fn finish(&mut self, level: Level, entry: u64) -> Result<Translation<Out>, WalkError> {
+    fn finish(&mut self, level: Level, at: u64, entry: u64) -> Result<Translation<Out>, D::Error> {
+        self.pass(at, entry);
         let key = (entry >> KEY_SHIFT & 15) as u32;
         let page_bytes = 1 << level.shift();
         self.reach(level, entry, key, entry & FRAME & !(page_bytes - 1), page_bytes)
@@ -162,34 +274,113 @@ where
         key: u32,
         start: u64,
         page_bytes: u64,
-    ) -> Result<Translation<Out>, WalkError> {
-        let prot = self.prot();
-        self.context.check(self.regs, self.address, self.access, level, (prot, key))?;
+    ) -> Result<Translation<Out>, D::Error> {
+        let prot = self.context.prot(self.all);
+        self.check(level, prot, key)?;
         let address = Out::from_bits_truncate(start | self.address.bits() & (page_bytes - 1));
         let clean = self.access.kind == AccessKind::Write && entry & DIRTY == 0;
         self.unmarked = clean || self.all & ACCESSED == 0;
+        self.leaf = level;
+        Ok(Translation { address, page_bytes, prot })
+    }
+
+    /// Whether the leaf at `level` permits the access.
+    #[inline(always)]
+    fn check(&self, level: Level, prot: Prot, key: u32) -> Result<(), D::Error> {
+        let (context, access) = (self.context, self.access);
+        let key_denied = context.key_denies(self.regs, access, prot, key);
+        if !key_denied && !context.forbids(self.regs, access, prot) {
+            return Ok(());
+        }
+        Err(D::error(|| {
+            let fault = context.fault_at(self.address, access, level, prot);
+            WalkError::Fault(FaultInfo { cause: Cause::Protection, key_denied, ..fault })
+        }))
+    }
+
+    /// Extended page tables, from level `top` on.
+    fn ept_levels(&mut self, top: Level) -> Result<Translation<Out>, D::Error> {
+        let mut level = top;
+        loop {
+            let at = self.table | (level.index(self.address.bits() >> PAGE_SHIFT) as u64) << 3;
+            let entry = match self.tables.read_u64(Out::from_bits_truncate(at)) {
+                Ok(entry) => entry,
+                Err(error) => return Err(self.unreachable_entry(level, error)),
+            };
+            self.all &= entry;
+            if entry & self.ept_rights() == 0 {
+                return Err(D::error(|| WalkError::Fault(self.fault(level))));
+            }
+            let below = level.down();
+            let large = matches!(level, Level::L2 | Level::L3) && entry & LARGE != 0;
+            if self.misconfigured(level, entry, large) {
+                return Err(D::error(|| {
+                    WalkError::Fault(FaultInfo { cause: Cause::Reserved, ..self.fault(level) })
+                }));
+            }
+            (self.visit)(at, entry);
+            match below {
+                Some(below) if !large => {
+                    self.table = entry & FRAME;
+                    level = below;
+                }
+                _ => return self.reach_by_ept(level, entry),
+            }
+        }
+    }
+
+    /// Bits that make an entry of EPT present.
+    fn ept_rights(&self) -> u64 {
+        let rights = EPT_READ | EPT_WRITE | EPT_EXECUTE;
+        if self.context.role().flags().contains(RoleFlags::MODE_BASED_EXECUTE) {
+            rights | EPT_EXECUTE_USER
+        } else {
+            rights
+        }
+    }
+
+    /// Whether the entry of EPT is misconfigured (Intel SDM vol. 3, 29.3.3.1).
+    fn misconfigured(&self, level: Level, entry: u64, large: bool) -> bool {
+        let leaf = large || level == Level::L1;
+        let reserved = entry & self.context.wrong[level.ordinal()][usize::from(large)] != 0;
+        let hides_reads = entry & EPT_READ == 0
+            && (entry & EPT_WRITE != 0 || !self.context.role().flags().contains(RoleFlags::EXECUTE_ONLY));
+        let unknown_type = leaf && matches!(entry >> EPT_TYPE_SHIFT & 7, 2 | 3 | 7);
+        reserved || hides_reads || unknown_type
+    }
+
+    /// The end of a walk of EPT: `entry` is the leaf.
+    fn reach_by_ept(&mut self, level: Level, entry: u64) -> Result<Translation<Out>, D::Error> {
+        let prot = self.context.prot_by_ept(self.all);
+        self.check(level, prot, 0)?;
+        let page_bytes = 1 << level.shift();
+        let inside = page_bytes - 1;
+        let address = Out::from_bits_truncate(entry & FRAME & !inside | self.address.bits() & inside);
+        let clean = self.access.kind == AccessKind::Write && entry & EPT_DIRTY == 0;
+        self.unmarked = self.context.role().keeps_accessed_dirty() && (clean || self.all & EPT_ACCESSED == 0);
+        self.leaf = level;
         Ok(Translation { address, page_bytes, prot })
     }
 
     /// PAE's first step: a PDPTE, which restricts nothing and has no accessed bit.
-    fn pdpte(&self) -> Result<u64, WalkError> {
+    fn pdpte(&self) -> Result<u64, D::Error> {
         let index = (self.address.bits() >> Level::L3.shift()) & 3;
         let pdpte = match self.regs.pdptes {
             Some(pdptes) => pdptes[index as usize],
             None => {
                 let at = Out::from_bits_truncate((self.regs.cr3 & PDPTES) + index * 8);
-                self.tables.read_u64(at).map_err(|error| error.into_walk(self.fault(Level::L3)))?
+                self.tables.read_u64(at).map_err(|error| self.unreachable_entry(Level::L3, error))?
             }
         };
-        if (pdpte ^ PRESENT) & self.context.wrong[Level::L3.ordinal()][0] != 0 {
+        if self.context.pdpte_is_wrong(pdpte) {
             let cause = if pdpte & PRESENT == 0 { Cause::NotPresent } else { Cause::Reserved };
-            return Err(WalkError::Fault(Fault { cause, ..self.fault(Level::L3) }));
+            return Err(D::error(|| WalkError::Fault(FaultInfo { cause, ..self.fault(Level::L3) })));
         }
         Ok(pdpte)
     }
 
     /// Two levels of 4-byte entries.
-    fn short_entries(&mut self) -> Result<Translation<Out>, WalkError> {
+    fn short_entries(&mut self) -> Result<Translation<Out>, D::Error> {
         self.table &= FRAME32;
         let entry = self.short_entry(Level::L2, 22)?;
         if entry & LARGE != 0 && self.context.role().flags().contains(RoleFlags::PSE) {
@@ -202,58 +393,97 @@ where
         self.reach(Level::L1, entry, 0, entry & FRAME32, 1 << 12)
     }
 
-    /// Reads and checks the 4-byte entry in the walk's table, whose index starts at address bit `shift`.
-    fn short_entry(&mut self, level: Level, shift: u32) -> Result<u64, WalkError> {
+    /// Reads and checks the 4-byte entry in the walk's table, whose index starts at address bit `shift`; in positive form.
+    fn short_entry(&mut self, level: Level, shift: u32) -> Result<u64, D::Error> {
         let at = self.table | ((self.address.bits() >> shift) & 0x3ff) << 2;
         let entry = self.tables.read_u32(Out::from_bits_truncate(at));
-        let entry = u64::from(entry.map_err(|error| error.into_walk(self.fault(level)))?);
-        let wrong = self.context.wrong[level.ordinal()][usize::from(entry & LARGE != 0)];
-        if (entry ^ PRESENT) & wrong != 0 {
-            return Err(self.bad_entry(level, entry));
+        let entry = u64::from(entry.map_err(|error| self.unreachable_entry(level, error))?);
+        let positive = entry ^ self.context.flip;
+        if positive & self.context.wrong[level.ordinal()][usize::from(entry & LARGE != 0)] != 0 {
+            return Err(self.bad_entry(level, positive));
         }
-        self.meet(entry);
+        self.all &= positive;
         (self.visit)(at, entry);
-        Ok(entry)
+        Ok(positive)
     }
 
-    /// Outside long mode addresses have 32 bits.
-    fn cut_address(&mut self) {
-        self.address = In::from_bits_truncate(self.address.bits() & u64::from(u32::MAX));
-    }
-
+    /// Linear addresses have `width` bits here; a second stage that is asked for more has no entry for them, in its table at
+    /// level `top`.
     #[inline(always)]
-    fn meet(&mut self, entry: u64) {
-        self.all &= entry;
-        self.any |= entry;
-    }
-
-    /// What the entries so far permit.
-    #[inline(always)]
-    fn prot(&self) -> Prot {
-        let data = (self.all & (WRITE | USER)) >> 1;
-        let execute = (!self.any & NO_EXECUTE) >> 61;
-        Prot::from_bits_truncate((data | execute) as u8)
-    }
-
-    /// The error for an entry that is not present or has a reserved bit set.
-    #[inline(always)]
-    fn bad_entry(&mut self, level: Level, entry: u64) -> WalkError {
-        if entry & PRESENT == 0 {
-            return WalkError::Fault(self.fault(level));
+    fn fit(&mut self, width: u32, top: Level) -> Result<(), D::Error> {
+        let address = self.address.bits();
+        if address >> width == 0 {
+            return Ok(());
         }
-        self.meet(entry);
-        WalkError::Fault(Fault { cause: Cause::Reserved, ..self.fault(level) })
+        if In::STAGE == Stage::Gva {
+            self.address = In::from_bits_truncate(address & ((1 << width) - 1));
+            return Ok(());
+        }
+        self.all = 0;
+        Err(D::error(|| WalkError::Fault(self.fault(top))))
+    }
+
+    /// The error for an entry, in positive form, that is not present or has a reserved bit set.
+    #[inline(always)]
+    fn bad_entry(&self, level: Level, entry: u64) -> D::Error {
+        D::error(|| self.context.bad_entry(self.address, self.access, level, self.all, entry))
+    }
+
+    /// The error for an entry that cannot be read.
+    #[inline(always)]
+    fn unreachable_entry(&self, level: Level, error: BelowError) -> D::Error {
+        D::error(|| error.into_walk(self.fault(level)))
     }
 
     /// A fault at `level`, of an entry that is not present unless the caller knows better.
+    fn fault(&self, level: Level) -> FaultInfo {
+        self.context.fault_after(self.address, self.access, level, self.all)
+    }
+}
+
+impl<In: Address, Out: Address> PagingContext<In, Out> {
+    /// What entries permit, given the AND of their positive forms.
     #[inline(always)]
-    fn fault(&self, level: Level) -> Fault {
-        self.context.fault_at(self.address, self.access, level, self.prot())
+    pub(super) fn prot(&self, all: u64) -> Prot {
+        let rights = all & (WRITE | USER | NO_EXECUTE);
+        Prot::from_bits_retain(rights.rotate_left(2) as u8 | self.implied.bits())
+    }
+
+    /// What entries of EPT permit, given their AND.
+    pub(super) fn prot_by_ept(&self, all: u64) -> Prot {
+        let read = all & EPT_READ;
+        let write = (all & EPT_WRITE) << 2;
+        let execute = (all & EPT_EXECUTE) >> 1;
+        let mode_based = self.role().flags().contains(RoleFlags::MODE_BASED_EXECUTE);
+        let by_user = if mode_based { (all & EPT_EXECUTE_USER) >> 8 } else { 0 };
+        Prot::from_bits_truncate((read | write | execute | by_user) as u8)
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn bad_entry(&self, address: In, access: Access, level: Level, all: u64, entry: u64) -> WalkError {
+        if entry & PRESENT != 0 {
+            return WalkError::Fault(self.fault_after(address, access, level, all));
+        }
+        let fault = self.fault_after(address, access, level, all & entry);
+        WalkError::Fault(FaultInfo { cause: Cause::Reserved, ..fault })
+    }
+
+    /// A fault after entries with this AND.
+    #[cold]
+    #[inline(never)]
+    fn fault_after(&self, address: In, access: Access, level: Level, all: u64) -> FaultInfo {
+        let found = if self.role().is_ept() { self.prot_by_ept(all) } else { self.prot(all) };
+        self.fault_at(address, access, level, found)
     }
 }
 
 const _: () = assert!(
-    Prot::WRITE.bits() as u64 == WRITE >> 1
-        && Prot::USER.bits() as u64 == USER >> 1
-        && Prot::EXECUTE.bits() as u64 == NO_EXECUTE >> 61
+    Prot::WRITE.bits() as u64 == WRITE << 2
+        && Prot::USER.bits() as u64 == USER << 2
+        && Prot::EXECUTE.bits() as u64 == NO_EXECUTE.rotate_left(2)
+        && Prot::READ.bits() as u64 == EPT_READ
+        && Prot::WRITE.bits() as u64 == EPT_WRITE << 2
+        && Prot::EXECUTE.bits() as u64 == EPT_EXECUTE >> 1
+        && Prot::EXECUTE_USER.bits() as u64 == EPT_EXECUTE_USER >> 8
 );

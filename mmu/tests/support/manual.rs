@@ -1,5 +1,7 @@
 //! Reference walk of a guest's tables, as slow and as close to the manuals as possible (Intel SDM vol. 3, 4.3 to 4.7; AMD
 //! APM vol. 2, 5.2 to 5.6). Shares nothing with the crate.
+pub mod ept;
+pub mod guest;
 
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Machine {
@@ -11,6 +13,7 @@ pub struct Machine {
     pub smep: bool,
     pub smap: bool,
     pub pke: bool,
+    pub pks: bool,
     pub lma: bool,
     pub nxe: bool,
     pub maxphyaddr: u32,
@@ -20,6 +23,7 @@ pub struct Machine {
     pub cr3: u64,
     pub ac: bool,
     pub pkru: u32,
+    pub pkrs: u32,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -162,12 +166,13 @@ pub fn walk(
             What::Fetch => executable,
         }
     };
-    // SDM 4.6.2.
+    // SDM 4.6.2: user-mode addresses have PKRU, supervisor-mode addresses IA32_PKRS.
     let mut key_denies = false;
-    if m.lma && m.pke && user_page && what != What::Fetch {
+    let (keys_on, key_rights) = if user_page { (m.pke, m.pkru) } else { (m.pks, m.pkrs) };
+    if m.lma && keys_on && what != What::Fetch {
         let key = (leaf.entry >> 59 & 15) as u32;
-        let access_disabled = m.pkru >> (2 * key) & 1 == 1;
-        let write_disabled = m.pkru >> (2 * key + 1) & 1 == 1;
+        let access_disabled = key_rights >> (2 * key) & 1 == 1;
+        let write_disabled = key_rights >> (2 * key + 1) & 1 == 1;
         key_denies = access_disabled || (what == What::Write && write_disabled && (user || m.wp));
     }
     if !allowed || key_denies {
