@@ -296,6 +296,15 @@ impl GfnRange {
     /// All guest frames there can be.
     pub const ALL: Self = Self { start: 0, end: FRAME_MASK + 1 };
 
+    /// No frame.
+    pub const EMPTY: Self = Self { start: 0, end: 0 };
+
+    /// One frame.
+    #[inline]
+    pub const fn of(gfn: Gfn) -> Self {
+        Self { start: gfn.0, end: gfn.0 + 1 }
+    }
+
     /// `pages` frames from `start` on, or the end back when it lies beyond the 52-bit space.
     pub const fn new(start: Gfn, pages: u64) -> Result<Self, TooWide> {
         match start.0.checked_add(pages) {

@@ -79,6 +79,7 @@ mod kind;
 mod level;
 mod memory;
 mod role;
+mod sync;
 mod tables;
 mod vcpu;
 mod walk;
@@ -89,15 +90,18 @@ pub use addr::{
     MAX_PHYSICAL_BITS, PAGE_SHIFT, PAGE_SIZE,
 };
 pub use cpu::{CpuId, CpuSet, MAX_CPUS};
-pub use format::{Entry, EntryFormat, Ept, EptHost, Leaf, MemoryType, Npt, NptHost, Writability};
+pub use format::{
+    Entry, EntryFormat, Ept, EptHost, Leaf, MemoryType, Mmio, MmioGeneration, Npt, NptHost, Pae, PaeHost,
+    Writability,
+};
 pub use kind::{
-    Direct, DirectMmu, FaultOutcome, Flush, Issued, MmuKind, PageCounts, Resolution, Root, SplitProgress,
-    Sweep,
+    Direct, DirectMmu, FaultOutcome, Flush, Issued, MmuKind, NoRoot, PageCounts, Resolution, Root, RootRole,
+    SplitProgress, Sweep, MAX_ROOTS,
 };
 pub use level::{Level, PageSize, ENTRIES};
 pub use memory::{
-    Backing, Exclusive, Generation, Held, Invalidation, InvalidationSeq, NoPage, NotRam, RamAddr, Resolved,
-    Shared, Shootdown, Slot, SlotError, SlotFlags, VmMemory, MAX_SLOTS,
+    Backing, DirtyLog, Exclusive, Generation, Held, Invalidation, InvalidationSeq, LogBy, NoPage, NotRam,
+    RamAddr, Resolved, Shared, Shootdown, Slot, SlotError, SlotFlags, SlotNotes, VmMemory, MAX_SLOTS,
 };
 pub use role::{
     BadEptPointer, BaseRole, CpuRole, Cr0, Cr4, Efer, GuestCpu, GuestEpt, PageRole, PagingMode, PagingRegs,

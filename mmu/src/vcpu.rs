@@ -79,7 +79,10 @@ impl Mmu {
         self.cpu = Some(cpu);
         self.flushed = generation;
         let flush = if current { TagFlush::None } else { TagFlush::All };
-        Entered { memory, cpu, root: self.root, flush }
+        // After the seat was taken, as for the flush: either this sees that the roots are obsolete, or whoever made them
+        // so sees this CPU in the guest.
+        let obsolete = self.root.generation() != memory.root_generation();
+        Entered { memory, cpu, root: self.root, flush, obsolete }
     }
 }
 
@@ -91,9 +94,17 @@ pub struct Entered<'m, B> {
     cpu: CpuId,
     root: Root,
     flush: TagFlush,
+    obsolete: bool,
 }
 
 impl<B> Entered<'_, B> {
+    /// Whether the root must not be run on: all were made obsolete
+    /// ([`invalidate_all`](crate::DirectMmu::invalidate_all)). Drop this, [set](Mmu::set_root) a root of now, enter anew.
+    #[inline]
+    pub const fn is_obsolete(&self) -> bool {
+        self.obsolete
+    }
+
     /// The root to run on.
     #[inline]
     pub const fn root(&self) -> Root {
@@ -117,8 +128,6 @@ impl<B> Drop for Entered<'_, B> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::addr::Hpa;
-    use crate::level::Level;
     use crate::role::{Cr0, Cr4, Efer, GuestCpu, PagingRegs};
 
     fn role(cr0: Cr0) -> CpuRole {
@@ -127,7 +136,7 @@ mod tests {
     }
 
     fn root(address: u64) -> Root {
-        Root { hpa: Hpa::new_truncate(address), level: Level::L4 }
+        Root::for_tests(address, 0)
     }
 
     /// C4: a fresh tag, a root switch, another CPU and a newer generation each flush once, and nothing else does.
@@ -149,6 +158,19 @@ mod tests {
         memory.shootdown().request();
         assert_eq!(enter(&mut mmu, CpuId::BOOT), TagFlush::All);
         assert_eq!(enter(&mut mmu, CpuId::BOOT), TagFlush::None);
+    }
+
+    /// D7: no vCPU enters on an obsolete root unnoticed.
+    #[test]
+    fn d7_an_obsolete_root_is_noticed_at_the_entry() {
+        let memory = VmMemory::new(());
+        let mut mmu = Mmu::new(role(Cr0::PG), root(0x1000));
+        assert!(!mmu.enter(&memory, CpuId::BOOT).is_obsolete());
+        memory.exclusive(CpuId::BOOT).retire_roots();
+        assert!(mmu.enter(&memory, CpuId::BOOT).is_obsolete());
+        let _ = mmu.set_root(Root::for_tests(0x2000, 1));
+        let entered = mmu.enter(&memory, CpuId::BOOT);
+        assert_eq!((entered.is_obsolete(), entered.flush()), (false, TagFlush::All));
     }
 
     /// A toggle of CR0.WP is a new role and nothing else.

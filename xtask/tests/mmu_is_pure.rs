@@ -7,7 +7,7 @@ use xtask::paths;
 /// What `mmu` may use.
 const ALLOWED: [&str; 1] = ["bitflags"];
 /// What its tests may use beside that.
-const ALLOWED_IN_TESTS: [&str; 1] = ["proptest"];
+const ALLOWED_IN_TESTS: [&str; 2] = ["loom", "proptest"];
 
 /// The packages in `mmu`'s manifest, for any target and with any feature, and whether only tests use them.
 fn dependencies() -> Vec<(String, bool)> {

@@ -7,9 +7,9 @@ use super::memory::HostMemory;
 use crate::hw::{Exit, FaultCause, HwVcpu, OutOfMemory, SecondStageFault, Vendor};
 use crate::mm::{self, FrameSize, Zone};
 use mmu::{
-    Access, AccessKind, CpuId, CpuRole, Cr0, Cr4, DirectMmu, Efer, FaultOutcome, Gpa, GuestCpu, Gva, Mmu,
-    NotRam, PageSize, PagingContext, PagingRegs, Pfn, PhysTables, Shared, TableCache, TablePage, TagFlush,
-    VmMemory, WalkError, WalkRegs,
+    Access, AccessKind, CpuId, CpuRole, Cr0, Cr4, DirectMmu, Efer, Entered, FaultOutcome, Gpa, GuestCpu, Gva,
+    Mmu, NotRam, PageSize, PagingContext, PagingRegs, Pfn, PhysTables, Shared, TableCache, TablePage,
+    TagFlush, VmMemory, WalkError, WalkRegs,
 };
 use x86_64::PhysAddr;
 
@@ -208,11 +208,28 @@ impl Paging {
     /// Runs the vCPU until it exits, its translations up to date.
     #[inline(always)]
     pub fn run<V: Vendor>(&mut self, memory: &GuestMemory<V>, hw: &mut V::Vcpu) -> Exit {
-        let entered = self.mmu.enter(&memory.vm, self.host_cpu);
+        let mut entered = self.mmu.enter(&memory.vm, self.host_cpu);
+        while entered.is_obsolete() {
+            drop(entered);
+            entered = self.enter_on_new_root(memory);
+            hw.set_root(entered.root().hpa.bits());
+        }
         if entered.flush() == TagFlush::All {
             hw.flush_tlb();
         }
         hw.run(self.host_cpu.number())
+    }
+
+    /// Enters on the root of now.
+    #[cold]
+    fn enter_on_new_root<'m, V: Vendor>(&mut self, memory: &'m GuestMemory<V>) -> Entered<'m, HostMemory> {
+        let root = {
+            let _shared = memory.vm.shared(self.host_cpu);
+            memory.direct().root()
+        };
+        // What follows remembers the flush.
+        let _ = self.mmu.set_root(root);
+        self.mmu.enter(&memory.vm, self.host_cpu)
     }
 
     /// Handles a second-stage fault.
@@ -226,13 +243,28 @@ impl Paging {
         } else {
             AccessKind::Read
         };
+        let root = self.mmu.root();
+        // A page that is there and forbids the access is most often one that waits for its next use.
+        if fault.cause.contains(FaultCause::PRESENT) {
+            let shared = memory.vm.shared(self.host_cpu);
+            if memory.direct().fast_fault(&shared, &mut self.cache, root, gpa, access).is_some() {
+                return Resolution::Mapped;
+            }
+        }
         for _ in 0..FAULT_TRIES {
-            match memory.direct().fault(&memory.vm.shared(self.host_cpu), &mut self.cache, gpa, access) {
+            match memory.direct().fault_on(
+                &memory.vm.shared(self.host_cpu),
+                &mut self.cache,
+                root,
+                gpa,
+                access,
+            ) {
                 FaultOutcome::Mapped | FaultOutcome::Spurious => break,
                 FaultOutcome::Retry => {}
-                FaultOutcome::Mmio(_) | FaultOutcome::ReadOnly(_) | FaultOutcome::OutOfRange(_) => {
-                    return Resolution::Device
-                }
+                FaultOutcome::Mmio(_)
+                | FaultOutcome::ReadOnly(_)
+                | FaultOutcome::WriteTracked(_)
+                | FaultOutcome::OutOfRange(_) => return Resolution::Device,
                 FaultOutcome::NeedTables => {
                     if self.top_up().is_err() {
                         return Resolution::NoTableMemory;

@@ -1,6 +1,6 @@
 //! The format of the extended page tables of VMX: Intel SDM vol. 3, 29.3.2 (entries), 29.3.3 (what is misconfigured), 29.3.5
 //! (accessed and dirty flags) and 29.3.7 (memory types).
-use super::{beyond, Entry, EntryFormat, Leaf, MemoryType, Writability, FRAME};
+use super::{beyond, mmio, Entry, EntryFormat, Leaf, MemoryType, Mmio, Writability, FRAME};
 use crate::access::AccessKind;
 use crate::addr::{Hpa, Pfn, MAX_PHYSICAL_BITS, PAGE_SHIFT};
 use crate::level::{Level, PageSize};
@@ -38,6 +38,18 @@ const MMU_PRESENT: u64 = 1 << 11;
 const HOST_WRITABLE: u64 = 1 << 52;
 /// Software: a write fault may set W without a lock.
 const MMU_WRITABLE: u64 = 1 << 53;
+
+/// Software: reads were permitted before the entry was access-tracked.
+const SAVED_READ: u64 = 1 << 54;
+/// Software: fetches were permitted before the entry was access-tracked.
+const SAVED_EXECUTE: u64 = 1 << 55;
+/// Software: W was taken away for access tracking, without a flush, so a TLB may still have it.
+const CACHED_WRITABLE: u64 = 1 << 56;
+
+/// What permits anything.
+const RIGHTS: u64 = READ | WRITE | EXECUTE | EXECUTE_USER;
+/// Writes and fetches without reads: a misconfiguration on every CPU (29.3.3.1).
+const MISCONFIGURED: u64 = WRITE | EXECUTE;
 
 /// All but the frame field of a frozen entry. Bit 10 is clear: with mode-based execute control it would make the entry
 /// present. An access to it would exit even if #VE were on.
@@ -128,6 +140,16 @@ impl Ept {
         (root.bits() & FRAME) | flags | length | type_number(MemoryType::WriteBack)
     }
 
+    /// Permissions edited in an entry whose permissions may be put aside.
+    #[inline]
+    fn edit(&self, entry: u64, edit: impl FnOnce(u64) -> u64) -> u64 {
+        if self.is_access_tracked(entry) {
+            self.make_old(edit(self.restore(entry)))
+        } else {
+            edit(entry)
+        }
+    }
+
     #[inline]
     const fn is_leaf(entry: u64, level: Level) -> bool {
         matches!(level, Level::L1) || entry & LARGE != 0
@@ -197,6 +219,16 @@ impl EntryFormat for Ept {
         self.execute_only
     }
 
+    #[inline]
+    fn can_forbid_fetches(&self) -> bool {
+        true
+    }
+
+    #[inline]
+    fn has_dirty_bits(&self) -> bool {
+        self.dirty != 0
+    }
+
     /// All five have a number.
     #[inline]
     fn nearest_memory_type(&self, wanted: MemoryType) -> MemoryType {
@@ -208,6 +240,8 @@ impl EntryFormat for Ept {
         if entry & MMU_PRESENT == 0 {
             if entry & !FRAME == FROZEN {
                 Entry::Frozen
+            } else if self.mmio(entry).is_some() {
+                Entry::Mmio
             } else {
                 Entry::Empty
             }
@@ -225,7 +259,11 @@ impl EntryFormat for Ept {
     }
 
     fn leaf(&self, entry: u64, level: Level) -> Option<Leaf> {
-        if self.entry(entry, level) != Entry::Leaf || !self.shadow_zero_check(entry, level) {
+        if self.entry(entry, level) != Entry::Leaf {
+            return None;
+        }
+        let entry = self.restore(entry);
+        if !self.shadow_zero_check(entry, level) {
             return None;
         }
         let execute = entry & self.execute;
@@ -237,6 +275,7 @@ impl EntryFormat for Ept {
             size: level.page_size()?,
             writability: self.writability(entry)?,
             read: entry & READ != 0,
+            user: true,
             execute: execute != 0,
             memory_type: type_of(entry)?,
         })
@@ -272,23 +311,25 @@ impl EntryFormat for Ept {
     }
 
     #[inline]
-    fn make_table(&self, table: Pfn) -> u64 {
+    fn make_table(&self, table: Pfn, _: Level) -> u64 {
         MMU_PRESENT | READ | WRITE | self.execute | self.accessed | table.hpa().bits()
     }
 
     fn make_small(&self, entry: u64, level: Level, index: usize) -> Option<u64> {
         let below = level.down()?;
         let offset = (index as u64 % 512) << below.shift();
-        let large = if below == Level::L1 { entry & !LARGE } else { entry };
-        Some(large + offset)
+        let small = |entry| (if below == Level::L1 { entry & !LARGE } else { entry }) + offset;
+        Some(self.edit(entry, small))
     }
 
     /// D is history, not permission: it stays when W goes, and comes with W, if the flags are on. With the flags off
     /// neither is ever set.
     #[inline]
     fn with_writability(&self, entry: u64, writability: Writability) -> u64 {
-        let kept = entry & !(HOST_WRITABLE | MMU_WRITABLE | WRITE);
-        kept | self.write_bits(writability, entry & READ != 0)
+        self.edit(entry, |entry| {
+            let kept = entry & !(HOST_WRITABLE | MMU_WRITABLE | WRITE | CACHED_WRITABLE);
+            kept | self.write_bits(writability, entry & READ != 0)
+        })
     }
 
     #[inline]
@@ -300,6 +341,107 @@ impl EntryFormat for Ept {
             (false, false, false) => Some(Writability::ReadOnly),
             _ => None,
         }
+    }
+
+    #[inline]
+    fn may_be_cached_writable(&self, entry: u64) -> bool {
+        entry & (WRITE | CACHED_WRITABLE) != 0
+    }
+
+    #[inline]
+    fn with_execute(&self, entry: u64, execute: bool) -> u64 {
+        self.edit(entry, |entry| {
+            let without = entry & !(EXECUTE | EXECUTE_USER);
+            match (execute, entry & READ != 0) {
+                (true, _) => without | self.execute,
+                (false, true) => without,
+                (false, false) => entry,
+            }
+        })
+    }
+
+    #[inline]
+    fn is_young(&self, entry: u64) -> bool {
+        if self.accessed != 0 {
+            entry & self.accessed != 0
+        } else {
+            !self.is_access_tracked(entry)
+        }
+    }
+
+    #[inline]
+    fn make_old(&self, entry: u64) -> u64 {
+        if self.accessed != 0 {
+            return entry & !self.accessed;
+        }
+        if self.is_access_tracked(entry) {
+            return entry;
+        }
+        let mut tracked = entry & !RIGHTS ^ FRAME;
+        if entry & READ != 0 {
+            tracked |= SAVED_READ;
+        }
+        if entry & EXECUTE != 0 {
+            tracked |= SAVED_EXECUTE;
+        }
+        if entry & WRITE != 0 {
+            tracked |= CACHED_WRITABLE;
+        }
+        tracked
+    }
+
+    #[inline]
+    fn is_access_tracked(&self, entry: u64) -> bool {
+        entry & (MMU_PRESENT | RIGHTS) == MMU_PRESENT && entry & (SAVED_READ | SAVED_EXECUTE) != 0
+    }
+
+    #[inline]
+    fn restore(&self, entry: u64) -> u64 {
+        if !self.is_access_tracked(entry) {
+            return entry;
+        }
+        let mut restored = entry & !(SAVED_READ | SAVED_EXECUTE) ^ FRAME;
+        if entry & SAVED_READ != 0 {
+            restored |= READ;
+        }
+        if entry & SAVED_EXECUTE != 0 {
+            restored |= self.execute;
+        }
+        restored
+    }
+
+    #[inline]
+    fn is_dirty(&self, entry: u64) -> bool {
+        entry & self.dirty != 0
+    }
+
+    #[inline]
+    fn without_dirty(&self, entry: u64) -> u64 {
+        entry & !self.dirty
+    }
+
+    /// A link is always writable, so the note about its slot is free.
+    #[inline]
+    fn with_split_note(&self, entry: u64) -> u64 {
+        entry | HOST_WRITABLE
+    }
+
+    #[inline]
+    fn has_split_note(&self, entry: u64) -> bool {
+        entry & HOST_WRITABLE != 0
+    }
+
+    /// Misconfigured by its rights, so what the guest may do there has no room in it: in the second stage, everything.
+    #[inline]
+    fn make_mmio(&self, mmio: &Mmio) -> Option<u64> {
+        Some(mmio::encode(mmio.gfn, mmio.generation)? | MISCONFIGURED)
+    }
+
+    #[inline]
+    fn mmio(&self, entry: u64) -> Option<Mmio> {
+        let marked = entry & (READ | MISCONFIGURED | MMU_PRESENT | mmio::MARK) == MISCONFIGURED | mmio::MARK;
+        let (gfn, generation) = mmio::decode(entry);
+        marked.then_some(Mmio { gfn, write: true, user: true, generation })
     }
 
     #[inline]

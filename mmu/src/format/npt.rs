@@ -1,5 +1,5 @@
 //! The long-mode format as nested paging uses it: AMD APM vol. 2, 5.3 (entries) and 15.25 (nested paging).
-use super::{beyond, Entry, EntryFormat, Leaf, MemoryType, Writability, FRAME};
+use super::{beyond, mmio, Entry, EntryFormat, Leaf, MemoryType, Mmio, Writability, FRAME};
 use crate::access::AccessKind;
 use crate::addr::{Pfn, MAX_PHYSICAL_BITS, PAGE_SHIFT};
 use crate::level::{Level, PageSize};
@@ -42,6 +42,8 @@ pub struct Npt {
     top: Level,
     no_execute: bool,
     largest: PageSize,
+    /// The highest address bit is reserved, so an entry can be malformed on purpose.
+    mmio_entries: bool,
     /// Bits that must be zero, by level, in links and in leaves.
     reserved: [[u64; 2]; 5],
 }
@@ -76,6 +78,7 @@ impl Npt {
             top: if host.five_level { Level::L5 } else { Level::L4 },
             no_execute: host.no_execute,
             largest: host.largest,
+            mmio_entries: beyond(host.max_phys_addr) & mmio::MARK != 0,
             // Figures 5-18 to 5-27: PS is reserved above level 3, bit 8 as well; at the lowest level there is no link.
             reserved: [
                 [no_leaf, high],
@@ -85,6 +88,29 @@ impl Npt {
                 [high | LARGE | 1 << 8, no_leaf],
             ],
         }
+    }
+
+    /// Legacy PAE tables (APM 5.2.3) have the same entries but for these: three levels, PDPTEs without rights, bits 62:52
+    /// reserved, no page above 2 MiB. See [`Pae`](super::Pae).
+    pub(super) const fn pae(max_phys_addr: u8) -> Self {
+        let host = NptHost { five_level: false, max_phys_addr, no_execute: true, largest: PageSize::Size2M };
+        let mut format = Self::new(&host);
+        format.top = Level::L3;
+        let high = 0x7ff << 52;
+        let mut level = 0;
+        while level < 2 {
+            format.reserved[level][0] |= high;
+            format.reserved[level][1] |= high;
+            level += 1;
+        }
+        let pdpte = beyond(max_phys_addr) | high | NO_EXECUTE | WRITE | USER | 0xf << 5;
+        format.reserved[2] = [pdpte, u64::MAX];
+        format
+    }
+
+    /// The entry for a PDPTE of PAE tables, which has no rights of its own.
+    pub(super) const fn make_pdpte(table: Pfn) -> u64 {
+        MMU_PRESENT | PRESENT | table.hpa().bits()
     }
 
     #[inline]
@@ -152,6 +178,16 @@ impl EntryFormat for Npt {
         false
     }
 
+    #[inline]
+    fn can_forbid_fetches(&self) -> bool {
+        self.no_execute
+    }
+
+    #[inline]
+    fn has_dirty_bits(&self) -> bool {
+        true
+    }
+
     /// The PAT at power-on has neither write-combining nor write-protected.
     #[inline]
     fn nearest_memory_type(&self, wanted: MemoryType) -> MemoryType {
@@ -168,6 +204,8 @@ impl EntryFormat for Npt {
         if entry & MMU_PRESENT == 0 {
             if entry & !FRAME == FROZEN {
                 Entry::Frozen
+            } else if entry & PRESENT != 0 && self.mmio(entry).is_some() {
+                Entry::Mmio
             } else {
                 Entry::Empty
             }
@@ -193,6 +231,7 @@ impl EntryFormat for Npt {
             size: level.page_size()?,
             writability: self.writability(entry)?,
             read: true,
+            user: entry & USER != 0,
             execute: entry & NO_EXECUTE == 0,
             memory_type: Self::memory_type(entry, level)?,
         })
@@ -209,7 +248,10 @@ impl EntryFormat for Npt {
 
     #[inline]
     fn make_leaf(&self, leaf: &Leaf) -> u64 {
-        let mut entry = MMU_PRESENT | PRESENT | USER | ACCESSED | Self::write_bits(leaf.writability);
+        let mut entry = MMU_PRESENT | PRESENT | ACCESSED | Self::write_bits(leaf.writability);
+        if leaf.user {
+            entry |= USER;
+        }
         if leaf.size != PageSize::Size4K {
             entry |= LARGE;
         }
@@ -222,7 +264,7 @@ impl EntryFormat for Npt {
     }
 
     #[inline]
-    fn make_table(&self, table: Pfn) -> u64 {
+    fn make_table(&self, table: Pfn, _: Level) -> u64 {
         MMU_PRESENT | PRESENT | WRITE | USER | ACCESSED | table.hpa().bits()
     }
 
@@ -249,6 +291,76 @@ impl EntryFormat for Npt {
             (false, false, false) => Some(Writability::ReadOnly),
             _ => None,
         }
+    }
+
+    /// W only goes with a flush.
+    #[inline]
+    fn may_be_cached_writable(&self, entry: u64) -> bool {
+        entry & WRITE != 0
+    }
+
+    #[inline]
+    fn with_execute(&self, entry: u64, execute: bool) -> u64 {
+        let forbid = !execute && self.no_execute;
+        entry & !NO_EXECUTE | if forbid { NO_EXECUTE } else { 0 }
+    }
+
+    #[inline]
+    fn is_young(&self, entry: u64) -> bool {
+        entry & ACCESSED != 0
+    }
+
+    #[inline]
+    fn make_old(&self, entry: u64) -> u64 {
+        entry & !ACCESSED
+    }
+
+    /// Never: the processor sets A.
+    #[inline]
+    fn is_access_tracked(&self, _: u64) -> bool {
+        false
+    }
+
+    #[inline]
+    fn restore(&self, entry: u64) -> u64 {
+        entry
+    }
+
+    #[inline]
+    fn is_dirty(&self, entry: u64) -> bool {
+        entry & DIRTY != 0
+    }
+
+    #[inline]
+    fn without_dirty(&self, entry: u64) -> u64 {
+        entry & !DIRTY
+    }
+
+    /// A link is always writable, so the note about its slot is free.
+    #[inline]
+    fn with_split_note(&self, entry: u64) -> u64 {
+        entry | HOST_WRITABLE
+    }
+
+    #[inline]
+    fn has_split_note(&self, entry: u64) -> bool {
+        entry & HOST_WRITABLE != 0
+    }
+
+    /// Present, with a reserved address bit: a fault with the RSV bit, whatever else is in it.
+    #[inline]
+    fn make_mmio(&self, mmio: &Mmio) -> Option<u64> {
+        let body = mmio::encode(mmio.gfn, mmio.generation).filter(|_| self.mmio_entries)?;
+        let rights = if mmio.write { WRITE } else { 0 } | if mmio.user { USER } else { 0 };
+        Some(body | PRESENT | rights)
+    }
+
+    #[inline]
+    fn mmio(&self, entry: u64) -> Option<Mmio> {
+        let marked = entry & (PRESENT | MMU_PRESENT | mmio::MARK) == PRESENT | mmio::MARK;
+        let (gfn, generation) = mmio::decode(entry);
+        let mmio = Mmio { gfn, write: entry & WRITE != 0, user: entry & USER != 0, generation };
+        (marked && self.mmio_entries).then_some(mmio)
     }
 
     #[inline]
@@ -350,7 +462,7 @@ mod tests {
     fn links_permit_everything_and_are_no_leaves() {
         let table = Pfn::new_truncate(0x1234);
         for format in formats() {
-            let entry = format.make_table(table);
+            let entry = format.make_table(table, Level::L2);
             assert_eq!(entry & 7, 7);
             for level in [Level::L2, Level::L3, Level::L4, Level::L5] {
                 assert!(format.shadow_zero_check(entry, level));
@@ -443,7 +555,7 @@ mod tests {
         let host =
             NptHost { five_level: true, max_phys_addr: 46, no_execute: false, largest: PageSize::Size2M };
         let format = Npt::new(&host);
-        let link = format.make_table(Pfn::new_truncate(0x1234));
+        let link = format.make_table(Pfn::new_truncate(0x1234), Level::L2);
         for bit in (46..52).chain([63]) {
             for level in [Level::L2, Level::L3, Level::L4, Level::L5] {
                 assert!(!format.shadow_zero_check(link | 1 << bit, level), "{level:?} bit {bit}");

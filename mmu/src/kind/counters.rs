@@ -1,4 +1,5 @@
 //! Page counters of a kind, one cache line a CPU.
+// Statistics: not the atomics of `crate::sync`, for nothing here orders anything.
 use core::sync::atomic::{AtomicU64, Ordering};
 
 use crate::cpu::{CpuId, MAX_CPUS};

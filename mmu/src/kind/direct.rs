@@ -1,33 +1,32 @@
 //! The direct kind: guest-physical to host-physical, straight from the slots.
 use super::counters::Counters;
 use super::flush::Freed;
+use super::roots::Roots;
 use super::MmuKind;
-use crate::addr::{Gpa, Hpa, Pfn};
+use crate::addr::{Gpa, Pfn};
 use crate::cpu::CpuId;
 use crate::format::{Entry, EntryFormat};
 use crate::level::{Level, PageSize, ENTRIES};
-use crate::memory::VmMemory;
+use crate::memory::{Quiescent, VmMemory};
+use crate::sync::{AtomicBool, AtomicU64};
 use crate::tables::{EntryCell, TableFrame, TableMemory, TablePage};
 
-/// What the direct kind has beside a format and tables: one root, and the limits of its guest.
+/// What the direct kind has beside a format and tables: roots, the limits of its guest, and what was switched on.
 #[derive(Debug)]
 pub struct Direct {
-    root: Pfn,
+    pub(super) roots: Roots,
     largest: PageSize,
     guest_bits: u32,
+    /// Huge pages are not executable.
+    pub(super) no_huge_execute: AtomicBool,
+    /// Links with the note of a split for that reason.
+    pub(super) splits: AtomicU64,
+    /// The epoch that MMIO entries are of, plus one; zero while none are made.
+    pub(super) mmio_epoch: AtomicU64,
 }
 
 /// The direct kind: the sketch's `direct_mmu`.
 pub type DirectMmu<F, M> = MmuKind<F, M, Direct>;
-
-/// A root that the CPU can be pointed at: NCR3, an EPT pointer, or CR3 without its low bits.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Root {
-    /// Address of the root table.
-    pub hpa: Hpa,
-    /// Level of the root table: how deep the CPU walks.
-    pub level: Level,
-}
 
 impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
     /// A direct kind for the VM whose memory is `memory`, with nothing mapped.
@@ -52,14 +51,15 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
         }
         let counters = Counters::new();
         counters.tables(CpuId::BOOT, 1);
-        let ops = Direct { root: root.into_frame(), largest, guest_bits };
+        let ops = Direct {
+            roots: Roots::new(root, memory.root_generation()),
+            largest,
+            guest_bits,
+            no_huge_execute: AtomicBool::new(false),
+            splits: AtomicU64::new(0),
+            mmio_epoch: AtomicU64::new(0),
+        };
         Self { vm: memory.id(), format, tables, freed: Freed::new(), counters, ops }
-    }
-
-    /// What the CPU is pointed at.
-    #[inline]
-    pub fn root(&self) -> Root {
-        Root { hpa: self.ops.root.hpa(), level: self.format.top() }
     }
 
     /// The largest page that is mapped.
@@ -73,18 +73,15 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
         gpa.bits() >> self.ops.guest_bits == 0
     }
 
-    #[inline]
-    pub(super) fn root_table(&self) -> TableFrame {
-        TableFrame::linked(self.ops.root)
-    }
-
     /// Takes the kind apart and gives every table page to `free`.
     ///
-    /// The kind is consumed, so no operation runs. The caller sees to it that no CPU is in the guest on this root, and
+    /// The kind is consumed, so no operation runs. The caller sees to it that no CPU is in the guest on its roots, and
     /// that each CPU flushes the tags it used with it before they are used again.
     pub fn dismantle(self, mut free: impl FnMut(TablePage)) {
         self.release_freed(&mut free);
-        self.release(self.ops.root, self.format.top(), &mut free);
+        for root in self.ops.roots.all() {
+            self.release(root.pfn(), self.format.top(), &mut free);
+        }
     }
 
     fn release(&self, table: Pfn, level: Level, free: &mut impl FnMut(TablePage)) {
@@ -96,6 +93,6 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
                 }
             }
         }
-        free(self.zeroed(table));
+        free(self.zeroed(table, &Quiescent::dismantled()));
     }
 }

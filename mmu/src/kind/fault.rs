@@ -1,12 +1,14 @@
 //! Direct faults: find the memory, then map it, beside any number of other CPUs.
-use core::sync::atomic::Ordering;
+use bitflags::bitflags;
 
 use super::direct::DirectMmu;
+use super::roots::Root;
 use crate::access::AccessKind;
 use crate::addr::{Gfn, Gpa, Pfn};
 use crate::format::{Entry, EntryFormat, Leaf, Writability};
 use crate::level::{Level, PageSize, ENTRIES, INDEX_BITS};
-use crate::memory::{Backing, Held, InvalidationSeq, Resolved, SlotFlags};
+use crate::memory::{Backing, Held, InvalidationSeq, Resolved, SlotFlags, SlotHit, VmMemory};
+use crate::sync::Ordering;
 use crate::tables::{EntryCell, TableCache, TableFrame, TableMemory};
 
 /// How a fault ended.
@@ -23,6 +25,8 @@ pub enum FaultOutcome {
     Mmio(Gpa),
     /// A write to a read-only slot: emulate the access.
     ReadOnly(Gpa),
+    /// A write to a page whose writes are tracked: emulate the access.
+    WriteTracked(Gpa),
     /// The cache has too few table pages: fill it and fault again. Nothing has been changed.
     NeedTables,
     /// The guest has no physical address this high; for the guest it is a reserved bit in its page tables.
@@ -34,19 +38,56 @@ pub enum FaultOutcome {
 #[derive(Debug)]
 pub struct Resolution {
     gfn: Gfn,
-    read_only: bool,
+    /// The root's table. It stays the root's as long as `sequence` is current.
+    root: Pfn,
     access: AccessKind,
+    policy: Policy,
     /// First frame of the block of `size`.
     block: Pfn,
     size: PageSize,
     sequence: InvalidationSeq,
 }
 
+bitflags! {
+    /// How a page is mapped, by what its slot and the kind have switched on. Without any: writable, in any size.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    struct Policy: u8 {
+        /// Never written: the slot is read-only.
+        const READ_ONLY = 1 << 0;
+        /// Never written: the page is tracked.
+        const TRACKED = 1 << 1;
+        /// Not written yet: the first write faults.
+        const WATCHED = 1 << 2;
+        /// Without D, so that the processor notes the first write.
+        const CLEAN = 1 << 3;
+        /// The slot is logged, and the page counts as written from now on.
+        const LOG_WRITE = 1 << 4;
+        /// Huge pages are not executable.
+        const NO_HUGE_EXECUTE = 1 << 5;
+        /// The page could have been mapped huge, but must be executable.
+        const SPLIT = 1 << 6;
+    }
+}
+
+impl Policy {
+    const fn writability(self) -> Writability {
+        if self.contains(Self::READ_ONLY) {
+            Writability::ReadOnly
+        } else if self.contains(Self::TRACKED) {
+            Writability::Tracked
+        } else if self.contains(Self::WATCHED) {
+            Writability::Watched
+        } else {
+            Writability::Writable
+        }
+    }
+}
+
 /// Times that an entry may change under a fault's hands before it gives up; each time another CPU got on.
 const MAX_RACES: usize = 8;
 
 impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
-    /// Handles a second-stage fault of an access of kind `access` at `gpa`.
+    /// Handles a second-stage fault of an access of kind `access` at `gpa`, on the root of the empty role.
     ///
     /// Takes no lock and allocates nothing; `cache` holds the table pages that may be needed and counts the outcome.
     #[inline]
@@ -57,7 +98,39 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
         gpa: Gpa,
         access: AccessKind,
     ) -> FaultOutcome {
-        let outcome = match self.resolve(guard, gpa, access) {
+        let found = self.resolve(guard, gpa, access);
+        if let Err(FaultOutcome::Mmio(gpa)) = found {
+            self.note_mmio(guard, self.root(), gpa);
+        }
+        self.finish(guard, cache, found)
+    }
+
+    /// The same on `root`. If that is obsolete, the outcome is [`Retry`](FaultOutcome::Retry): the vCPU finds out when it
+    /// enters.
+    #[inline]
+    pub fn fault_on<'m, B: Backing + 'm>(
+        &self,
+        guard: &impl Held<'m, B>,
+        cache: &mut TableCache,
+        root: Root,
+        gpa: Gpa,
+        access: AccessKind,
+    ) -> FaultOutcome {
+        let found = self.resolve_on(guard, root, gpa, access);
+        if let Err(FaultOutcome::Mmio(gpa)) = found {
+            self.note_mmio(guard, root, gpa);
+        }
+        self.finish(guard, cache, found)
+    }
+
+    #[inline]
+    fn finish<'m, B: Backing + 'm>(
+        &self,
+        guard: &impl Held<'m, B>,
+        cache: &mut TableCache,
+        found: Result<Resolution, FaultOutcome>,
+    ) -> FaultOutcome {
+        let outcome = match found {
             Ok(resolution) => self.install(guard, cache, &resolution),
             Err(outcome) => outcome,
         };
@@ -68,6 +141,7 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
             FaultOutcome::Retry => &mut stats.retry,
             FaultOutcome::Mmio(_) => &mut stats.mmio,
             FaultOutcome::ReadOnly(_) => &mut stats.read_only,
+            FaultOutcome::WriteTracked(_) => &mut stats.write_tracked,
             FaultOutcome::NeedTables => &mut stats.need_tables,
             FaultOutcome::OutOfRange(_) => &mut stats.out_of_range,
         };
@@ -75,7 +149,7 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
         outcome
     }
 
-    /// The first half of a fault: finds, or has the backing allocate, the memory for `gpa`.
+    /// The first half of a fault: finds, or has the backing allocate, the memory for `gpa`, for the root of the empty role.
     #[inline]
     pub fn resolve<'m, B: Backing + 'm>(
         &self,
@@ -83,20 +157,47 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
         gpa: Gpa,
         access: AccessKind,
     ) -> Result<Resolution, FaultOutcome> {
+        let root = self.first_root(guard.memory());
+        self.resolve_under(guard, root, gpa, access)
+    }
+
+    /// The same for `root`.
+    #[inline]
+    pub fn resolve_on<'m, B: Backing + 'm>(
+        &self,
+        guard: &impl Held<'m, B>,
+        root: Root,
+        gpa: Gpa,
+        access: AccessKind,
+    ) -> Result<Resolution, FaultOutcome> {
+        let root = self.live_table(guard.memory(), root);
+        self.resolve_under(guard, root, gpa, access)
+    }
+
+    #[inline]
+    fn resolve_under<'m, B: Backing + 'm>(
+        &self,
+        guard: &impl Held<'m, B>,
+        root: Option<TableFrame>,
+        gpa: Gpa,
+        access: AccessKind,
+    ) -> Result<Resolution, FaultOutcome> {
         if !self.reaches(gpa) {
             return Err(FaultOutcome::OutOfRange(gpa));
         }
         let memory = guard.memory();
+        let Some(root) = root else { return Err(FaultOutcome::Retry) };
         let Some(slot) = memory.find_slot(gpa) else {
             return Err(FaultOutcome::Mmio(gpa));
         };
-        let read_only = slot.flags().contains(SlotFlags::READ_ONLY);
-        if access == AccessKind::Write && read_only {
-            return Err(FaultOutcome::ReadOnly(gpa));
+        let mut policy = Policy::empty();
+        if !slot.flags().is_empty() {
+            policy = self.policy(memory, &slot, access)?;
         }
         let sequence = memory.invalidations().sequence();
         let mut want = self.largest();
-        while !slot.block_fits(want.bytes()) {
+        // A page always fits its slot.
+        while want != PageSize::Size4K && !memory.allows(&slot, want) {
             match want.smaller() {
                 Some(smaller) => want = smaller,
                 None => break,
@@ -104,17 +205,47 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
         }
         let at = slot.ram();
         match memory.backing().resolve(&at, want, access) {
-            Resolved::Ram { pfn, size } => Ok(Resolution {
-                gfn: gpa.gfn(),
-                read_only,
-                access,
-                block: pfn,
-                size: size.min(want),
-                sequence,
-            }),
+            Resolved::Ram { pfn, size } => {
+                let mut size = size.min(want);
+                let mut block = pfn;
+                if size != PageSize::Size4K && self.forbids_huge_execute() {
+                    policy.insert(Policy::NO_HUGE_EXECUTE);
+                    if access == AccessKind::Execute {
+                        policy.insert(Policy::SPLIT);
+                        let inside = gpa.gfn().number() & (size.pages() - 1);
+                        block = Pfn::new_truncate(pfn.number() + inside);
+                        size = PageSize::Size4K;
+                    }
+                }
+                Ok(Resolution { gfn: gpa.gfn(), root: root.pfn(), access, policy, block, size, sequence })
+            }
             Resolved::Retry => Err(FaultOutcome::Retry),
             Resolved::Absent => Err(FaultOutcome::Mmio(gpa)),
         }
+    }
+
+    /// How a page of a slot with flags is mapped.
+    #[cold]
+    fn policy<B: Backing>(
+        &self,
+        memory: &VmMemory<B>,
+        slot: &SlotHit<'_>,
+        access: AccessKind,
+    ) -> Result<Policy, FaultOutcome> {
+        let (flags, gpa, write) = (slot.flags(), slot.ram().gpa, access == AccessKind::Write);
+        if flags.contains(SlotFlags::READ_ONLY) {
+            return if write { Err(FaultOutcome::ReadOnly(gpa)) } else { Ok(Policy::READ_ONLY) };
+        }
+        if memory.is_tracked(slot) {
+            return if write { Err(FaultOutcome::WriteTracked(gpa)) } else { Ok(Policy::TRACKED) };
+        }
+        let by_dirty_bits = flags.contains(SlotFlags::DIRTY_BITS) && self.format.has_dirty_bits();
+        Ok(match (flags.contains(SlotFlags::DIRTY_LOG), write) {
+            (false, _) => Policy::empty(),
+            (true, true) => Policy::LOG_WRITE,
+            (true, false) if by_dirty_bits => Policy::CLEAN,
+            (true, false) => Policy::WATCHED,
+        })
     }
 
     /// The second half of a fault: maps what was found.
@@ -126,13 +257,14 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
         resolution: &Resolution,
     ) -> FaultOutcome {
         let cpu = self.admit(guard);
-        if guard.memory().invalidations().is_stale(resolution.sequence, resolution.gfn) {
+        let memory = guard.memory();
+        if memory.invalidations().is_stale(resolution.sequence, resolution.gfn) {
             return FaultOutcome::Retry;
         }
         // Nearly always the tables are there, and the entry for the page is empty.
         let gfn = resolution.gfn.number();
-        let (table, shift, entry) = self.descend(gfn);
-        if shift == 0 && entry == 0 {
+        let (table, shift, entry) = self.descend(TableFrame::linked(resolution.root), gfn);
+        if shift == 0 && entry == 0 && resolution.policy.is_empty() {
             let leaf = self.format.make_leaf(&resolution.leaf(PageSize::Size4K));
             if self.cell(&table, Level::L1.index(gfn)).compare_exchange(0, leaf).is_ok() {
                 self.counters.leaves(cpu, Level::L1, 1);
@@ -150,13 +282,13 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
         cache: &mut TableCache,
         resolution: &Resolution,
     ) -> FaultOutcome {
-        let cpu = guard.cpu();
+        let (cpu, memory) = (guard.cpu(), guard.memory());
         let gfn = resolution.gfn.number();
         for _ in 0..MAX_RACES {
-            let place = self.find(gfn);
+            let place = self.find(TableFrame::linked(resolution.root), gfn);
             let cell = self.cell(&place.table, place.level.index(gfn));
             match place.kind {
-                Entry::Empty => {
+                Entry::Empty | Entry::Mmio => {
                     // Frames are found by their place in the block, so a block that is not as aligned as the backing
                     // says is mapped in smaller pages, not wrongly.
                     let mut leaf = resolution.leaf(resolution.size);
@@ -169,7 +301,7 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
                         }
                     }
                     let depth = place.level.ordinal() - leaf.size.level().ordinal();
-                    let Some(entry) = self.build(cache, gfn, &leaf, depth) else {
+                    let Some(entry) = self.build(cache, gfn, resolution, &leaf, depth) else {
                         return FaultOutcome::NeedTables;
                     };
                     match cell.compare_exchange(place.entry, entry) {
@@ -179,6 +311,12 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
                                 self.counters.tables(cpu, depth as i64);
                             }
                             self.counters.leaves(cpu, leaf.size.level(), 1);
+                            if resolution.notes_split(place.level, depth) {
+                                self.count_splits(1);
+                            }
+                            if resolution.policy.contains(Policy::LOG_WRITE) {
+                                memory.note_write(resolution.gfn);
+                            }
                             return FaultOutcome::Mapped;
                         }
                         Err(_) => self.unbuild(cache, gfn, &leaf, depth),
@@ -187,7 +325,7 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
                 Entry::Leaf if self.format.permits(place.entry, resolution.access) => {
                     return FaultOutcome::Spurious;
                 }
-                Entry::Leaf => match self.relax(guard, &place, cell, resolution.access) {
+                Entry::Leaf => match self.relax(guard, &place, cell, resolution) {
                     Some(outcome) => return outcome,
                     None => continue,
                 },
@@ -200,8 +338,8 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
 
     /// The entry at which a descent towards `gfn` ends, with all that is known of it.
     #[inline]
-    pub(super) fn find(&self, gfn: u64) -> Place {
-        let (table, shift, entry) = self.descend(gfn);
+    pub(super) fn find(&self, root: TableFrame, gfn: u64) -> Place {
+        let (table, shift, entry) = self.descend(root, gfn);
         let level = Level::at_frame_shift(shift);
         Place { kind: self.format.entry(entry, level), table, level, entry }
     }
@@ -209,8 +347,8 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
     /// Descends towards `gfn` as far as there are tables: the last table, its level as the lowest bit of its index in
     /// the frame number, and the entry that is no link.
     #[inline]
-    fn descend(&self, gfn: u64) -> (TableFrame, u32, u64) {
-        let mut table = self.root_table();
+    pub(super) fn descend(&self, root: TableFrame, gfn: u64) -> (TableFrame, u32, u64) {
+        let mut table = root;
         // Counting in bits rather than levels keeps the loop free of branches by level.
         let mut shift = self.format.top().frame_shift();
         loop {
@@ -229,14 +367,27 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
 
     /// Prepares the entry that maps `leaf` through `depth` new tables, which stay in the cache; `None` if it has fewer.
     #[inline]
-    fn build(&self, cache: &TableCache, gfn: u64, leaf: &Leaf, depth: usize) -> Option<u64> {
+    fn build(
+        &self,
+        cache: &TableCache,
+        gfn: u64,
+        resolution: &Resolution,
+        leaf: &Leaf,
+        depth: usize,
+    ) -> Option<u64> {
         let mut entry = self.format.make_leaf(leaf);
+        if resolution.policy.contains(Policy::CLEAN) {
+            entry = self.format.without_dirty(entry);
+        }
         if depth > 0 {
             let mut level = leaf.size.level();
             for &page in cache.peek(depth)? {
                 self.cell(&TableFrame::linked(page), level.index(gfn)).store(entry);
-                entry = self.format.make_table(page);
                 level = level_above(level);
+                entry = self.format.make_table(page, level);
+                if resolution.policy.contains(Policy::SPLIT) && level == Level::L2 {
+                    entry = self.format.with_split_note(entry);
+                }
             }
             M::Cell::fence(Ordering::Release);
         }
@@ -255,22 +406,28 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
 
     /// A leaf is there and forbids the access. `None`: look again.
     #[cold]
-    fn relax<'m, B: 'm>(
+    fn relax<'m, B: Backing + 'm>(
         &self,
         guard: &impl Held<'m, B>,
         place: &Place,
         cell: &M::Cell,
-        access: AccessKind,
+        resolution: &Resolution,
     ) -> Option<FaultOutcome> {
-        let watched = self.format.writability(place.entry) == Some(Writability::Watched);
-        if access == AccessKind::Write && watched {
-            let writable = self.format.with_writability(place.entry, Writability::Writable);
-            return cell.compare_exchange(place.entry, writable).ok().map(|()| FaultOutcome::Mapped);
+        let memory = guard.memory();
+        let logged = resolution.policy.contains(Policy::LOG_WRITE);
+        if let Some(new) = self.upgrade(place.entry, place.level, resolution.access, logged) {
+            cell.compare_exchange(place.entry, new).ok()?;
+            if logged {
+                memory.note_write(resolution.gfn);
+            }
+            return Some(FaultOutcome::Mapped);
         }
-        // It says something else than its slot does. Never change a leaf into one of another page: take it away.
+        // It says something else than its slot does, or is larger than it may be now. Never change a leaf into one of
+        // another page: take it away.
         if cell.compare_exchange(place.entry, 0).is_ok() {
             self.counters.leaves(guard.cpu(), place.level, -1);
-            let mut flush = self.obligation(guard.memory());
+            self.note_dirty_leaf(memory, place.entry, place.level, resolution.gfn.number());
+            let mut flush = self.obligation(memory);
             flush.note();
         }
         None
@@ -289,11 +446,26 @@ pub(super) struct Place {
 impl Resolution {
     /// The leaf that maps the part of the block around the page that has `size`.
     #[inline]
-    fn leaf(&self, size: PageSize) -> Leaf {
-        let writability = if self.read_only { Writability::ReadOnly } else { Writability::Writable };
+    pub(super) fn leaf(&self, size: PageSize) -> Leaf {
         let inside = self.gfn.number() & (self.size.pages() - 1) & !(size.pages() - 1);
         let pfn = Pfn::new_truncate(self.block.number() + inside);
-        Leaf::ram(pfn, size, writability)
+        let execute = !(self.policy.contains(Policy::NO_HUGE_EXECUTE) && size != PageSize::Size4K);
+        Leaf { execute, ..Leaf::ram(pfn, size, self.policy.writability()) }
+    }
+
+    /// The size of the block that was found.
+    pub(super) const fn size(&self) -> PageSize {
+        self.size
+    }
+
+    /// When it was found.
+    pub(super) const fn sequence(&self) -> InvalidationSeq {
+        self.sequence
+    }
+
+    /// Whether the chain of `depth` new tables below an entry at `level` has the link that notes a split.
+    const fn notes_split(&self, level: Level, depth: usize) -> bool {
+        self.policy.contains(Policy::SPLIT) && depth > 0 && level as u32 >= Level::L2 as u32
     }
 }
 

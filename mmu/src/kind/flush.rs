@@ -1,12 +1,11 @@
 //! Flush obligations: what was taken away, and who must hear of it before its memory is used again.
-use core::sync::atomic::{AtomicU64, Ordering};
-
 use super::MmuKind;
 use crate::addr::Pfn;
 use crate::cpu::CpuSet;
 use crate::format::EntryFormat;
 use crate::level::ENTRIES;
-use crate::memory::{Generation, Shootdown, VmMemory};
+use crate::memory::{Generation, Quiescent, Shootdown, VmMemory};
+use crate::sync::{AtomicU64, Ordering};
 use crate::tables::{EntryCell, TableFrame, TableMemory, TablePage};
 
 /// A translation, or a table, was taken away: some TLB may still have it.
@@ -155,7 +154,7 @@ pub(super) struct Freed {
 }
 
 impl Freed {
-    pub(super) const fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self { first: AtomicU64::new(0) }
     }
 
@@ -185,23 +184,24 @@ impl<F: EntryFormat, M: TableMemory, O> MmuKind<F, M, O> {
         let mut given = 0;
         let mut page = self.freed.take();
         // Generations come in any order on the stack, but few differ: ask only when the stamp changes.
-        let mut asked = None;
+        let mut asked: Option<(Generation, Option<Quiescent>)> = None;
         let mut kept: Option<Chain> = None;
         while let Some(pfn) = page {
             page = next(&self.format, &self.tables, pfn);
             let entry = self.cell(&TableFrame::linked(pfn), STAMP).load();
             let stamp = Generation(self.format.frozen_payload(entry));
-            let reachable = match asked {
+            let quiescent = match asked.take() {
                 Some((generation, answer)) if generation == stamp => answer,
-                _ => !memory.shootdown().is_acknowledged(stamp),
+                _ => memory.shootdown().quiescent(stamp),
             };
-            asked = Some((stamp, reachable));
-            if reachable || given == limit {
-                kept = Some(Chain::prepend(kept, &self.format, &self.tables, pfn));
-            } else {
-                free(self.zeroed(pfn));
-                given += 1;
+            match &quiescent {
+                Some(quiescent) if given < limit => {
+                    free(self.zeroed(pfn, quiescent));
+                    given += 1;
+                }
+                _ => kept = Some(Chain::prepend(kept, &self.format, &self.tables, pfn)),
             }
+            asked = Some((stamp, quiescent));
         }
         if let Some(chain) = kept {
             self.freed.push(&self.format, &self.tables, &chain);
@@ -214,12 +214,12 @@ impl<F: EntryFormat, M: TableMemory, O> MmuKind<F, M, O> {
         let mut page = self.freed.take();
         while let Some(pfn) = page {
             page = next(&self.format, &self.tables, pfn);
-            free(self.zeroed(pfn));
+            free(self.zeroed(pfn, &Quiescent::dismantled()));
         }
     }
 
-    /// Page `pfn`, which nobody reaches any more, made like new.
-    pub(super) fn zeroed(&self, pfn: Pfn) -> TablePage {
+    /// Page `pfn`, which nobody reaches any more, made like new: the one way from a linked table to a free page.
+    pub(super) fn zeroed(&self, pfn: Pfn, _: &Quiescent) -> TablePage {
         let table = TableFrame::linked(pfn);
         for index in 0..ENTRIES {
             self.cell(&table, index).store(0);

@@ -1,15 +1,21 @@
 //! Kinds: what is needed to operate on page tables. A kind belongs to a VM and never sees a vCPU.
+mod collapse;
 mod counters;
 mod direct;
+mod fast;
 mod fault;
 mod flush;
+mod mmio;
+mod nx;
+mod roots;
 mod split;
 mod sweep;
 
 pub use counters::PageCounts;
-pub use direct::{Direct, DirectMmu, Root};
+pub use direct::{Direct, DirectMmu};
 pub use fault::{FaultOutcome, Resolution};
 pub use flush::{Flush, Issued};
+pub use roots::{NoRoot, Root, RootRole, MAX_ROOTS};
 pub use split::SplitProgress;
 pub use sweep::Sweep;
 

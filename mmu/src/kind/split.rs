@@ -1,11 +1,10 @@
 //! Splitting huge pages of the direct kind into smaller ones, without taking a translation away.
-use core::sync::atomic::Ordering;
-
 use super::direct::DirectMmu;
 use super::sweep::Sweep;
 use crate::format::{Entry, EntryFormat};
-use crate::level::{PageSize, ENTRIES};
+use crate::level::{Level, PageSize, ENTRIES};
 use crate::memory::Held;
+use crate::sync::Ordering;
 use crate::tables::{EntryCell, TableCache, TableFrame, TableMemory};
 
 /// How far a split got.
@@ -34,12 +33,17 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
     ) -> SplitProgress {
         let cpu = self.admit(guard);
         for _ in 0..BATCH {
-            if sweep.is_done() || sweep.next() >> (self.format.input_bits() - 12) != 0 {
-                sweep.advance(sweep.range().end());
+            if sweep.is_done() {
                 return SplitProgress::Batch;
             }
+            let root = self.ops.roots.table(sweep.root());
+            let beyond = sweep.at_end() || sweep.next() >> (self.format.input_bits() - 12) != 0;
+            let Some(root) = root.filter(|_| !beyond) else {
+                sweep.next_root();
+                continue;
+            };
             let gfn = sweep.next();
-            let place = self.find(gfn);
+            let place = self.find(root, gfn);
             if place.kind != Entry::Leaf || place.level <= size.level() {
                 // Nothing to split up to the end of what this entry covers.
                 sweep.advance((gfn | (place.level.pages() - 1)) + 1);
@@ -49,13 +53,18 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
                 return SplitProgress::NeedTables;
             };
             let table = TableFrame::linked(page);
+            // The huge page was not executable for its size alone.
+            let executable = below == Level::L1 && self.forbids_huge_execute();
             for index in 0..ENTRIES {
-                let small = self.format.make_small(place.entry, place.level, index).unwrap_or(0);
+                let mut small = self.format.make_small(place.entry, place.level, index).unwrap_or(0);
+                if executable {
+                    small = self.format.with_execute(small, true);
+                }
                 self.cell(&table, index).store(small);
             }
             M::Cell::fence(Ordering::Release);
             let cell = self.cell(&place.table, place.level.index(gfn));
-            if cell.compare_exchange(place.entry, self.format.make_table(page)).is_ok() {
+            if cell.compare_exchange(place.entry, self.format.make_table(page, place.level)).is_ok() {
                 cache.consume(1);
                 self.counters.tables(cpu, 1);
                 self.counters.leaves(cpu, place.level, -1);

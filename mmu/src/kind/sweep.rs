@@ -1,17 +1,19 @@
-//! Range operations of the direct kind: zap, write-protect, in batches of bounded length.
+//! Range operations of the direct kind, in batches of bounded length: zap, write-protect, track, log, age.
 use super::direct::DirectMmu;
 use super::flush::Flush;
-use crate::addr::GfnRange;
+use super::roots::MAX_ROOTS;
+use crate::addr::{Gfn, GfnRange};
 use crate::cpu::CpuId;
 use crate::format::{Entry, EntryFormat, Writability};
 use crate::level::{Level, ENTRIES};
-use crate::memory::Held;
+use crate::memory::{Backing, Held, LogBy, Pages};
+use crate::sync::Ordering;
 use crate::tables::{EntryCell, TableFrame, TableMemory};
 
 /// Entries that one batch looks at before it returns.
 const BATCH: usize = 4096;
 
-/// A range operation in progress.
+/// A range operation in progress, under one root after the other.
 ///
 /// Each call of an operation does a bounded amount of work and moves the sweep on; call until [`is_done`](Self::is_done),
 /// giving up the guard in between as often as latency asks for.
@@ -19,13 +21,14 @@ const BATCH: usize = 4096;
 #[must_use = "a sweep does nothing until it is passed to an operation"]
 pub struct Sweep {
     range: GfnRange,
+    root: usize,
     next: u64,
 }
 
 impl Sweep {
     /// A sweep that has all of `range` before it.
     pub const fn over(range: GfnRange) -> Self {
-        Self { range, next: range.start() }
+        Self { range, root: 0, next: range.start() }
     }
 
     /// The whole range.
@@ -33,12 +36,22 @@ impl Sweep {
         self.range
     }
 
-    /// Whether the end of the range was reached.
+    /// Whether the end of the range was reached under every root.
     pub const fn is_done(&self) -> bool {
+        self.root >= MAX_ROOTS || self.range.is_empty()
+    }
+
+    /// The root it is at.
+    pub(super) const fn root(&self) -> usize {
+        self.root
+    }
+
+    /// Whether the end of the range was reached under this root.
+    pub(super) const fn at_end(&self) -> bool {
         self.next >= self.range.end()
     }
 
-    /// First frame that was not looked at yet.
+    /// First frame that was not looked at yet, under this root.
     pub(super) const fn next(&self) -> u64 {
         self.next
     }
@@ -46,6 +59,12 @@ impl Sweep {
     /// Everything below `gfn` was looked at.
     pub(super) fn advance(&mut self, gfn: u64) {
         self.next = self.next.max(gfn);
+    }
+
+    /// Goes on to the next root.
+    pub(super) fn next_root(&mut self) {
+        self.root += 1;
+        self.next = self.range.start();
     }
 
     /// Whether the whole block of `pages` frames from `first` on belongs to the range.
@@ -56,10 +75,25 @@ impl Sweep {
 
 /// What one visit of a range does to leaves and tables.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Operation {
+pub(super) enum Operation {
     Zap,
+    /// Zap, under obsolete roots only, and their roots with it.
+    Dismantle,
     Protect,
     Unprotect,
+    Track,
+    Untrack,
+    /// Make the next write to be noted, by this way.
+    Rearm(LogBy),
+    /// Move dirty bits into the log.
+    Collect,
+    Age,
+    TestYoung,
+    ForgetMmio,
+    /// Take tables away that are there because of the fetches, at most so many.
+    Recover {
+        limit: u64,
+    },
 }
 
 /// What a sweep carries from entry to entry.
@@ -67,15 +101,22 @@ struct Visit<'v, 'a, F: EntryFormat, M: TableMemory> {
     operation: Operation,
     sweep: &'v mut Sweep,
     flush: &'v mut Flush<'a, F, M>,
+    pages: &'v dyn Pages,
     cpu: CpuId,
     budget: usize,
+    /// Whether a leaf was young.
+    young: bool,
 }
 
 impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
     /// Takes the mappings of the range away, and the tables that the range covers wholly.
     ///
     /// A huge page that the range covers in part goes as a whole: what is still wanted of it faults again.
-    pub fn zap<'a, B: 'a>(&'a self, guard: &impl Held<'a, B>, sweep: &mut Sweep) -> Flush<'a, F, M> {
+    pub fn zap<'a, B: Backing + 'a>(
+        &'a self,
+        guard: &impl Held<'a, B>,
+        sweep: &mut Sweep,
+    ) -> Flush<'a, F, M> {
         self.sweep(guard, sweep, Operation::Zap)
     }
 
@@ -83,7 +124,7 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
     /// and ends as [`Mapped`](super::FaultOutcome::Mapped).
     ///
     /// Pages are protected in the size they are mapped with; [`split`](Self::split) first to notice writes by 4 KiB.
-    pub fn write_protect<'a, B: 'a>(
+    pub fn write_protect<'a, B: Backing + 'a>(
         &'a self,
         guard: &impl Held<'a, B>,
         sweep: &mut Sweep,
@@ -91,9 +132,9 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
         self.sweep(guard, sweep, Operation::Protect)
     }
 
-    /// Takes back [`write_protect`](Self::write_protect). More permission needs no flush: the obligation is empty, unless
-    /// another operation is joined to it.
-    pub fn write_unprotect<'a, B: 'a>(
+    /// Takes back [`write_protect`](Self::write_protect), where the slot is not logged. More permission needs no flush: the
+    /// obligation is empty, unless another operation is joined to it.
+    pub fn write_unprotect<'a, B: Backing + 'a>(
         &'a self,
         guard: &impl Held<'a, B>,
         sweep: &mut Sweep,
@@ -101,22 +142,129 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
         self.sweep(guard, sweep, Operation::Unprotect)
     }
 
-    fn sweep<'a, B: 'a>(
+    /// Protects pages whose writes must be emulated from now on: what
+    /// [`track_writes`](crate::Exclusive::track_writes) returned. A huge page goes.
+    pub fn track<'a, B: Backing + 'a>(
+        &'a self,
+        guard: &impl Held<'a, B>,
+        sweep: &mut Sweep,
+    ) -> Flush<'a, F, M> {
+        self.sweep(guard, sweep, Operation::Track)
+    }
+
+    /// Lets writes make the pages writable again that nobody [tracks](crate::Exclusive::untrack_writes) any more.
+    pub fn untrack<'a, B: Backing + 'a>(
+        &'a self,
+        guard: &impl Held<'a, B>,
+        sweep: &mut Sweep,
+    ) -> Flush<'a, F, M> {
+        self.sweep(guard, sweep, Operation::Untrack)
+    }
+
+    /// Arms the pages of the range, all of one slot, so that the next write to each is logged: by write protection, or
+    /// by taking D away. Huge pages are write-protected in any case. After the flush no write goes unnoticed.
+    pub fn rearm<'a, B: Backing + 'a>(
+        &'a self,
+        guard: &impl Held<'a, B>,
+        sweep: &mut Sweep,
+    ) -> Flush<'a, F, M> {
+        let by = self.log_by(guard, sweep.range().start());
+        self.sweep(guard, sweep, Operation::Rearm(by))
+    }
+
+    /// Arms those of the 64 pages from `first` on, all of one slot, that have a bit in `mask`: what
+    /// [`DirtyLog::clear`](crate::DirtyLog::clear) returned.
+    pub fn rearm_pages<'a, B: Backing + 'a>(
+        &'a self,
+        guard: &impl Held<'a, B>,
+        first: Gfn,
+        mask: u64,
+    ) -> Flush<'a, F, M> {
+        let by = self.log_by(guard, first.number());
+        let mut flush = self.obligation(guard.memory());
+        for bit in (0..u64::BITS).filter(|bit| mask >> bit & 1 != 0) {
+            let Ok(gfn) = Gfn::new(first.number() + u64::from(bit)) else { break };
+            let mut sweep = Sweep::over(GfnRange::of(gfn));
+            while !sweep.is_done() {
+                self.sweep_into(guard, &mut sweep, Operation::Rearm(by), &mut flush);
+            }
+        }
+        flush
+    }
+
+    /// Moves the dirty bits of the range into the log, where the slot is logged by them.
+    pub fn collect_dirty<'a, B: Backing + 'a>(
+        &'a self,
+        guard: &impl Held<'a, B>,
+        sweep: &mut Sweep,
+    ) -> Flush<'a, F, M> {
+        self.sweep(guard, sweep, Operation::Collect)
+    }
+
+    /// Makes the pages of a batch old and says whether any was young. Never flushes: a page that is used by way of a TLB
+    /// alone may be taken for unused.
+    pub fn test_and_clear_young<'a, B: Backing + 'a>(
+        &'a self,
+        guard: &impl Held<'a, B>,
+        sweep: &mut Sweep,
+    ) -> bool {
+        let mut flush = self.obligation(guard.memory());
+        self.sweep_into(guard, sweep, Operation::Age, &mut flush)
+    }
+
+    /// Says whether any page of a batch is young, and changes nothing.
+    pub fn test_young<'a, B: Backing + 'a>(&'a self, guard: &impl Held<'a, B>, sweep: &mut Sweep) -> bool {
+        let mut flush = self.obligation(guard.memory());
+        self.sweep_into(guard, sweep, Operation::TestYoung, &mut flush)
+    }
+
+    /// How writes to the slot of `gfn` are noticed by these tables.
+    fn log_by<'a, B: Backing + 'a>(&self, guard: &impl Held<'a, B>, gfn: u64) -> LogBy {
+        match guard.memory().logged_by(Gfn::new_truncate(gfn)) {
+            Some(LogBy::DirtyBits) if self.format.has_dirty_bits() => LogBy::DirtyBits,
+            _ => LogBy::WriteProtection,
+        }
+    }
+
+    pub(super) fn sweep<'a, B: Backing + 'a>(
         &'a self,
         guard: &impl Held<'a, B>,
         sweep: &mut Sweep,
         operation: Operation,
     ) -> Flush<'a, F, M> {
-        let cpu = self.admit(guard);
         let mut flush = self.obligation(guard.memory());
-        let mut visit = Visit { operation, sweep, flush: &mut flush, cpu, budget: BATCH };
-        self.visit(&self.root_table(), self.format.top(), 0, &mut visit);
-        if visit.budget > 0 {
-            // Also when the range goes on beyond what the root translates.
-            let end = visit.sweep.range.end();
-            visit.sweep.advance(end);
-        }
+        self.sweep_into(guard, sweep, operation, &mut flush);
         flush
+    }
+
+    fn sweep_into<'a, B: Backing + 'a>(
+        &'a self,
+        guard: &impl Held<'a, B>,
+        sweep: &mut Sweep,
+        operation: Operation,
+        flush: &mut Flush<'a, F, M>,
+    ) -> bool {
+        let cpu = self.admit(guard);
+        let memory = guard.memory();
+        let mut visit = Visit { operation, sweep, flush, pages: memory, cpu, budget: BATCH, young: false };
+        while !visit.sweep.is_done() {
+            let index = visit.sweep.root();
+            let wanted = operation != Operation::Dismantle || self.is_obsolete(memory, index);
+            if let Some(root) = self.ops.roots.table(index).filter(|_| wanted) {
+                self.visit(&root, self.format.top(), 0, &mut visit);
+                if visit.budget == 0 {
+                    break;
+                }
+                if operation == Operation::Dismantle {
+                    if let Some(root) = self.drop_root(index) {
+                        self.retire(root, self.format.top(), 0, &mut visit);
+                    }
+                }
+            }
+            // Also when the range goes on beyond what the root translates.
+            visit.sweep.next_root();
+        }
+        visit.young
     }
 
     /// Visits the entries of `table`, which translates the frames from `base` on. When it returns, the sweep has passed
@@ -126,7 +274,7 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
         let first_index = (visit.sweep.next().saturating_sub(base) / pages) as usize;
         for index in first_index..ENTRIES {
             let first = base + index as u64 * pages;
-            if visit.sweep.is_done() || visit.budget == 0 {
+            if visit.sweep.at_end() || visit.budget == 0 {
                 return;
             }
             if self.visit_entry(table, level, index, first, visit) {
@@ -152,19 +300,22 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
             let entry = cell.load();
             match (self.format.entry(entry, level), level.down()) {
                 (Entry::Leaf, _) => {
-                    if self.visit_leaf(cell, entry, level, visit) {
+                    if self.visit_leaf(cell, entry, level, first, visit) {
                         return true;
                     }
                 }
                 (Entry::Table(child), Some(below)) => {
-                    M::Cell::fence(core::sync::atomic::Ordering::Acquire);
+                    M::Cell::fence(Ordering::Acquire);
                     let child = TableFrame::linked(child);
-                    let unlink =
-                        visit.operation == Operation::Zap && visit.sweep.covers(first, level.pages());
+                    let unlink = match visit.operation {
+                        Operation::Zap | Operation::Dismantle => visit.sweep.covers(first, level.pages()),
+                        Operation::Recover { .. } => self.may_recover(entry, first, visit),
+                        _ => false,
+                    };
                     // A table of leaves goes at once, the others when they have been emptied.
                     if !unlink || below != Level::L1 {
                         self.visit(&child, below, first, visit);
-                        if !visit.sweep.is_done() && visit.sweep.next() < end {
+                        if !visit.sweep.at_end() && visit.sweep.next() < end {
                             return false;
                         }
                     }
@@ -172,7 +323,20 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
                         return true;
                     }
                     if cell.compare_exchange(entry, 0).is_ok() {
-                        self.retire(child, below, visit);
+                        self.forget_link(entry);
+                        self.retire(child, below, first, visit);
+                        if let Operation::Recover { limit } = &mut visit.operation {
+                            *limit -= 1;
+                            if *limit == 0 {
+                                visit.sweep.advance(end);
+                                visit.budget = 0;
+                            }
+                        }
+                        return true;
+                    }
+                }
+                (Entry::Mmio, _) if visit.operation == Operation::ForgetMmio => {
+                    if cell.compare_exchange(entry, 0).is_ok() {
                         return true;
                     }
                 }
@@ -182,43 +346,111 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
         }
     }
 
+    /// Whether the link `entry` is one to take away for huge pages to come back.
+    fn may_recover(&self, entry: u64, first: u64, visit: &Visit<'_, '_, F, M>) -> bool {
+        let left = matches!(visit.operation, Operation::Recover { limit } if limit > 0);
+        left && self.format.has_split_note(entry) && visit.pages.logged_by(Gfn::new_truncate(first)).is_none()
+    }
+
     /// `false`: the entry changed, look again.
-    fn visit_leaf(&self, cell: &M::Cell, entry: u64, level: Level, visit: &mut Visit<'_, '_, F, M>) -> bool {
-        let writability = self.format.writability(entry);
-        let new = match (visit.operation, writability) {
-            (Operation::Zap, _) => 0,
-            (Operation::Protect, Some(Writability::Writable)) => {
-                self.format.with_writability(entry, Writability::Watched)
+    fn visit_leaf(
+        &self,
+        cell: &M::Cell,
+        entry: u64,
+        level: Level,
+        first: u64,
+        visit: &mut Visit<'_, '_, F, M>,
+    ) -> bool {
+        let format = &self.format;
+        let writability = format.writability(entry);
+        let as_writable = |new| format.with_writability(entry, new);
+        // What becomes of the leaf, and whether TLBs must hear of it.
+        let (new, flush) = match (visit.operation, writability) {
+            (Operation::Zap | Operation::Dismantle, _) => (0, true),
+            (Operation::Protect, Some(Writability::Writable | Writability::Watched)) => {
+                let stale = format.may_be_cached_writable(entry);
+                (if stale { as_writable(Writability::Watched) } else { entry }, stale)
             }
             (Operation::Unprotect, Some(Writability::Watched)) => {
-                self.format.with_writability(entry, Writability::Writable)
+                let logged = visit.pages.logged_by(Gfn::new_truncate(first)).is_some();
+                (if logged { entry } else { as_writable(Writability::Writable) }, false)
             }
-            _ => return true,
+            // From here on, whoever asks wants to be sure, also of what somebody else protected and has not flushed yet.
+            (Operation::Track, Some(Writability::Writable | Writability::Watched)) => match level {
+                Level::L1 => (as_writable(Writability::Tracked), true),
+                _ => (0, true),
+            },
+            (Operation::Untrack, Some(Writability::Tracked)) => (as_writable(Writability::Watched), false),
+            (Operation::Rearm(LogBy::DirtyBits), Some(Writability::Writable)) if level == Level::L1 => {
+                (format.without_dirty(entry), true)
+            }
+            (Operation::Rearm(by), Some(Writability::Writable | Writability::Watched)) => {
+                let watched = as_writable(Writability::Watched);
+                let clean = by == LogBy::DirtyBits;
+                (if clean { format.without_dirty(watched) } else { watched }, true)
+            }
+            (Operation::Collect, _) if level == Level::L1 && format.is_dirty(entry) => {
+                match visit.pages.logged_by(Gfn::new_truncate(first)) {
+                    Some(LogBy::DirtyBits) => (format.without_dirty(entry), true),
+                    _ => (entry, false),
+                }
+            }
+            (Operation::Age, _) => {
+                visit.young |= format.is_young(entry);
+                (format.make_old(entry), false)
+            }
+            (Operation::TestYoung, _) => {
+                visit.young |= format.is_young(entry);
+                (entry, false)
+            }
+            _ => (entry, false),
         };
-        if cell.compare_exchange(entry, new).is_err() {
+        if new != entry && cell.compare_exchange(entry, new).is_err() {
             return false;
         }
-        match visit.operation {
-            Operation::Zap => {
-                self.counters.leaves(visit.cpu, level, -1);
-                visit.flush.note();
-            }
-            Operation::Protect => visit.flush.note(),
-            Operation::Unprotect => {}
+        if new == 0 {
+            self.counters.leaves(visit.cpu, level, -1);
+        }
+        if new == 0 || visit.operation == Operation::Collect && new != entry {
+            self.note_dirty_leaf(visit.pages, entry, level, first);
+        }
+        if flush {
+            visit.flush.note();
         }
         true
+    }
+
+    /// The leaf `entry` for `gfn` is gone, or its D: if that is how the slot is logged, the log takes the place of D.
+    pub(super) fn note_dirty_leaf(&self, pages: &dyn Pages, entry: u64, level: Level, gfn: u64) {
+        if level == Level::L1 && self.format.is_dirty(entry) {
+            pages.note_dirty_bit(Gfn::new_truncate(gfn));
+        }
+    }
+
+    /// The link `entry` is gone.
+    pub(super) fn forget_link(&self, entry: u64) {
+        if self.format.has_split_note(entry) {
+            self.count_splits(-1);
+        }
     }
 
     /// Freezes every entry of a table that was just unlinked, so that whoever still walks it puts nothing there, and
     /// hands it to the obligation. At most one table of each level below: it was emptied before, but a fault may have
     /// put something back.
-    fn retire(&self, table: TableFrame, level: Level, visit: &mut Visit<'_, '_, F, M>) {
+    fn retire(&self, table: TableFrame, level: Level, base: u64, visit: &mut Visit<'_, '_, F, M>) {
         let frozen = self.format.make_frozen(0);
         for index in 0..ENTRIES {
             let entry = self.cell(&table, index).swap(frozen);
+            let first = base + index as u64 * level.pages();
             match (self.format.entry(entry, level), level.down()) {
-                (Entry::Leaf, _) => self.counters.leaves(visit.cpu, level, -1),
-                (Entry::Table(child), Some(below)) => self.retire(TableFrame::linked(child), below, visit),
+                (Entry::Leaf, _) => {
+                    self.counters.leaves(visit.cpu, level, -1);
+                    self.note_dirty_leaf(visit.pages, entry, level, first);
+                }
+                (Entry::Table(child), Some(below)) => {
+                    self.forget_link(entry);
+                    self.retire(TableFrame::linked(child), below, first, visit);
+                }
                 _ => {}
             }
         }

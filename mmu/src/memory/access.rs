@@ -90,16 +90,18 @@ impl<B: Backing> Shared<'_, B> {
     }
 
     /// The one place where guest memory is written on the hypervisor's side, by whatever means: what wants to know of
-    /// written pages hooks in here. Returns what an exchange found.
+    /// written pages (the dirty log) is told here, after the fact. Returns what an exchange found.
     fn store(&self, at: &RamAddr, store: Store<'_>) -> Result<u64, NoPage> {
         let backing = self.memory().backing();
-        match store {
+        let found = match store {
             Store::Bytes(data) => backing.write(at, data).map(|()| 0),
             Store::Exchange32 { current, new } => {
                 backing.compare_exchange_u32(at, current, new).map(u64::from)
             }
             Store::Exchange64 { current, new } => backing.compare_exchange_u64(at, current, new),
-        }
+        };
+        self.memory().note_write(at.gfn());
+        found
     }
 
     /// The place in writable RAM that `gpa` names.

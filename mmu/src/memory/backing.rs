@@ -2,7 +2,7 @@
 use crate::access::AccessKind;
 use crate::addr::Pfn;
 use crate::level::PageSize;
-use crate::memory::RamAddr;
+use crate::memory::{RamAddr, SlotNotes};
 
 /// Host memory behind a guest page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,6 +32,11 @@ pub trait Backing {
     /// Host memory for the page of `at`, allocated and zeroed now if need be; at most `want` of it, which is as much as
     /// the slot and the kind allow. What it names stays the page's memory until an invalidation of the page begins.
     fn resolve(&self, at: &RamAddr, want: PageSize, access: AccessKind) -> Resolved;
+    /// Memory for notes about the pages of the slot with this cookie. Without, its writes can be neither logged nor tracked.
+    fn notes(&self, cookie: u64) -> SlotNotes<'_> {
+        let _ = cookie;
+        SlotNotes::default()
+    }
     /// Copies out of guest memory.
     fn read(&self, at: &RamAddr, buf: &mut [u8]) -> Result<(), NoPage>;
     /// Copies into guest memory.

@@ -5,6 +5,7 @@ use super::{Invalidation, InvalidationSeq, RamAddr, Slot, SlotError, SlotFlags, 
 use crate::addr::{Gfn, GfnRange, Gpa};
 use crate::cpu::CpuId;
 use crate::kind::Sweep;
+use crate::sync::Ordering;
 
 /// Proof that either guard of a VM is held. Direct operations ask for this much: they are safe beside one another.
 pub trait Held<'m, B>: sealed::Sealed {
@@ -93,26 +94,43 @@ impl<'m, B> Exclusive<'m, B> {
         Self { memory, cpu, _not_send: PhantomData }
     }
 
-    /// Adds a slot. Nothing is mapped there yet, so nothing has to be zapped.
+    /// Adds a slot. Nothing is mapped there yet, so nothing has to be zapped. Its flags are what the caller may choose:
+    /// logging and tracking have their own functions.
     pub fn insert_slot(&mut self, slot: &Slot) -> Result<(), SlotError> {
-        self.memory.slots.insert(slot)?;
-        self.memory.invalidations.advance();
+        self.memory.slots.insert(&Slot { flags: slot.flags.intersection(SlotFlags::CHOICE), ..*slot })?;
+        self.memory.advance_slots();
         Ok(())
     }
 
     /// Removes the slot that starts at `start`, and says what to zap in every kind before this guard is given up.
     pub fn remove_slot(&mut self, start: Gfn) -> Result<Sweep, SlotError> {
         let slot = self.memory.slots.remove(start)?;
-        self.memory.invalidations.advance();
+        self.memory.count_logged(slot.flags, SlotFlags::empty());
+        self.memory.advance_slots();
         Ok(Sweep::over(slot.range))
     }
 
     /// Changes the flags of the slot that starts at `start`, and says what to zap in every kind before this guard is
-    /// given up.
+    /// given up. Logging and tracking go on.
     pub fn set_slot_flags(&mut self, start: Gfn, flags: SlotFlags) -> Result<Sweep, SlotError> {
-        let slot = self.memory.slots.set_flags(start, flags)?;
-        self.memory.invalidations.advance();
+        let slot = self.memory.slots.get(start)?;
+        let flags = slot.flags.difference(SlotFlags::CHOICE) | flags.intersection(SlotFlags::CHOICE);
+        self.memory.set_flags(start, flags)?;
+        self.memory.advance_slots();
         Ok(Sweep::over(slot.range))
+    }
+
+    /// Makes every root of every kind obsolete: no vCPU enters on one, no fault maps into one. See
+    /// [`invalidate_all`](crate::DirectMmu::invalidate_all).
+    pub(crate) fn retire_roots(&mut self) {
+        let generation = self.memory.root_generation() + 1;
+        self.memory.root_generation.store(generation, Ordering::Relaxed);
+        self.make_stale();
+    }
+
+    /// What was resolved so far is not mapped any more.
+    pub(crate) fn make_stale(&mut self) {
+        self.memory.invalidations.advance();
     }
 
     /// Announces that the backing of `range` is about to change. Until the returned value is dropped, no fault maps a

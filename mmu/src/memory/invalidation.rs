@@ -1,7 +1,6 @@
 //! The invalidation sequence: a frame that was resolved before its backing changed is never mapped afterwards.
-use core::sync::atomic::{AtomicU64, Ordering};
-
 use crate::addr::{Gfn, GfnRange};
+use crate::sync::{AtomicU64, Ordering};
 
 /// A moment in the life of the backing, taken before a frame is resolved and compared when it is mapped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -19,7 +18,7 @@ pub(crate) struct Invalidations {
 }
 
 impl Invalidations {
-    pub(super) const fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self {
             sequence: AtomicU64::new(0),
             in_progress: AtomicU64::new(0),

@@ -2,22 +2,29 @@
 //! every page-table operation, happens. What concerns all kinds of a VM lives here, above them.
 mod access;
 mod backing;
+mod dirty;
 mod guard;
 mod invalidation;
+mod notes;
 mod shootdown;
 mod slots;
-
-use core::sync::atomic::{AtomicU64, Ordering};
+mod tracking;
 
 pub use access::NotRam;
 pub use backing::{Backing, NoPage, Resolved};
+pub(crate) use dirty::Pages;
+pub use dirty::{DirtyLog, LogBy};
 pub use guard::{Exclusive, Held, Shared};
 pub use invalidation::{Invalidation, InvalidationSeq};
+pub use notes::SlotNotes;
+pub(crate) use shootdown::Quiescent;
 pub use shootdown::{Generation, Shootdown};
 pub use slots::{RamAddr, Slot, SlotError, SlotFlags, MAX_SLOTS};
 
-use crate::addr::Gpa;
+use crate::addr::{Gfn, Gpa};
 use crate::cpu::CpuId;
+use crate::format::MmioGeneration;
+use crate::sync::{AtomicU64, Ordering};
 use invalidation::Invalidations;
 pub(crate) use slots::SlotHit;
 use slots::Slots;
@@ -34,6 +41,12 @@ pub struct VmMemory<B> {
     slots: Slots,
     invalidations: Invalidations,
     shootdown: Shootdown,
+    /// Slots that are logged.
+    logged: AtomicU64,
+    /// Changes of the slots.
+    slot_generation: AtomicU64,
+    /// Times that all roots were made obsolete.
+    root_generation: AtomicU64,
 }
 
 impl<B> VmMemory<B> {
@@ -45,6 +58,9 @@ impl<B> VmMemory<B> {
             slots: Slots::new(),
             invalidations: Invalidations::new(),
             shootdown: Shootdown::new(),
+            logged: AtomicU64::new(0),
+            slot_generation: AtomicU64::new(0),
+            root_generation: AtomicU64::new(0),
         }
     }
 
@@ -78,6 +94,46 @@ impl<B> VmMemory<B> {
         self.slots.find(gpa)
     }
 
+    /// Whether any slot is logged.
+    #[inline]
+    pub(crate) fn is_logging(&self) -> bool {
+        self.logged.load(Ordering::Relaxed) != 0
+    }
+
+    /// Changes the flags of the slot that starts at `start`. What was resolved before is stale. The caller has the VM for
+    /// itself.
+    fn set_flags(&self, start: Gfn, flags: SlotFlags) -> Result<Slot, SlotError> {
+        let slot = self.slots.set_flags(start, flags)?;
+        self.count_logged(slot.flags, flags);
+        self.invalidations.advance();
+        Ok(slot)
+    }
+
+    /// A slot's flags change. The caller has the VM for itself.
+    fn count_logged(&self, before: SlotFlags, after: SlotFlags) {
+        let logged = |flags: SlotFlags| u64::from(flags.contains(SlotFlags::DIRTY_LOG));
+        let count = self.logged.load(Ordering::Relaxed) + logged(after) - logged(before);
+        self.logged.store(count, Ordering::Relaxed);
+    }
+
+    /// How often the slots have changed: what was noted about device memory before the last time does not count.
+    #[inline]
+    pub(crate) fn slot_generation(&self) -> u64 {
+        self.slot_generation.load(Ordering::Relaxed)
+    }
+
+    /// The slots have changed. The caller has the VM for itself.
+    fn advance_slots(&self) {
+        self.slot_generation.store(self.slot_generation() + 1, Ordering::Relaxed);
+        self.invalidations.advance();
+    }
+
+    /// The generation of roots that may be run on. Stable under a guard.
+    #[inline]
+    pub(crate) fn root_generation(&self) -> u64 {
+        self.root_generation.load(Ordering::Relaxed)
+    }
+
     #[inline]
     pub(crate) const fn invalidations(&self) -> &Invalidations {
         &self.invalidations
@@ -89,13 +145,19 @@ impl<B> VmMemory<B> {
     }
 }
 
+/// An epoch of slot generations: in one, no two generations of an MMIO entry are the same.
+#[inline]
+pub(crate) const fn mmio_epoch(slot_generation: u64) -> u64 {
+    slot_generation >> MmioGeneration::BITS
+}
+
 /// Which VM a kind belongs to, so that a guard of another VM is noticed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct VmId(u64);
 
 impl VmId {
     fn next() -> Self {
-        static NEXT: AtomicU64 = AtomicU64::new(0);
+        static NEXT: core::sync::atomic::AtomicU64 = core::sync::atomic::AtomicU64::new(0);
         Self(NEXT.fetch_add(1, Ordering::Relaxed))
     }
 }

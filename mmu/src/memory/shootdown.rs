@@ -8,14 +8,23 @@
 //!
 //! Each CPU has a *seat*, a cache line that only it writes in the common case. Seats are counters, so that a wrong CPU
 //! number costs liveness and statistics, never safety.
-use core::hint::spin_loop;
-use core::sync::atomic::{fence, AtomicBool, AtomicU64, Ordering};
-
 use crate::cpu::{CpuId, CpuSet, MAX_CPUS};
+use crate::sync::{fence, spin_loop, AtomicBool, AtomicU64, Ordering};
 
 /// A flush generation: a point in time after which no CPU may use an older translation.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Generation(pub(crate) u64);
+
+/// Proof that nobody can reach some tables any more: what it takes to make a table page free again.
+#[derive(Debug)]
+pub(crate) struct Quiescent(());
+
+impl Quiescent {
+    /// A kind is being taken apart by its owner: no operation runs and no CPU is in the guest on its roots.
+    pub(crate) const fn dismantled() -> Self {
+        Self(())
+    }
+}
 
 /// One vCPU in the guest, in a seat's state.
 const IN_GUEST: u64 = 1;
@@ -33,7 +42,7 @@ struct Seat {
 }
 
 impl Seat {
-    const fn new() -> Self {
+    fn new() -> Self {
         Self { state: AtomicU64::new(0), acknowledged: AtomicU64::new(0) }
     }
 }
@@ -47,31 +56,37 @@ pub struct Shootdown {
 }
 
 impl Shootdown {
-    pub(crate) const fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self {
             request: AtomicU64::new(0),
             exclusive: AtomicBool::new(false),
-            seats: [const { Seat::new() }; MAX_CPUS],
+            seats: core::array::from_fn(|_| Seat::new()),
         }
     }
 
     /// The newest generation that was requested.
     #[inline]
     pub fn requested(&self) -> Generation {
-        Generation(self.request.load(Ordering::SeqCst))
+        Generation(self.request.load(Ordering::Acquire))
     }
 
     /// Requests a flush of everything cached so far.
     pub(crate) fn request(&self) -> Generation {
-        // SeqCst: what was taken away before is seen by every CPU that reads this generation or a later one.
-        Generation(self.request.fetch_add(1, Ordering::SeqCst) + 1)
+        // Release: what was taken away before is seen by every CPU that reads this generation or a later one.
+        Generation(self.request.fetch_add(1, Ordering::AcqRel) + 1)
+    }
+
+    /// Proof that nobody can reach what was taken away before `generation` was requested, if that is so.
+    pub(crate) fn quiescent(&self, generation: Generation) -> Option<Quiescent> {
+        self.is_acknowledged(generation).then_some(Quiescent(()))
     }
 
     /// Whether no CPU can still use a translation or a table that was taken away before `generation` was requested.
     pub fn is_acknowledged(&self, generation: Generation) -> bool {
         fence(Ordering::SeqCst);
         self.seats.iter().all(|seat| {
-            seat.state.load(Ordering::SeqCst) == 0 || seat.acknowledged.load(Ordering::SeqCst) >= generation.0
+            seat.state.load(Ordering::Acquire) == 0
+                || seat.acknowledged.load(Ordering::Acquire) >= generation.0
         })
     }
 
@@ -80,9 +95,9 @@ impl Shootdown {
         fence(Ordering::SeqCst);
         let mut set = CpuSet::default();
         for (number, seat) in self.seats.iter().enumerate() {
-            let in_guest = seat.state.load(Ordering::SeqCst) % WALK != 0;
+            let in_guest = seat.state.load(Ordering::Acquire) % WALK != 0;
             if let (true, Some(cpu)) = (in_guest, CpuId::new(number)) {
-                if seat.acknowledged.load(Ordering::SeqCst) < generation.0 {
+                if seat.acknowledged.load(Ordering::Acquire) < generation.0 {
                     set.insert(cpu);
                 }
             }
@@ -100,18 +115,19 @@ impl Shootdown {
     pub(crate) fn enter_guest(&self, cpu: CpuId) -> Generation {
         let seat = self.seat(cpu);
         // First visible as in the guest, then looking for requests: a requester that still sees the seat idle is
-        // seen here (store buffering; both sides are sequentially consistent).
-        let before = seat.state.fetch_add(IN_GUEST, Ordering::SeqCst);
+        // seen here (store buffering; a fence on both sides).
+        let before = seat.state.fetch_add(IN_GUEST, Ordering::Acquire);
+        fence(Ordering::SeqCst);
         let generation = self.requested();
         if before == 0 {
-            seat.acknowledged.store(generation.0, Ordering::SeqCst);
+            seat.acknowledged.store(generation.0, Ordering::Release);
         }
         generation
     }
 
     #[inline]
     pub(crate) fn leave_guest(&self, cpu: CpuId) {
-        self.seat(cpu).state.fetch_sub(IN_GUEST, Ordering::SeqCst);
+        self.seat(cpu).state.fetch_sub(IN_GUEST, Ordering::Release);
     }
 
     /// Starts a walk or an operation, waiting while another CPU has the VM for itself.
@@ -119,11 +135,13 @@ impl Shootdown {
     pub(crate) fn begin_walk(&self, cpu: CpuId) {
         let seat = self.seat(cpu);
         loop {
-            seat.state.fetch_add(WALK, Ordering::SeqCst);
-            if !self.exclusive.load(Ordering::SeqCst) {
+            // Store buffering again: whoever takes the VM, or a table, and still sees the seat idle is seen here.
+            seat.state.fetch_add(WALK, Ordering::Acquire);
+            fence(Ordering::SeqCst);
+            if !self.exclusive.load(Ordering::Acquire) {
                 return;
             }
-            seat.state.fetch_sub(WALK, Ordering::SeqCst);
+            seat.state.fetch_sub(WALK, Ordering::Release);
             while self.exclusive.load(Ordering::Relaxed) {
                 spin_loop();
             }
@@ -132,23 +150,24 @@ impl Shootdown {
 
     #[inline]
     pub(crate) fn end_walk(&self, cpu: CpuId) {
-        self.seat(cpu).state.fetch_sub(WALK, Ordering::SeqCst);
+        self.seat(cpu).state.fetch_sub(WALK, Ordering::Release);
     }
 
     /// Waits until nobody walks, and keeps it so.
     pub(crate) fn lock(&self) {
-        while self.exclusive.swap(true, Ordering::SeqCst) {
+        while self.exclusive.swap(true, Ordering::Acquire) {
             spin_loop();
         }
+        fence(Ordering::SeqCst);
         for seat in &self.seats {
-            while seat.state.load(Ordering::SeqCst) >= WALK {
+            while seat.state.load(Ordering::Acquire) >= WALK {
                 spin_loop();
             }
         }
     }
 
     pub(crate) fn unlock(&self) {
-        self.exclusive.store(false, Ordering::SeqCst);
+        self.exclusive.store(false, Ordering::Release);
     }
 }
 

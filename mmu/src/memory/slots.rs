@@ -14,6 +14,14 @@ bitflags! {
     pub struct SlotFlags: u64 {
         /// Reads and fetches only; a write is not RAM but an access to emulate.
         const READ_ONLY = 1 << 0;
+        /// Writes are logged.
+        const DIRTY_LOG = 1 << 1;
+        /// They are logged by the dirty bits of leaves.
+        const DIRTY_BITS = 1 << 2;
+        /// Writes to some page were tracked at some time.
+        const TRACKED = 1 << 3;
+        /// What is up to whoever makes the slot.
+        const CHOICE = Self::READ_ONLY.bits();
     }
 }
 
@@ -37,10 +45,13 @@ pub enum SlotError {
     Overlap(Slot),
     /// [`MAX_SLOTS`] slots exist.
     Full,
-    /// No slot starts at this frame.
+    /// No slot starts at this frame (or holds it, where any frame will do).
     NotFound(Gfn),
+    /// The backing has no memory for notes about the pages of this slot.
+    NoNotes(Slot),
 }
 
+// Not the atomics of `crate::sync`: nothing here orders anything.
 /// Cells rather than fields, so that walks read them while holding no more than a shared guard. They change only under
 /// the exclusive guard, so relaxed accesses are enough: taking either guard orders them.
 #[derive(Debug)]
@@ -135,6 +146,12 @@ impl SlotHit<'_> {
         SlotFlags::from_bits_retain(self.cells.flags.load(Ordering::Relaxed))
     }
 
+    /// The slot's first frame.
+    #[inline]
+    pub(crate) fn slot_start(&self) -> Gfn {
+        Gpa::new_truncate(self.gpa.bits() - self.slot_offset).gfn()
+    }
+
     /// The first address after the slot.
     pub(crate) fn slot_end(&self) -> u64 {
         self.gpa.bits() + (self.slot_bytes - self.slot_offset)
@@ -215,11 +232,16 @@ impl Slots {
         Ok(slot)
     }
 
-    /// Changes the flags of the slot that starts at `start`. The caller has the VM for itself.
+    /// Changes the flags of the slot that starts at `start` and says what it was. The caller has the VM for itself.
     pub(crate) fn set_flags(&self, start: Gfn, flags: SlotFlags) -> Result<Slot, SlotError> {
         let (place, slot) = self.at(start)?;
         self.cells[place].flags.store(flags.bits(), Ordering::Relaxed);
         Ok(slot)
+    }
+
+    /// The slot that starts at `start`.
+    pub(crate) fn get(&self, start: Gfn) -> Result<Slot, SlotError> {
+        Ok(self.at(start)?.1)
     }
 
     fn at(&self, start: Gfn) -> Result<(usize, Slot), SlotError> {

@@ -78,6 +78,8 @@ impl TableCache {
 pub struct FaultStats {
     /// A mapping was made or its write permission restored.
     pub mapped: u64,
+    /// Of these and of the spurious ones, those that the fast path handled.
+    pub fast: u64,
     /// The mapping was there already.
     pub spurious: u64,
     /// Another CPU or an invalidation was in the way.
@@ -86,6 +88,8 @@ pub struct FaultStats {
     pub mmio: u64,
     /// A write to a read-only slot.
     pub read_only: u64,
+    /// A write to a page whose writes are tracked.
+    pub write_tracked: u64,
     /// The cache had too few pages.
     pub need_tables: u64,
     /// The address was beyond the guest's physical address space.
@@ -93,6 +97,15 @@ pub struct FaultStats {
 }
 
 impl FaultStats {
-    const ZERO: Self =
-        Self { mapped: 0, spurious: 0, retry: 0, mmio: 0, read_only: 0, need_tables: 0, out_of_range: 0 };
+    const ZERO: Self = Self {
+        mapped: 0,
+        fast: 0,
+        spurious: 0,
+        retry: 0,
+        mmio: 0,
+        read_only: 0,
+        write_tracked: 0,
+        need_tables: 0,
+        out_of_range: 0,
+    };
 }

@@ -68,7 +68,7 @@ impl<M: Machine> Walker<'_, M> {
         let (mut table, mut path) = (self.root, vec![]);
         let mut rights = Rights::ALL;
         let mut steps = vec![];
-        for level in (1..=self.machine.host().levels()).rev() {
+        for level in (1..=self.machine.levels()).rev() {
             path.push(table);
             let index = (gfn >> (9 * (level - 1)) & 511) as usize;
             let entry = self.tables.peek(table, index).expect("the walk stays in table memory");
@@ -95,7 +95,8 @@ impl<M: Machine> Walker<'_, M> {
                     }
                     let (accessed, dirty) = self.machine.flags();
                     for &(table, index) in &steps {
-                        self.tables.mark(table, index, accessed);
+                        let pdpte = self.machine.levels() == 3 && table == self.root;
+                        self.tables.mark(table, index, if pdpte { 0 } else { accessed });
                     }
                     if write {
                         let (table, index) = steps[steps.len() - 1];
@@ -117,7 +118,7 @@ impl<M: Machine> Walker<'_, M> {
     pub fn check(&self, leaf: &mut dyn FnMut(&Found)) -> Tally {
         let mut tally = Tally::default();
         let mut seen = HashSet::new();
-        self.check_table(self.root, self.machine.host().levels(), 0, &mut seen, &mut tally, leaf);
+        self.check_table(self.root, self.machine.levels(), 0, &mut seen, &mut tally, leaf);
         tally
     }
 

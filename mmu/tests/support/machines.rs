@@ -2,7 +2,7 @@
 //! crate has for it. Entries are numbers here, and levels too: nothing is taken from the crate's own masks.
 use std::fmt;
 
-use mmu::{EntryFormat, Ept, EptHost, Npt, NptHost, PageSize};
+use mmu::{EntryFormat, Ept, EptHost, Npt, NptHost, Pae, PaeHost, PageSize};
 
 /// What machines of both vendors have.
 #[derive(Clone, Copy, Debug)]
@@ -63,6 +63,10 @@ pub trait Machine: Copy + fmt::Debug + Send + Sync + 'static {
     type Format: EntryFormat + 'static;
 
     fn host(&self) -> Host;
+    /// Levels of its tables.
+    fn levels(&self) -> u32 {
+        self.host().levels()
+    }
     /// The same machine, but for these.
     fn on(self, host: Host) -> Self;
     /// The format that the crate has for it.
@@ -249,6 +253,74 @@ impl Machine for Intel {
 
     fn notes(&self, entry: u64) -> (bool, bool) {
         (bit(entry, 52), bit(entry, 53))
+    }
+}
+
+/// A processor in legacy PAE mode with EFER.NXE set: AMD APM vol. 2, 5.2.3. Its root has four entries.
+#[derive(Clone, Copy, Debug)]
+pub struct PaeCpu {
+    pub host: Host,
+}
+
+pub const PAE: PaeCpu = PaeCpu { host: Host { largest: PageSize::Size2M, ..HOST } };
+
+impl Machine for PaeCpu {
+    type Format = Pae;
+
+    fn host(&self) -> Host {
+        self.host
+    }
+
+    fn levels(&self) -> u32 {
+        3
+    }
+
+    fn on(self, host: Host) -> Self {
+        Self { host: Host { largest: PageSize::Size2M, ..host } }
+    }
+
+    fn format(&self) -> Pae {
+        Pae::new(&PaeHost { max_phys_addr: self.host.max_phys_addr })
+    }
+
+    fn read(&self, entry: u64, level: u32) -> Reading {
+        if !bit(entry, 0) {
+            return Reading::Absent;
+        }
+        let page = level == 1 || level == 2 && bit(entry, 7);
+        // Figures 5-9 to 5-15: a PDPTE has P, PWT, PCD, the address and three bits for software.
+        let reserved = match (level, page) {
+            (3, _) => any(entry, 1, 2) || any(entry, 5, 8) || any(entry, 52, 63),
+            (2, true) => any(entry, 13, 20) || any(entry, 52, 62),
+            _ => any(entry, 52, 62),
+        };
+        if reserved || any(entry, self.host.max_phys_addr.into(), 51) {
+            return Reading::Malformed;
+        }
+        if level == 3 {
+            return Reading::Link(Rights::ALL);
+        }
+        // Every access here is a user access.
+        let user = bit(entry, 2);
+        let rights =
+            Rights { read: user, write: user && bit(entry, 1), execute: [user && !bit(entry, 63); 2] };
+        if page {
+            Reading::Page(rights)
+        } else {
+            Reading::Link(rights)
+        }
+    }
+
+    fn flags(&self) -> (u64, u64) {
+        (0x20, 0x40)
+    }
+
+    fn is_write_back(&self, entry: u64, level: u32) -> bool {
+        AMD.is_write_back(entry, level)
+    }
+
+    fn notes(&self, entry: u64) -> (bool, bool) {
+        (bit(entry, 9), bit(entry, 10))
     }
 }
 

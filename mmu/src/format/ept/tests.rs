@@ -53,7 +53,8 @@ fn leaves(format: &Ept) -> Vec<Leaf> {
         for writability in ALL {
             for memory_type in TYPES {
                 for (read, execute) in [(false, false), (false, true), (true, false), (true, true)] {
-                    leaves.push(Leaf { pfn, size, writability, read, execute, memory_type });
+                    let ram = Leaf::ram(pfn, size, writability);
+                    leaves.push(Leaf { read, execute, memory_type, ..ram });
                 }
             }
         }
@@ -104,7 +105,7 @@ fn b5_leaves_round_trip_and_pass_the_zero_check() {
 fn links_permit_everything_and_are_no_leaves() {
     let table = Pfn::new_truncate(0x1234);
     for format in formats() {
-        let entry = format.make_table(table);
+        let entry = format.make_table(table, Level::L2);
         assert_eq!(entry & 7, 7);
         assert_eq!(entry & EXECUTE_USER != 0, format.execute & EXECUTE_USER != 0);
         assert_eq!(format.link(entry), Some(table));
@@ -173,7 +174,7 @@ fn commit_d95c55687e11_execute_only_hides_reads_only_where_the_cpu_can() {
             assert_eq!(format.shadow_zero_check(bare, level), expected, "its memory type is no link's");
             assert!(!format.shadow_zero_check(bare | WRITE, level));
         }
-        let table = format.make_table(Pfn::new_truncate(0x1234)) & !(READ | WRITE);
+        let table = format.make_table(Pfn::new_truncate(0x1234), Level::L2) & !(READ | WRITE);
         assert_eq!(format.shadow_zero_check(table, Level::L2), format.execute_only);
     }
 }
@@ -213,7 +214,7 @@ fn accessed_and_dirty_are_set_only_where_the_processor_keeps_them() {
         assert_eq!(writable & (ACCESSED | DIRTY), flags);
         let again = format.with_writability(writable, Writability::Watched);
         assert_eq!(again & (ACCESSED | DIRTY), flags, "D is history");
-        assert_eq!(format.make_table(ram.pfn) & (ACCESSED | DIRTY), flags & ACCESSED);
+        assert_eq!(format.make_table(ram.pfn, Level::L2) & (ACCESSED | DIRTY), flags & ACCESSED);
     }
 }
 
@@ -222,7 +223,7 @@ fn accessed_and_dirty_are_set_only_where_the_processor_keeps_them() {
 fn software_bits_are_ignored_whatever_the_controls() {
     let controlled = [57, 58, 60, 61, 63].map(|bit| 1u64 << bit).iter().sum::<u64>();
     for format in formats() {
-        assert_eq!(format.make_table(Pfn::new_truncate(0x1234)) & controlled, 0);
+        assert_eq!(format.make_table(Pfn::new_truncate(0x1234), Level::L2) & controlled, 0);
         for leaf in leaves(&format) {
             assert_eq!(format.make_leaf(&leaf) & controlled, 0);
         }
@@ -247,7 +248,7 @@ fn memory_types_have_the_numbers_of_the_manual() {
 #[test]
 fn the_zero_check_finds_each_reserved_bit() {
     let format = Ept::new(&EptHost { five_level: true, largest: PageSize::Size2M, ..HOST });
-    let link = format.make_table(Pfn::new_truncate(0x1234));
+    let link = format.make_table(Pfn::new_truncate(0x1234), Level::L2);
     for bit in (46..52).chain(3..7) {
         for level in [Level::L2, Level::L3, Level::L4, Level::L5] {
             assert!(!format.shadow_zero_check(link | 1 << bit, level), "{level:?} bit {bit}");
@@ -285,11 +286,11 @@ fn golden_entries() {
     assert_eq!(full.make_leaf(&small), 0x0030_0000_0120_0f37);
     assert_eq!(full.make_leaf(&large), 0x0120_0db5);
     assert_eq!(full.make_leaf(&hidden), 0x0120_0d34);
-    assert_eq!(full.make_table(pfn), 0x0120_0d07);
+    assert_eq!(full.make_table(pfn, Level::L2), 0x0120_0d07);
     assert_eq!(plain.make_leaf(&small), 0x0030_0000_0120_0837);
     assert_eq!(plain.make_leaf(&large), 0x0120_08b5);
     assert_eq!(plain.make_leaf(&hidden), 0x0120_0835);
-    assert_eq!(plain.make_table(pfn), 0x0120_0807);
+    assert_eq!(plain.make_table(pfn, Level::L2), 0x0120_0807);
 }
 
 /// The pointer: memory type in bits 2:0, length minus one in bits 5:3, flags in bit 6.
