@@ -1,8 +1,9 @@
 //! What the hot paths cost, in instructions: runs one of them so many times, for a counter to watch.
 //!
 //! `valgrind --tool=callgrind target/release/examples/cost WHAT COUNT` prints instructions collected; the difference
-//! between two counts, divided, is the cost of one. WHAT is `walk` (four levels, A bits set, one slot), `flat` (the same
-//! over a bare array), `fault` (4 KiB, tables present), `spurious` (the same, mapped already) or `guard`.
+//! between two counts, divided, is the cost of one, ten instructions of the loop around a walk included. WHAT is `walk`
+//! (four levels, A bits set, one slot), `flat` (the same over a bare array), `fault` (4 KiB, tables present), `spurious`
+//! (the same, mapped already) or `guard`.
 #![allow(unsafe_code)] // It makes table pages and reads guest memory, as a kernel does.
 
 use std::hint::black_box;

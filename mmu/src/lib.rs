@@ -10,6 +10,7 @@
 //! Mmu           per vCPU: role, root, and whether its TLB tag is behind
 //! TableCache    per vCPU: table pages got beforehand, fault counters
 //! PagingContext per role: how the guest's own tables are read, by emulation
+//! RootRole      per role: which tables of Umbra's can serve a vCPU in that role
 //! ```
 //!
 //! What an entry of a kind's tables means is its [`EntryFormat`]: [`Npt`] for SVM, [`Ept`] for VMX, where the CPU is given
@@ -35,6 +36,17 @@
 //! is free when the generation [is acknowledged](Shootdown::is_acknowledged). Dropped, it is done by the next entry of
 //! each vCPU. Table pages come back from [`MmuKind::reclaim`].
 //!
+//! # Walks
+//!
+//! A [`CpuRole`] says how a guest's tables are read: its own ([`CpuRole::new`]), those that an L1 keeps for L2 in AMD's format
+//! ([`CpuRole::nested`]) or in Intel's ([`CpuRole::ept`]). A [`PagingContext`] is made from it once, and then walks:
+//! [`translate`](PagingContext::translate) for emulation, [`walk`](PagingContext::walk) for a shadow of the tables, which
+//! tells each entry, its place and the rights of its parents. Entries are reached through a [`TableSource`]: the slots, or
+//! [`NestedTables`] for the tables of L2; [`NestedWalk`] makes both stages. [`Observed`] reports what walks mark.
+//!
+//! A walk that fails gives a [`FaultInfo`], which is rendered where it is needed as a [`PageFaultCode`], an [`EptExit`] or an
+//! [`NpfInfo`].
+//!
 //! # What may be relied on
 //!
 //! - **No function of a kind takes a vCPU**, and no mask is global: formats are values.
@@ -58,12 +70,13 @@
 //! | `kvm_vcpu_arch.shadow_mmu` | another `O` of `MmuKind`, per VM and not per vCPU; not part of this crate yet |
 //! | `struct kvm_mmu` | [`Mmu`] |
 //! | `root_mmu` | a vCPU's [`Mmu`]; its root is a [`Root`], its role a [`CpuRole`] |
+//! | `cpu_role`, `root_role` (KVM) | [`CpuRole`], [`RootRole`]; `kvm_mmu_page_role` is [`PageRole`] |
 //! | `tdp12_mmu` | a second [`Mmu`], once there is a kind that shadows L1's nested tables |
 //! | `mmu` (pointer to one of them) | will be an enum over the two: no pointer into oneself |
 //! | `struct kvm_paging_context` | [`PagingContext`]`<In, Out>` |
 //! | `root_walk`, `walk01` | one type and one value, `PagingContext<Gva, Gpa>`: they never differ |
 //! | `walk12` | `PagingContext<Gva, NGpa>`, reading entries through [`NestedTables`] |
-//! | (the walk of EPT12/NPT12) `tdp12_walk` | `PagingContext<NGpa, Gpa>`, with the role [`CpuRole::nested`] |
+//! | (the walk of EPT12/NPT12) `tdp12_walk` | `PagingContext<NGpa, Gpa>`, with the role [`CpuRole::nested`] or [`CpuRole::ept`] |
 //! | `walk` (pointer to one of them) | the stages are types, so the caller names the context it means |
 //! | `nested_mmu`, `walk_mmu` | do not exist |
 //! | `shadow_zero_check` | [`EntryFormat::shadow_zero_check`]: of a format value, so per kind; no vCPU |

@@ -4,8 +4,8 @@ mod support;
 use std::cell::RefCell;
 
 use mmu::{
-    Access, AccessKind, Agent, CpuId, CpuRole, EptExit, Gpa, GuestEpt, LogFull, MarkObserver, NGpa, Observed,
-    PagingContext, VmMemory, WalkError, WalkRegs,
+    Access, AccessKind, Agent, CpuId, CpuRole, EptExit, Gpa, GuestEpt, Level, LogFull, MarkObserver, NGpa,
+    Observed, PagingContext, Prot, RootRole, VcpuMode, VmMemory, WalkError, WalkRegs,
 };
 use support::flat::FlatRam;
 use support::manual::ept::{walk, Failed, Machine, Op, OPS};
@@ -302,4 +302,39 @@ fn f5_the_page_modification_log_comes_before_the_dirty_flag() {
     // Dirty already: not logged again.
     assert!(walk(&log, AccessKind::Write).is_ok());
     assert_eq!(log.pages.borrow().len(), 1);
+}
+
+/// What a shadow of L1's tables is made from: rights of the parents, and the first ones are those of the root's role. A clean
+/// leaf hides its writes if there are dirty flags at all.
+#[test]
+fn steps_of_ept_and_their_parents() {
+    let memory = memory();
+    let places = places(4);
+    for m in machines() {
+        let context = context(&m);
+        let shared = memory.shared(CpuId::BOOT);
+        let regs = WalkRegs { cr3: pointer(&m), ..WalkRegs::default() };
+        for bits in 0..1u64 << 12 {
+            let entries = [0u32, 4, 8].map(|shift| rights(bits >> shift) | 1);
+            link(&memory, &places, &[entries[0], entries[1], entries[2], 0x407 | WRITE_BACK]);
+            let read = Access::user(AccessKind::Read);
+            let walk = context.walk(&shared, &regs, NGpa::new_truncate(GPA), read).unwrap();
+            let root = RootRole::shadow(context.role(), Level::L4, VcpuMode::default(), true).page();
+            assert_eq!(walk.steps()[0].parents, root.access);
+            let mut parents = root.access;
+            for (step, entry) in walk.steps().iter().zip(entries.into_iter().chain([0x407])) {
+                assert_eq!(step.parents, parents);
+                assert_eq!(step.entry & 0x100 != 0, m.accessed_dirty);
+                let mut own = Prot::empty();
+                own.set(Prot::READ, entry & 1 != 0);
+                own.set(Prot::WRITE, entry & 2 != 0);
+                own.set(Prot::EXECUTE, entry & 4 != 0);
+                own.set(Prot::EXECUTE_USER, entry & 0x400 != 0);
+                parents &= own;
+            }
+            assert_eq!(walk.translation.prot, parents);
+            let hidden = if m.accessed_dirty { Prot::WRITE } else { Prot::empty() };
+            assert_eq!(walk.shadow_prot, parents - hidden);
+        }
+    }
 }

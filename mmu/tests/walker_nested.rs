@@ -54,6 +54,9 @@ enum End {
     ToL1(u64, Exit),
 }
 
+/// An address of L1, and the entries that change on the way there.
+type Located = (u64, Vec<(u64, u64)>);
+
 impl Below {
     /// The reference: where the L2 address leads. `kind` is the access, `user` who fetches, in the sense of the format;
     /// `qualification` is bits 11:7 of an exit qualification.
@@ -63,7 +66,7 @@ impl Below {
         gpa: u64,
         (kind, user): (What, bool),
         (table_walk, qualification): (bool, u64),
-    ) -> Result<(u64, Vec<(u64, u64)>), (u64, Exit)> {
+    ) -> Result<Located, (u64, Exit)> {
         let word = |at| ram.get(at);
         match self {
             Below::Ept(m) => {

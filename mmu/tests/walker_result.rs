@@ -173,3 +173,20 @@ fn cve_2022_1158_memory_that_goes_during_the_walk_is_not_written() {
     assert_eq!((fault.cause, fault.level, fault.page_fault_code().bits()), (Cause::NoTable, Level::L4, 6));
     assert!(places(4).iter().all(|&at| memory.backing().get(at).unwrap() & 0x60 == 0));
 }
+
+/// Without NXE, and with four-byte entries, everything is executable, and the result says so.
+#[test]
+fn pages_are_executable_where_nothing_can_forbid_it() {
+    let memory = memory();
+    link(&memory, &places(4), &[0x67; 4]);
+    for nxe in [false, true] {
+        let found = walk(&memory, &Machine { nxe, ..BASE }, VA, What::Read);
+        assert_eq!(found.translation.prot, Prot::UNPAGED);
+        assert!(found.steps().iter().all(|step| step.parents == Prot::UNPAGED));
+    }
+    memory.backing().set(0x1000, 0x67 | 0x80);
+    for nxe in [false, true] {
+        let m = Machine { lma: false, pae: false, pse: true, nxe, ..BASE };
+        assert_eq!(walk(&memory, &m, 0x123, What::Read).translation.prot, Prot::UNPAGED);
+    }
+}

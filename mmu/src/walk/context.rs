@@ -273,8 +273,8 @@ impl<In: Address, Out: Address> PagingContext<In, Out> {
             && self.key_in_use_denies(regs, access, prot, key)
     }
 
-    #[cold]
-    #[inline(never)]
+    /// On the spot, for a call would cost the hot path its registers, whether keys are on or not.
+    #[inline(always)]
     fn key_in_use_denies(&self, regs: &WalkRegs, access: Access, prot: Prot, key: u32) -> bool {
         let (on, rights) =
             if prot.contains(Prot::USER) { (RoleFlags::PKE, regs.pkru) } else { (RoleFlags::PKS, regs.pkrs) };
