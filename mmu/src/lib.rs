@@ -108,8 +108,12 @@ pub use format::{
     Writability,
 };
 pub use kind::{
-    Direct, DirectMmu, FaultOutcome, Flush, Issued, MmuKind, NoRoot, PageCounts, Resolution, Root, RootRole,
-    SplitProgress, Sweep, MAX_ROOTS,
+    Direct, DirectMmu, FaultOutcome, Flush, Issued, MmuKind, NoRoot, PageCounts, Resolution, Root,
+    RootRole as DirectRole, SplitProgress, Sweep, MAX_ROOTS,
+};
+pub use kind::{
+    NoShadowRoot, Shadow, ShadowBucket, ShadowCheck, ShadowDone, ShadowFault, ShadowMmu, ShadowPage,
+    ShadowStore, ZapProgress,
 };
 pub use level::{Level, PageSize, ENTRIES};
 pub use memory::{

@@ -6,4 +6,5 @@ pub mod flat;
 pub mod hardware;
 pub mod machines;
 pub mod manual;
+pub mod shadow;
 pub mod tables;
