@@ -116,7 +116,7 @@ fn apply(world: &mut World, op: &Op) {
     match *op {
         Op::Access { vcpu, at, what, who } => drop(world.access(vcpu, world.addresses[at], what, who)),
         Op::Store { vcpu, table, index, entry } => {
-            let _ = world.guest_store(vcpu, table << 12 | index * 8, entry);
+            let _ = world.guest_store(vcpu, (table << 12) | (index * 8), entry);
         }
         Op::Emulate { table, offset, len, entry } => world.emulate(table << 12 | offset, len, entry),
         Op::Invlpg { vcpu, at } => world.invlpg(vcpu, world.addresses[at]),
@@ -143,10 +143,10 @@ fn apply(world: &mut World, op: &Op) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 256, ..ProptestConfig::default() })]
 
     #[test]
-    fn any_sequence_of_operations(quota in 16..40usize, ops in prop::collection::vec(ops(), 1..100)) {
+    fn any_sequence_of_operations(quota in 16..40usize, ops in prop::collection::vec(ops(), 1..120)) {
         let mut world = World::new(BASE, quota, addresses(), guest);
         for op in &ops {
             apply(&mut world, op);

@@ -3,7 +3,7 @@ use std::collections::HashSet;
 use std::sync::atomic::{AtomicU32, AtomicU64};
 
 use mmu::{
-    AccessKind, Backing, CpuId, CpuRole, Gfn, GfnRange, Gva, Level, NoPage, Npt, NptHost, Pae, PaeHost,
+    AccessKind, Backing, CpuId, CpuRole, Gfn, GfnRange, Gva, Level, Mmu, NoPage, Npt, NptHost, Pae, PaeHost,
     PageSize, PagingContext, Pfn, RamAddr, Resolved, Root, RootRole, ShadowBucket, ShadowFault, ShadowMmu,
     ShadowPage, ShadowStore, Slot, SlotFlags, SlotNotes, TableCache, VcpuMode, VmMemory, WalkError,
 };
@@ -246,6 +246,12 @@ impl World {
     pub fn access(&mut self, vcpu: usize, va: u64, what: What, who: Who) -> Ended {
         for _ in 0..12 {
             let m = self.vcpus[vcpu].m;
+            // D7: no vCPU enters on an obsolete root.
+            let (paging, cpu) = registers(&m);
+            let mut mmu = Mmu::new(CpuRole::new(&paging, &cpu), self.vcpus[vcpu].root);
+            if mmu.enter(&self.memory, CPU).is_obsolete() {
+                self.switch(vcpu, m);
+            }
             if let Some(at) = self.hardware(vcpu, va, what, who) {
                 let known = self.vcpus[vcpu].allowed.contains(&(va >> 12, (what as u8, who as u8), at >> 12));
                 assert_eq!(at & 0xfff, va & 0xfff, "A1");
