@@ -1,9 +1,12 @@
 //! The shadow kind, case by case, against the reference walk.
 mod support;
 
-use mmu::{Gfn, GfnRange, ZapProgress};
+use mmu::{
+    Access, AccessKind, CpuId, CpuRole, Gfn, GfnRange, Gpa, Gva, Level, Mmu, NGpa, PagingContext, RootRole,
+    ShadowFault, VcpuMode, WalkRegs, ZapProgress,
+};
 use support::flat::FlatRam;
-use support::manual::guest::BASE;
+use support::manual::guest::{access, registers, regs, BASE};
 use support::manual::{Machine, What, Who};
 use support::shadow::{Ended, World, CPU, PAGES};
 
@@ -237,5 +240,86 @@ fn d7_recycled_zapped_and_obsolete() {
         let _ = world.kind.zap_obsolete(&mut world.memory.exclusive(CPU), &mut progress);
     }
     every_access(&mut world);
+    world.finish();
+}
+
+/// C2: while another CPU is in the guest, and may write to a table that is to be shadowed, the fault waits for it.
+#[test]
+fn c2_a_fault_waits_until_no_cpu_can_write_to_the_table() {
+    let mut world = world(BASE);
+    world.ram().set(0x6000, 0x7000 | 0x67);
+    world.ram().set(0x7000, 0x2_0000 | 0x67);
+    for at in [0x6000, 0x7000] {
+        assert_eq!(world.access(1, at, What::Write, Who::Supervisor), Ended::At(at));
+    }
+    // It becomes a directory.
+    world.guest_store(0, 0x2008, 0x6000 | 0x67);
+    world.addresses.push(0x4000_0000);
+    world.flush(0);
+    world.flush(1);
+    let (paging, cpu) = registers(&BASE);
+    let role = CpuRole::new(&paging, &cpu);
+    let context = PagingContext::<Gva, Gpa>::new(role);
+    let va = Gva::new(0x4000_0000);
+    let read = access(What::Read, Who::User);
+    let mut fault = |world: &mut World| {
+        world.tables.fill(&mut world.cache);
+        let walk = context.walk(&world.memory.shared(CPU), &regs(&BASE), va, read).unwrap();
+        let mut guard = world.memory.exclusive(CPU);
+        world.kind.fault(&mut guard, &mut world.cache, world.vcpus[0].root, &walk, va, read)
+    };
+    let other = CpuId::new(1).unwrap();
+    let mut mmu = Mmu::new(role, world.vcpus[1].root);
+    let memory = world.memory;
+    let entered = mmu.enter(memory, other);
+    let done = fault(&mut world);
+    assert_eq!(done.outcome, ShadowFault::Wait);
+    assert!(done.issued.unwrap().kick.contains(other));
+    assert_eq!(fault(&mut world).outcome, ShadowFault::Wait, "and again");
+    assert_eq!(world.hardware(0, 0x4000_0000, What::Read, Who::User), None);
+    drop(entered);
+    while fault(&mut world).outcome == ShadowFault::Wait {}
+    assert_eq!(world.access(0, 0x4000_0000, What::Read, Who::User), Ended::At(0x2_0000));
+    world.finish();
+}
+
+/// G1: nested tables are shadowed like others: what they permit, to L2's physical addresses.
+#[test]
+fn g1_nested_tables_of_svm() {
+    let mut world = world(BASE);
+    let (paging, cpu) = registers(&BASE);
+    let role = CpuRole::nested(&paging, &cpu, false);
+    let root_role = RootRole::shadow(role, Level::L4, VcpuMode { smm: false, nested: true }, true);
+    let context = PagingContext::<NGpa, Gpa>::new(role);
+    let walk_regs = WalkRegs { cr3: TABLES, ..WalkRegs::default() };
+    world.ram().set(0x4000 + 0x30 * 8, 0x3_0000 | 0x65);
+    world.ram().set(0x4000 + 0x31 * 8, 1 << 63 | 0x3_1000 | 0x67);
+    world.tables.fill(&mut world.cache);
+    let got = {
+        let mut guard = world.memory.exclusive(CPU);
+        world.kind.get_root(&mut guard, &mut world.cache, root_role, TABLES, [0; 4]).outcome
+    };
+    world.vcpus[0].root = got.unwrap();
+    for (at, kind, what, leads) in [
+        (0x3_0000u64, AccessKind::Read, What::Read, true),
+        (0x3_0000, AccessKind::Write, What::Write, false),
+        (0x3_1000, AccessKind::Write, What::Write, true),
+        (0x3_1000, AccessKind::Execute, What::Fetch, false),
+        (0x20_0000, AccessKind::Write, What::Write, true),
+    ] {
+        let (at, access) = (NGpa::new_truncate(at), Access::user(kind));
+        world.tables.fill(&mut world.cache);
+        let walk = context.walk(&world.memory.shared(CPU), &walk_regs, at, access);
+        assert_eq!(walk.is_ok(), leads);
+        if let Ok(walk) = walk {
+            let root = world.vcpus[0].root;
+            let mut guard = world.memory.exclusive(CPU);
+            let done = world.kind.fault(&mut guard, &mut world.cache, root, &walk, at, access);
+            assert_eq!(done.outcome, ShadowFault::Mapped);
+        }
+        let found = world.hardware(0, at.bits(), what, Who::User);
+        assert_eq!(found, leads.then_some(at.bits()));
+        world.check();
+    }
     world.finish();
 }

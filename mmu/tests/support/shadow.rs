@@ -87,7 +87,7 @@ pub struct Vcpu {
 type What2 = (u8, u8);
 
 pub struct World {
-    pub memory: VmMemory<NotedRam>,
+    pub memory: &'static VmMemory<NotedRam>,
     pub kind: Kind,
     pub tables: HostTables,
     pub cache: TableCache,
@@ -116,13 +116,13 @@ const ALL: [(What, Who); 6] = [
 
 impl World {
     pub fn new(m: Machine, quota: usize, addresses: Vec<u64>, setup: impl Fn(&FlatRam)) -> Self {
-        let memory = memory();
+        let memory: &'static _ = Box::leak(Box::new(memory()));
         setup(&memory.backing().flat);
         let tables = HostTables::new(quota + 64);
         let host =
             NptHost { five_level: m.la57, max_phys_addr: 46, no_execute: true, largest: PageSize::Size2M };
         let pae = Pae::new(&PaeHost { max_phys_addr: 46 });
-        let kind = Kind::new(&memory, Npt::new(&host), pae, tables.clone(), store(quota)).unwrap();
+        let kind = Kind::new(memory, Npt::new(&host), pae, tables.clone(), store(quota)).unwrap();
         let mut world =
             Self { memory, kind, tables, cache: TableCache::new(), vcpus: vec![], addresses, emulated: 0 };
         for _ in 0..2 {
@@ -249,7 +249,7 @@ impl World {
             // D7: no vCPU enters on an obsolete root.
             let (paging, cpu) = registers(&m);
             let mut mmu = Mmu::new(CpuRole::new(&paging, &cpu), self.vcpus[vcpu].root);
-            if mmu.enter(&self.memory, CPU).is_obsolete() {
+            if mmu.enter(self.memory, CPU).is_obsolete() {
                 self.switch(vcpu, m);
             }
             if let Some(at) = self.hardware(vcpu, va, what, who) {
@@ -318,7 +318,7 @@ impl World {
         if let Err(broken) = self.kind.check(&self.memory.exclusive(CPU)) {
             panic!("{broken}");
         }
-        let _ = self.kind.reclaim(&self.memory, usize::MAX, |page| self.tables.release(page));
+        let _ = self.kind.reclaim(self.memory, usize::MAX, |page| self.tables.release(page));
     }
 
     /// C3: no table page is lost.

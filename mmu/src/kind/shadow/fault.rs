@@ -1,7 +1,7 @@
 //! Faults: a walk of the guest's tables goes in, its shadow comes out.
 use super::{guest_entry, is_above, is_short, number, read_guest, Kept, ShadowDone, ShadowMmu, Stop};
 use crate::access::{Access, AccessKind, Agent, Prot};
-use crate::addr::{Gfn, Gpa, Gva, Pfn};
+use crate::addr::{Address, Gfn, Gpa, Pfn};
 use crate::format::{EntryFormat, Leaf, Writability};
 use crate::kind::Root;
 use crate::level::{Level, PageSize};
@@ -63,13 +63,14 @@ struct Goal {
 impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
     /// Handles a fault of `access` at `address`, which `walk` has found to be permitted by the guest's tables: the guest's
     /// own page faults never get here.
+    /// The address is a linear one, or (of a shadow of nested tables) one of L2's physical addresses.
     pub fn fault<'m, B: Backing + 'm>(
         &mut self,
         guard: &mut Exclusive<'m, B>,
         cache: &mut TableCache,
         root: Root,
         walk: &GuestWalk<Gpa>,
-        address: Gva,
+        address: impl Address,
         access: Access,
     ) -> ShadowDone<ShadowFault> {
         self.begin(guard);
@@ -83,7 +84,7 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         cache: &mut TableCache,
         root: Root,
         walk: &GuestWalk<Gpa>,
-        address: Gva,
+        address: impl Address,
         access: Access,
     ) -> Result<ShadowFault, ShadowFault> {
         let mut page = self.root_page(guard, root).ok_or(ShadowFault::NoRoot)?;

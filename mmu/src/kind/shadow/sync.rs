@@ -1,7 +1,7 @@
 //! Unsync pages: lowest tables that the guest writes to without exits, and how their shadows catch up.
 use super::{guest_entry, is_short, number, read_guest, shadows, Kept, ShadowDone, ShadowMmu, NONE};
 use crate::access::{AccessKind, Prot};
-use crate::addr::{Gfn, Gpa, Gva};
+use crate::addr::{Address, Gfn, Gpa, Gva};
 use crate::format::{EntryFormat, Writability};
 use crate::kind::Root;
 use crate::level::{Level, ENTRIES};
@@ -33,7 +33,7 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         &mut self,
         guard: &mut Exclusive<'m, B>,
         root: Root,
-        address: Gva,
+        address: impl Address,
     ) -> ShadowDone<()> {
         self.begin(guard);
         let mut at = self.root_page(guard, root);
