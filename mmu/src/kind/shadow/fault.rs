@@ -1,14 +1,14 @@
 //! Faults: a walk of the guest's tables goes in, its shadow comes out.
 use super::{guest_entry, is_above, is_short, number, read_guest, Kept, ShadowDone, ShadowMmu, Stop};
 use crate::access::{Access, AccessKind, Agent, Prot};
-use crate::addr::{Address, Gfn, Gpa, Pfn};
+use crate::addr::{Address, Gfn, Gpa, Gva, Pfn};
 use crate::format::{EntryFormat, Leaf, Writability};
 use crate::kind::Root;
 use crate::level::{Level, PageSize};
 use crate::memory::{Backing, Exclusive, Held, Resolved, SlotFlags, VmMemory};
 use crate::role::{PageRole, RoleFlags};
 use crate::tables::{TableCache, TableMemory};
-use crate::walk::GuestWalk;
+use crate::walk::{GuestWalk, PagingContext};
 
 /// What became of a fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -305,9 +305,55 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         // Something else, if anything: take it away, never change it into this.
         self.drop_entry(entry);
         self.map(entry, first, &leaf);
+        if level == Level::L1 {
+            self.prefetch(Held::<B>::memory(guard), page, index);
+        }
         Ok(ShadowFault::Mapped)
     }
+
+    /// Maps what the guest has used before of the entries around the one at `index`, as not accessed.
+    fn prefetch<B: Backing>(&mut self, memory: &VmMemory<B>, page: u32, index: usize) {
+        let Some(role) = self.role(page).filter(|role| !role.direct) else { return };
+        let (Some(guest), Some(_)) = (role.base.guest(), memory.invalidations().settled()) else { return };
+        let context = PagingContext::<Gva, Gpa>::new(guest);
+        let first = index & !(AROUND - 1);
+        for at in (first..first + AROUND).filter(|&at| at != index) {
+            let entry = number(page, at);
+            if self.note(entry).kept != Kept::Nothing {
+                continue;
+            }
+            let raw = read_guest(memory, guest_entry(self.page(page), &role, at), is_short(&role));
+            let Some(found) = raw.and_then(|raw| context.lowest_entry(raw)) else { continue };
+            let prot = role.access & found.prot;
+            let Some(hit) = memory.find_slot(found.page) else { continue };
+            if !found.accessed || prot.is_empty() || hit.flags().contains(SlotFlags::DIRTY_LOG) {
+                continue;
+            }
+            let resolved = memory.backing().resolve(&hit.ram(), PageSize::Size4K, AccessKind::Read);
+            let Resolved::Ram { pfn, .. } = resolved else { continue };
+            let writes = prot.contains(Prot::WRITE) && found.dirty && !memory.is_tracked(&hit);
+            let writability = if hit.flags().contains(SlotFlags::READ_ONLY) {
+                Writability::ReadOnly
+            } else if writes {
+                Writability::Writable
+            } else {
+                Writability::Tracked
+            };
+            let leaf = Leaf {
+                user: guest.is_ept() || prot.contains(Prot::USER),
+                read: prot.contains(Prot::READ),
+                execute: prot.contains(Prot::EXECUTE),
+                ..Leaf::ram(pfn, PageSize::Size4K, writability)
+            };
+            self.map(entry, found.page.gfn(), &leaf);
+            let old = self.format.make_old(self.value(entry));
+            self.write(entry, old);
+        }
+    }
 }
+
+/// Entries of which a fault maps those that the guest has used.
+const AROUND: usize = 8;
 
 /// What the leaf for an access permits.
 ///
