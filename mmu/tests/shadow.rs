@@ -262,7 +262,7 @@ fn c2_a_fault_waits_until_no_cpu_can_write_to_the_table() {
     let context = PagingContext::<Gva, Gpa>::new(role);
     let va = Gva::new(0x4000_0000);
     let read = access(What::Read, Who::User);
-    let mut fault = |world: &mut World| {
+    let fault = |world: &mut World| {
         world.tables.fill(&mut world.cache);
         let walk = context.walk(&world.memory.shared(CPU), &regs(&BASE), va, read).unwrap();
         let mut guard = world.memory.exclusive(CPU);
