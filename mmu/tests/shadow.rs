@@ -338,3 +338,20 @@ fn commit_3ddf6c06e13e_prefetched_neighbours() {
     every_access(&mut world);
     world.finish();
 }
+
+/// d28c6cfbbc5e, 5fd5387c89ec, CVE-2026-53359: small pages for a huge one depend on its rights, and a link to those for
+/// other rights is not followed.
+#[test]
+fn commit_d28c6cfbbc5e_huge_entries_with_other_rights_share_nothing() {
+    let mut world = world(BASE);
+    // Tables lie in the block, so it is shadowed by small pages. Clean at first, and read-only by the other entry.
+    world.ram().set(0x3018, 0xa7);
+    world.ram().set(0x3020, 0xe5);
+    world.addresses.extend([0x63_0008, 0x83_0008]);
+    world.flush(0);
+    assert_eq!(world.access(0, 0x63_0008, What::Read, Who::User), Ended::At(0x3_0008));
+    assert_eq!(world.access(0, 0x83_0008, What::Read, Who::User), Ended::At(0x3_0008));
+    assert_eq!(world.access(0, 0x63_0008, What::Write, Who::User), Ended::At(0x3_0008));
+    assert_eq!(world.access(0, 0x83_0008, What::Write, Who::User), Ended::Fault(7));
+    world.finish();
+}
