@@ -355,3 +355,17 @@ fn commit_d28c6cfbbc5e_huge_entries_with_other_rights_share_nothing() {
     assert_eq!(world.access(0, 0x83_0008, What::Write, Who::User), Ended::Fault(7));
     world.finish();
 }
+
+/// F4, C5: a guest that clears D without an exit, and flushes, has its next write noticed.
+#[test]
+fn f4_a_cleared_dirty_bit_is_noticed_after_a_flush() {
+    let mut world = world(BASE);
+    let at = 0x4000 + 0x30 * 8;
+    world.access(0, 0x3_0008, What::Write, Who::User);
+    assert_eq!(world.guest_store(0, at, 0x3_0000 | 0x27), Ended::At(at));
+    world.flush(0);
+    assert_eq!(world.hardware(0, 0x3_0008, What::Write, Who::User), None);
+    world.access(0, 0x3_0008, What::Write, Who::User);
+    assert_eq!(world.ram().get(at), Some(0x3_0000 | 0x67));
+    world.finish();
+}
