@@ -140,7 +140,7 @@
 //! |---|---|
 //! | `struct kvm_mmu_kind` | [`MmuKind`]`<F, M, O>`: format, table memory, and in `O` what one kind's operations need |
 //! | `kvm_arch.direct_mmu` | [`DirectMmu`], which is `MmuKind<F, M, Direct>` |
-//! | `kvm_vcpu_arch.shadow_mmu` | another `O` of `MmuKind`, per VM and not per vCPU; not part of this crate yet |
+//! | `kvm_vcpu_arch.shadow_mmu` | [`ShadowMmu`], which is `MmuKind<F, M, Shadow>`, per VM and not per vCPU |
 //! | `struct kvm_mmu` | [`Mmu`] |
 //! | `root_mmu` | a vCPU's [`Mmu`]; its root is a [`Root`], its role a [`CpuRole`] |
 //! | `cpu_role`, `root_role` (KVM) | [`CpuRole`], [`RootRole`]; `kvm_mmu_page_role` is [`PageRole`] |
@@ -181,8 +181,9 @@ pub use format::{
     Writability,
 };
 pub use kind::{
-    Direct, DirectMmu, DirectRole, FaultOutcome, Flush, Issued, MmuKind, NoRoot, PageCounts, Resolution,
-    Root, SplitProgress, Sweep, MAX_ROOTS,
+    Direct, DirectMmu, DirectRole, FaultOutcome, Flush, Issued, MmuKind, NoRoot, NoShadowRoot, PageCounts,
+    Resolution, Root, Shadow, ShadowBucket, ShadowCheck, ShadowDone, ShadowFault, ShadowMmu, ShadowPage,
+    ShadowStore, SplitProgress, Sweep, ZapProgress, MAX_ROOTS,
 };
 pub use level::{Level, PageSize, ENTRIES};
 pub use memory::{

@@ -8,6 +8,7 @@ mod flush;
 mod mmio;
 mod nx;
 mod roots;
+mod shadow;
 mod split;
 mod sweep;
 
@@ -16,6 +17,10 @@ pub use direct::{Direct, DirectMmu};
 pub use fault::{FaultOutcome, Resolution};
 pub use flush::{Flush, Issued};
 pub use roots::{DirectRole, NoRoot, Root, MAX_ROOTS};
+pub use shadow::{
+    NoShadowRoot, Shadow, ShadowBucket, ShadowCheck, ShadowDone, ShadowFault, ShadowMmu, ShadowPage,
+    ShadowStore, ZapProgress,
+};
 pub use split::SplitProgress;
 pub use sweep::Sweep;
 

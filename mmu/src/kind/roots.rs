@@ -68,6 +68,16 @@ impl Root {
         self.key >> 8
     }
 
+    /// A root of the shadow kind, which keeps it at `index`.
+    pub(super) const fn of_shadow(hpa: Hpa, level: Level, index: usize, generation: u64) -> Self {
+        Self { hpa, level, index, key: key(DirectRole::empty(), generation) }
+    }
+
+    /// Where its kind keeps it.
+    pub(super) const fn index(&self) -> usize {
+        self.index
+    }
+
     /// A root for tests of what only compares them.
     #[cfg(test)]
     pub(crate) const fn for_tests(address: u64, generation: u64) -> Self {

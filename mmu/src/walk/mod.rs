@@ -1,5 +1,6 @@
 //! Walks of a guest's own page tables, as emulation makes them.
 mod context;
+mod entry;
 mod fault;
 mod permission;
 mod reserved;

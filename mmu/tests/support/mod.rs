@@ -6,5 +6,6 @@ pub mod flat;
 pub mod hardware;
 pub mod machines;
 pub mod manual;
+pub mod shadow;
 pub mod tables;
 pub mod vm;

@@ -1,0 +1,375 @@
+//! Faults: a walk of the guest's tables goes in, its shadow comes out.
+use super::{guest_entry, is_above, is_short, number, read_guest, Kept, ShadowDone, ShadowMmu, Stop};
+use crate::access::{Access, AccessKind, Agent, Prot};
+use crate::addr::{Address, Gfn, Gpa, Gva, Pfn};
+use crate::format::{EntryFormat, Leaf, Writability};
+use crate::kind::Root;
+use crate::level::{Level, PageSize};
+use crate::memory::{Backing, Exclusive, Held, Resolved, SlotFlags, VmMemory};
+use crate::role::{PageRole, RoleFlags};
+use crate::tables::{TableCache, TableMemory};
+use crate::walk::{GuestWalk, PagingContext};
+
+/// What became of a fault.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ShadowFault {
+    /// The shadow permits the access now.
+    Mapped,
+    /// It did before: the TLB was behind.
+    Spurious,
+    /// The guest has changed an entry since the walk, or the backing is in the way: walk and fault again.
+    Retry,
+    /// Some CPU may still write to a table that is shadowed from now on: kick the CPUs that the flush names, and fault again
+    /// once it is acknowledged. The guest may be entered meanwhile.
+    Wait,
+    /// There is no RAM here: emulate the access.
+    Mmio(Gpa),
+    /// A write to a read-only slot: emulate the access.
+    ReadOnly(Gpa),
+    /// A write to a table that is shadowed: emulate it, then [say so](ShadowMmu::track_write).
+    WriteTracked(Gpa),
+    /// The cache has too few table pages: fill it and fault again.
+    NeedTables,
+    /// The root is obsolete or gone: get another one.
+    NoRoot,
+    /// The page quota is used up by roots.
+    Full,
+    /// The slot of this table has no memory for notes, so it cannot be shadowed.
+    Untrackable(Gfn),
+}
+
+impl From<Stop> for ShadowFault {
+    fn from(stop: Stop) -> Self {
+        match stop {
+            Stop::NeedTables => Self::NeedTables,
+            Stop::Wait => Self::Wait,
+            Stop::Full => Self::Full,
+            Stop::Untrackable(gfn) => Self::Untrackable(gfn),
+        }
+    }
+}
+
+/// The leaf that a fault is to make, and what a direct page on the way to it is for.
+struct Goal {
+    gfn: Gfn,
+    block: Pfn,
+    block_size: PageSize,
+    size: PageSize,
+    prot: Prot,
+    writability: Writability,
+    user: bool,
+}
+
+impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
+    /// Handles a fault of `access` at `address`, which `walk` has found to be permitted by the guest's tables: the guest's
+    /// own page faults never get here.
+    /// The address is a linear one, or (of a shadow of nested tables) one of L2's physical addresses.
+    pub fn fault<'m, B: Backing + 'm>(
+        &mut self,
+        guard: &mut Exclusive<'m, B>,
+        cache: &mut TableCache,
+        root: Root,
+        walk: &GuestWalk<Gpa>,
+        address: impl Address,
+        access: Access,
+    ) -> ShadowDone<ShadowFault> {
+        self.begin(guard);
+        let outcome = self.try_fault(guard, cache, root, walk, address, access).unwrap_or_else(|stop| stop);
+        self.done(guard, outcome)
+    }
+
+    fn try_fault<'m, B: Backing + 'm>(
+        &mut self,
+        guard: &mut Exclusive<'m, B>,
+        cache: &mut TableCache,
+        root: Root,
+        walk: &GuestWalk<Gpa>,
+        address: impl Address,
+        access: Access,
+    ) -> Result<ShadowFault, ShadowFault> {
+        let mut page = self.root_page(guard, root).ok_or(ShadowFault::NoRoot)?;
+        // What was protected before must be so on every CPU, or what is read now may change unseen.
+        if !self.settle(guard) {
+            return Err(ShadowFault::Wait);
+        }
+        let root_role = self.role(page).ok_or(ShadowFault::NoRoot)?;
+        let gpa = walk.translation.address;
+        let prot = shadow_prot(&root_role, walk, access);
+        let frame = address.bits() >> 12;
+        self.touch(page);
+        // Shadowing a table takes huge pages and writes away, so the tables come first.
+        while let Some(role) = self.role(page) {
+            let step = walk.step(role.level);
+            let ends = role.direct || (!is_above(&role) && step.is_none_or(|step| step.level == walk.level));
+            if ends {
+                break;
+            }
+            let index = role.level.index(frame);
+            let (gfn, access) = self.child_table(page, &role, walk, index)?;
+            let child = role.child(index, access, false).ok_or(ShadowFault::Retry)?;
+            page = self.descend_to(guard, cache, walk, page, index, gfn, &child)?;
+        }
+        let goal = self.goal(guard, page, gpa, prot, walk, access.kind)?;
+        while let Some(role) = self.role(page).filter(|role| role.level > goal.size.level()) {
+            let index = role.level.index(frame);
+            let first = Gfn::new_truncate(goal.gfn.number() & !(role.level.pages() - 1));
+            let child = role.child(index, goal.prot, true).ok_or(ShadowFault::Retry)?;
+            page = self.descend_to(guard, cache, walk, page, index, first, &child)?;
+        }
+        self.install(guard, walk, page, frame, &goal)
+    }
+
+    /// The guest's table below the entry at `index`, and what the guest permits down to it.
+    fn child_table(
+        &self,
+        page: u32,
+        role: &PageRole,
+        walk: &GuestWalk<Gpa>,
+        index: usize,
+    ) -> Result<(Gfn, Prot), ShadowFault> {
+        if !is_above(role) {
+            let below = role.level.down().and_then(|below| walk.step(below)).ok_or(ShadowFault::Retry)?;
+            return Ok((below.at.gfn(), below.parents));
+        }
+        if role.level == Level::L3 {
+            if let Some(pdpte) = walk.pdpte {
+                let kept = self.page(page).pdptes.get(index).copied();
+                let gfn = Gpa::new_truncate(pdpte).gfn();
+                return if kept == Some(pdpte) { Ok((gfn, role.access)) } else { Err(ShadowFault::Retry) };
+            }
+        }
+        Ok((self.page(page).gfn, role.access))
+    }
+
+    /// Goes down through the entry at `index` to the page for `gfn` with role `child`, which is linked there if it is not.
+    #[expect(clippy::too_many_arguments, reason = "one step of a fault, which carries all of these")]
+    fn descend_to<'m, B: Backing + 'm>(
+        &mut self,
+        guard: &mut Exclusive<'m, B>,
+        cache: &mut TableCache,
+        walk: &GuestWalk<Gpa>,
+        page: u32,
+        index: usize,
+        gfn: Gfn,
+        child: &PageRole,
+    ) -> Result<u32, ShadowFault> {
+        let entry = number(page, index);
+        let memory = Held::<B>::memory(guard);
+        let pdptes = if is_above(child) { self.page(page).pdptes } else { [0; 4] };
+        let found = match self.note(entry).kept {
+            // A link is followed only if it leads to the very page that would be linked now.
+            Kept::Link(there) if self.is_page(there, memory.root_generation(), gfn, child, &pdptes) => {
+                self.touch(there);
+                there
+            }
+            _ => self.get_page(guard, cache, gfn, child, &pdptes)?,
+        };
+        if self.note(entry).kept == Kept::Link(found) {
+            self.unchanged(memory, walk, page, index)?;
+            return Ok(found);
+        }
+        self.drop_entry(entry);
+        // The guest need not flush when an entry becomes present, so what is linked has to be up to date.
+        self.sync_tree(guard, found);
+        // Only now: the table is protected, or known to be unsync.
+        self.unchanged(memory, walk, page, index)?;
+        self.link(entry, found);
+        Ok(found)
+    }
+
+    /// Whether the guest's entry behind the one at `index` still is what the walk saw.
+    fn unchanged<B: Backing>(
+        &self,
+        memory: &VmMemory<B>,
+        walk: &GuestWalk<Gpa>,
+        page: u32,
+        index: usize,
+    ) -> Result<(), ShadowFault> {
+        let Some(role) = self.role(page) else { return Err(ShadowFault::Retry) };
+        if role.direct || is_above(&role) {
+            return Ok(());
+        }
+        let at = guest_entry(self.page(page), &role, index);
+        let step = walk.step(role.level).filter(|step| step.at == at);
+        match (step, read_guest(memory, at, is_short(&role))) {
+            (Some(step), Some(entry)) if step.entry == entry => Ok(()),
+            _ => Err(ShadowFault::Retry),
+        }
+    }
+
+    /// What is to be mapped.
+    fn goal<'m, B: Backing + 'm>(
+        &mut self,
+        guard: &mut Exclusive<'m, B>,
+        page: u32,
+        gpa: Gpa,
+        prot: Prot,
+        walk: &GuestWalk<Gpa>,
+        kind: AccessKind,
+    ) -> Result<Goal, ShadowFault> {
+        let memory = Held::<B>::memory(guard);
+        let hit = memory.find_slot(gpa).ok_or(ShadowFault::Mmio(gpa))?;
+        let write = kind == AccessKind::Write;
+        let read_only = hit.flags().contains(SlotFlags::READ_ONLY);
+        if write && read_only {
+            return Err(ShadowFault::ReadOnly(gpa));
+        }
+        let mut tracked = memory.is_tracked(&hit);
+        if write && tracked {
+            tracked = !self.try_unsync(guard, gpa.gfn());
+            if tracked {
+                return Err(ShadowFault::WriteTracked(gpa));
+            }
+        }
+        let role = self.role(page).ok_or(ShadowFault::NoRoot)?;
+        // The counts may have changed, and the slot's flags with them.
+        let hit = memory.find_slot(gpa).ok_or(ShadowFault::Mmio(gpa))?;
+        let sequence = memory.invalidations().sequence();
+        let fits = |size: PageSize| {
+            size.bytes() <= walk.translation.page_bytes
+                && size.level() <= role.level
+                && self.format.has_size(size)
+                && (size < PageSize::Size1G || !self.is_legacy(page))
+                && memory.allows(&hit, size)
+        };
+        let want = [PageSize::Size1G, PageSize::Size2M].into_iter().find(|&size| fits(size));
+        let want = want.unwrap_or(PageSize::Size4K);
+        let (block, block_size) = match memory.backing().resolve(&hit.ram(), want, kind) {
+            Resolved::Ram { pfn, size } => (pfn, size.min(want)),
+            Resolved::Retry => return Err(ShadowFault::Retry),
+            Resolved::Absent => return Err(ShadowFault::Mmio(gpa)),
+        };
+        if memory.invalidations().is_stale(sequence, gpa.gfn(), block_size) {
+            return Err(ShadowFault::Retry);
+        }
+        let mut size = block_size;
+        while let Some(smaller) =
+            size.smaller().filter(|_| !fits(size) || !block.number().is_multiple_of(size.pages()))
+        {
+            size = smaller;
+        }
+        // A page that is logged is writable from its first write on.
+        let watched = hit.flags().contains(SlotFlags::DIRTY_LOG) && !write;
+        let writability = if read_only {
+            Writability::ReadOnly
+        } else if tracked || watched || !prot.contains(Prot::WRITE) {
+            Writability::Tracked
+        } else {
+            Writability::Writable
+        };
+        if write {
+            memory.note_write(gpa.gfn());
+        }
+        let user = prot.contains(Prot::USER) || role.base.guest().is_some_and(|guest| guest.is_ept());
+        Ok(Goal { gfn: gpa.gfn(), block, block_size, size, prot, writability, user })
+    }
+
+    /// Whether the page belongs to a tree of three levels.
+    fn is_legacy(&self, page: u32) -> bool {
+        self.role(page).is_some_and(|role| {
+            let nested = role
+                .base
+                .guest()
+                .is_some_and(|guest| guest.is_ept() || guest.flags().contains(RoleFlags::NESTED));
+            let short = role.base.guest().is_none_or(|guest| guest.va_width().is_none());
+            short && !nested
+        })
+    }
+
+    fn install<'m, B: Backing + 'm>(
+        &mut self,
+        guard: &Exclusive<'m, B>,
+        walk: &GuestWalk<Gpa>,
+        page: u32,
+        frame: u64,
+        goal: &Goal,
+    ) -> Result<ShadowFault, ShadowFault> {
+        let level = goal.size.level();
+        let index = level.index(frame);
+        let entry = number(page, index);
+        let inside = goal.gfn.number() & (goal.block_size.pages() - 1) & !(goal.size.pages() - 1);
+        let first = Gfn::new_truncate(goal.gfn.number() & !(goal.size.pages() - 1));
+        let leaf = Leaf {
+            user: goal.user,
+            read: goal.prot.contains(Prot::READ),
+            execute: goal.prot.contains(Prot::EXECUTE),
+            ..Leaf::ram(Pfn::new_truncate(goal.block.number() + inside), goal.size, goal.writability)
+        };
+        self.unchanged(Held::<B>::memory(guard), walk, page, index)?;
+        if self.note(entry).kept == Kept::Leaf(first) {
+            let found = self.format.leaf(self.value(entry), level);
+            if found == self.format.leaf(self.format.make_leaf(&leaf), level) {
+                return Ok(ShadowFault::Spurious);
+            }
+        }
+        // Something else, if anything: take it away, never change it into this.
+        self.drop_entry(entry);
+        self.map(entry, first, &leaf);
+        if level == Level::L1 {
+            self.prefetch(Held::<B>::memory(guard), page, index);
+        }
+        Ok(ShadowFault::Mapped)
+    }
+
+    /// Maps what the guest has used before of the entries around the one at `index`, as not accessed.
+    fn prefetch<B: Backing>(&mut self, memory: &VmMemory<B>, page: u32, index: usize) {
+        let Some(role) = self.role(page).filter(|role| !role.direct) else { return };
+        let (Some(guest), Some(_)) = (role.base.guest(), memory.invalidations().settled()) else { return };
+        let context = PagingContext::<Gva, Gpa>::new(guest);
+        let first = index & !(AROUND - 1);
+        for at in (first..first + AROUND).filter(|&at| at != index) {
+            let entry = number(page, at);
+            if self.note(entry).kept != Kept::Nothing {
+                continue;
+            }
+            let raw = read_guest(memory, guest_entry(self.page(page), &role, at), is_short(&role));
+            let Some(found) = raw.and_then(|raw| context.lowest_entry(raw)) else { continue };
+            let prot = role.access & found.prot;
+            let Some(hit) = memory.find_slot(found.page) else { continue };
+            if !found.accessed || prot.is_empty() || hit.flags().contains(SlotFlags::DIRTY_LOG) {
+                continue;
+            }
+            let resolved = memory.backing().resolve(&hit.ram(), PageSize::Size4K, AccessKind::Read);
+            let Resolved::Ram { pfn, .. } = resolved else { continue };
+            let writes = prot.contains(Prot::WRITE) && found.dirty && !memory.is_tracked(&hit);
+            let writability = if hit.flags().contains(SlotFlags::READ_ONLY) {
+                Writability::ReadOnly
+            } else if writes {
+                Writability::Writable
+            } else {
+                Writability::Tracked
+            };
+            let leaf = Leaf {
+                user: guest.is_ept() || prot.contains(Prot::USER),
+                read: prot.contains(Prot::READ),
+                execute: prot.contains(Prot::EXECUTE),
+                ..Leaf::ram(pfn, PageSize::Size4K, writability)
+            };
+            self.map(entry, found.page.gfn(), &leaf);
+            let old = self.format.make_old(self.value(entry));
+            self.write(entry, old);
+        }
+    }
+}
+
+/// Entries of which a fault maps those that the guest has used.
+const AROUND: usize = 8;
+
+/// What the leaf for an access permits.
+///
+/// The shadow always runs with CR0.WP set. A supervisor's write to a read-only page, which the guest's clear CR0.WP permits,
+/// makes the page a writable one of the supervisor, until a user's access comes; what SMEP forbade as a user's page stays
+/// forbidden.
+fn shadow_prot(root: &PageRole, walk: &GuestWalk<Gpa>, access: Access) -> Prot {
+    let mut prot = walk.shadow_prot;
+    let Some(guest) = root.base.guest() else { return prot };
+    let by_supervisor = access.kind == AccessKind::Write && access.agent != Agent::User;
+    if by_supervisor && !prot.contains(Prot::WRITE) && !guest.flags().contains(RoleFlags::WP) {
+        if prot.contains(Prot::USER) && guest.flags().contains(RoleFlags::SMEP) {
+            prot.remove(Prot::EXECUTE);
+        }
+        prot.insert(Prot::WRITE);
+        prot.remove(Prot::USER);
+    }
+    prot
+}
