@@ -39,6 +39,9 @@ mod tables;
 #[cfg(loom)]
 #[path = "../src/vcpu.rs"]
 mod vcpu;
+#[cfg(loom)]
+#[path = "../src/walk/mod.rs"]
+mod walk;
 
 /// The checker's atomics, under the names of `src/sync.rs`.
 #[cfg(loom)]
