@@ -99,7 +99,7 @@ fn shell(ctx: &Ctx, boot_by: Boot) -> Result<Cases> {
 
 /// The only emulated VMX, and a slow one.
 fn bochs_vmx(ctx: &Ctx) -> Machine {
-    Machine { memory: Size::mib(1024), ..ctx.bochs(BochsCpu::SkylakeX) }
+    Machine { memory: Size::mib(1024), ..ctx.bochs(BochsCpu::Haswell) }
 }
 
 /// Says how long the shell took to appear.

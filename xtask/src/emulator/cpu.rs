@@ -16,6 +16,9 @@ pub enum BochsCpu {
     Ryzen,
     /// Intel with VMX, EPT, VPID, unrestricted guest, APIC virtualization and page-modification log.
     SkylakeX,
+    /// Intel with VMX, EPT, VPID, unrestricted guest, APIC virtualization and AVX2, but without XSAVES and AVX-512: Linux's
+    /// programs run well there.
+    Haswell,
     /// Intel with VMX, EPT, VPID and unrestricted guest, but without APIC virtualization: bits 8 and 9 of
     /// IA32_VMX_PROCBASED_CTLS2 are clear; nor has its EPT accessed and dirty flags.
     Arrandale,
@@ -34,6 +37,7 @@ impl BochsCpu {
         match self {
             Self::Ryzen => "ryzen",
             Self::SkylakeX => "corei7_skylake_x",
+            Self::Haswell => "corei7_haswell_4770",
             Self::Arrandale => "corei5_arrandale_m520",
             Self::Lynnfield => "corei5_lynnfield_750",
             Self::Penryn => "core2_penryn_t9600",

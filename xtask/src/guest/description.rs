@@ -23,9 +23,7 @@ pub struct Request {
 
 /// The Linux guest's command line: the console, and in Bochs no AVX-512.
 ///
-/// In Bochs 2.7 programs of a Linux guest that use AVX-512 crash now and then, under Umbra. Without a hypervisor Linux does
-/// not use it there, since CPUID contradicts itself about the size of XSAVE's area. Whose fault it is was not found:
-/// the guest `cpuid_msr` finds AVX-512's registers intact.
+/// On Bochs's `corei7_skylake_x` programs of a Linux guest under Umbra crash now and then, most with AVX-512: see the README.
 pub fn linux_cmdline(bochs: bool) -> &'static str {
     if bochs {
         // CPUID 7 EBX bit 16, as Linux numbers it.
