@@ -202,13 +202,16 @@ impl Mmu {
     #[inline]
     pub fn enter<'m, B>(&mut self, memory: &'m VmMemory<B>, cpu: CpuId) -> Entered<'m, B> {
         let generation = memory.shootdown().enter_guest(cpu);
+        // After the seat was taken, as for the flush: either this sees that the roots are obsolete, or whoever made them
+        // so sees this CPU in the guest.
+        if self.root.generation() != memory.root_generation() {
+            // The flush stays due: this entry comes to nothing.
+            return Entered { memory, cpu, root: self.root, flush: TagFlush::All, obsolete: true };
+        }
         let current = self.tag.cpu == Some(cpu) && self.tag.flushed >= generation;
         let flush = if current { TagFlush::None } else { self.due(cpu, generation) };
         self.tag = Tag { flushed: generation, cpu: Some(cpu) };
-        // After the seat was taken, as for the flush: either this sees that the roots are obsolete, or whoever made them
-        // so sees this CPU in the guest.
-        let obsolete = self.root.generation() != memory.root_generation();
-        Entered { memory, cpu, root: self.root, flush, obsolete }
+        Entered { memory, cpu, root: self.root, flush, obsolete: false }
     }
 
     #[cold]
