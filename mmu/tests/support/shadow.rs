@@ -408,6 +408,7 @@ impl World {
     pub fn invalidate_all(&mut self) {
         let done = self.kind.invalidate_all(&mut self.memory.exclusive(CPU));
         self.kick(done.issued);
+        assert!(self.vcpus.iter().all(|vcpu| vcpu.entered.is_none()), "D7: a vCPU runs on an obsolete root");
     }
 
     pub fn zap_obsolete(&mut self) {

@@ -16,16 +16,17 @@ pub struct Rights {
 impl Rights {
     const ALL: Self = Self { writable: true, user: true, executable: true };
 
-    /// Intel SDM vol. 3, 4.6.1, with CR0.WP: SMEP and SMAP are the guest's.
+    /// Intel SDM vol. 3, 4.6.1, with CR0.WP: SMEP and SMAP are the guest's, and off while it does not page.
     pub fn permit(self, m: &Machine, what: What, who: Who) -> bool {
+        let (smep, smap) = (m.pg && m.smep, m.pg && m.smap);
         let of_user = who == Who::User;
         match what {
             What::Read if of_user => self.user,
             What::Write if of_user => self.user && self.writable,
             What::Fetch if of_user => self.user && self.executable,
-            What::Read => !(self.user && m.smap),
-            What::Write => self.writable && !(self.user && m.smap),
-            What::Fetch => self.executable && !(self.user && m.smep),
+            What::Read => !(self.user && smap),
+            What::Write => self.writable && !(self.user && smap),
+            What::Fetch => self.executable && !(self.user && smep),
         }
     }
 
