@@ -181,7 +181,7 @@ impl Guest {
                 let _ = world.access_as(vcpu, at, what, who, how);
             }
             Op::Store { vcpu, table, index, entry, how } => {
-                let at = table << 12 | index * self.entry_bytes;
+                let at = (table << 12) | (index * self.entry_bytes);
                 let _ = world.guest_store_as(vcpu, at, self.entry_bytes, entry, how);
             }
             Op::Emulate { table, offset, len, entry } => world.emulate(table << 12 | offset, len, entry),
