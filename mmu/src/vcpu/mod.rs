@@ -38,7 +38,7 @@ impl Tag {
 pub enum Tags {
     /// One for all roots: a switch of roots flushes it.
     One,
-    /// One for each root that is kept ([`Entered::slot`]): a switch of roots flushes nothing.
+    /// One for each root that is kept ([`Mmu::slot`]): a switch of roots flushes nothing.
     PerRoot,
 }
 
