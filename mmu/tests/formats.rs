@@ -109,7 +109,7 @@ fn leaves<M: Machine>(machine: M, fetches_always: bool) {
         for flags in 0..4 {
             let (read, execute) = (flags & 1 != 0, flags & 2 != 0);
             for writability in [Writability::Writable, Writability::Watched, Writability::ReadOnly] {
-                let leaf = Leaf { read, execute, ..Leaf::ram(pfn, size, writability) };
+                let leaf = Leaf { read, ..Leaf::ram(pfn, size, writability).with_execute(execute) };
                 let entry = format.make_leaf(&leaf);
                 let readable = read || !execute || !format.can_hide_reads();
                 let expected = Rights {
@@ -198,7 +198,7 @@ fn old_leaves<M: Machine>(machine: M) {
         let level = size.level();
         for (writability, execute) in WRITABILITIES.into_iter().flat_map(|w| [(w, false), (w, true)]) {
             let ram = Leaf::ram(Pfn::new_truncate(0x00f4_0000), size, writability);
-            let young = format.make_leaf(&Leaf { execute, ..ram });
+            let young = format.make_leaf(&ram.with_execute(execute));
             let old = format.make_old(young);
             assert!(format.is_young(young) && !format.is_young(old));
             assert_eq!(format.make_old(old), old);
