@@ -191,8 +191,8 @@ pub use memory::{
     RamAddr, Resolved, Shared, Shootdown, Slot, SlotError, SlotFlags, SlotNotes, VmMemory, MAX_SLOTS,
 };
 pub use role::{
-    BadEptPointer, BaseRole, CpuRole, Cr0, Cr4, Efer, GuestCpu, GuestEpt, PageRole, PagingMode, PagingRegs,
-    RoleFlags, RootRole, VcpuMode,
+    BadEptPointer, BaseRole, Caching, CpuRole, Cr0, Cr4, Efer, GuestCpu, GuestEpt, PageRole, PagingMode,
+    PagingRegs, PatTypes, RoleFlags, RootRole, VcpuMode,
 };
 pub use tables::{
     EntryCell, FaultStats, HwEntry, PhysTables, TableCache, TableFrame, TableMemory, TablePage,

@@ -140,8 +140,15 @@ impl Ept {
     /// The EPT pointer for the tables under `root`: write-back tables, the depth, and whether the processor keeps accessed
     /// and dirty flags (SDM vol. 3, 25.6.11).
     pub const fn pointer(&self, root: Hpa) -> u64 {
-        let length = (self.top as u64 - 1) << POINTER_LENGTH_SHIFT;
-        let flags = if self.accessed != 0 { POINTER_FLAGS } else { 0 };
+        self.pointer_to(root, self.top, true)
+    }
+
+    /// The EPT pointer for L2, on a root that shadows L1's tables: as deep as those are, and with accessed and dirty flags
+    /// (if the processor keeps any) only if L1's pointer has them, as the root's role says
+    /// ([`BaseRole::accessed_dirty`](crate::BaseRole::accessed_dirty)): they make walks of L2's own tables writes.
+    pub const fn pointer_to(&self, root: Hpa, level: Level, accessed_dirty: bool) -> u64 {
+        let length = (level as u64 - 1) << POINTER_LENGTH_SHIFT;
+        let flags = if self.accessed != 0 && accessed_dirty { POINTER_FLAGS } else { 0 };
         (root.bits() & FRAME) | flags | length | type_number(MemoryType::WriteBack)
     }
 

@@ -314,4 +314,8 @@ fn golden_pointers() {
     assert_eq!(pointer(false, true), 0x1_2345_605e);
     assert_eq!(pointer(true, false), 0x1_2345_6026);
     assert_eq!(pointer(true, true), 0x1_2345_6066);
+    // For L2: L1's depth, and its flags.
+    let format = Ept::new(&EptHost { five_level: true, accessed_dirty: true, ..HOST });
+    assert_eq!(format.pointer_to(root, Level::L4, false), 0x1_2345_601e);
+    assert_eq!(format.pointer_to(root, Level::L4, true), 0x1_2345_605e);
 }
