@@ -1,12 +1,13 @@
 //! Faults: a walk of the guest's tables goes in, its shadow comes out.
+use super::compose::caching;
 use super::{guest_entry, is_above, is_short, number, read_guest, Kept, ShadowDone, ShadowMmu, Stop};
 use crate::access::{Access, AccessKind, Agent, Prot};
 use crate::addr::{Address, Gfn, Gpa, Gva, Pfn};
-use crate::format::{EntryFormat, Leaf, Writability};
+use crate::format::{EntryFormat, Writability};
 use crate::kind::Root;
 use crate::level::{Level, PageSize};
 use crate::memory::{Backing, Exclusive, Held, Resolved, SlotFlags, VmMemory};
-use crate::role::{PageRole, RoleFlags};
+use crate::role::{Caching, PageRole, RoleFlags};
 use crate::tables::{TableCache, TableMemory};
 use crate::walk::{GuestWalk, PagingContext};
 
@@ -56,8 +57,8 @@ struct Goal {
     block_size: PageSize,
     size: PageSize,
     prot: Prot,
+    caching: Caching,
     writability: Writability,
-    user: bool,
 }
 
 impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
@@ -113,7 +114,7 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         while let Some(role) = self.role(page).filter(|role| role.level > goal.size.level()) {
             let index = role.level.index(frame);
             let first = Gfn::new_truncate(goal.gfn.number() & !(role.level.pages() - 1));
-            let child = role.child(index, goal.prot, true).ok_or(ShadowFault::Retry)?;
+            let child = role.child(index, goal.prot, true).ok_or(ShadowFault::Retry)?.cached(goal.caching);
             page = self.descend_to(guard, cache, walk, page, index, first, &child)?;
         }
         self.install(guard, walk, page, frame, &goal)
@@ -135,7 +136,8 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
             if let Some(pdpte) = walk.pdpte {
                 let kept = self.page(page).pdptes.get(index).copied();
                 let gfn = Gpa::new_truncate(pdpte).gfn();
-                return if kept == Some(pdpte) { Ok((gfn, role.access)) } else { Err(ShadowFault::Retry) };
+                // Without registers for them the guest changes its pointers by a store: another root stands for them then.
+                return if kept == Some(pdpte) { Ok((gfn, role.access)) } else { Err(ShadowFault::NoRoot) };
             }
         }
         Ok((self.page(page).gfn, role.access))
@@ -260,8 +262,9 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         if write {
             memory.note_write(gpa.gfn());
         }
-        let user = prot.contains(Prot::USER) || role.base.guest().is_some_and(|guest| guest.is_ept());
-        Ok(Goal { gfn: gpa.gfn(), block, block_size, size, prot, writability, user })
+        let leaf = walk.steps().last().map_or(0, |step| step.entry);
+        let caching = caching(role.base.guest().as_ref(), leaf, walk.level);
+        Ok(Goal { gfn: gpa.gfn(), block, block_size, size, prot, caching, writability })
     }
 
     /// Whether the page belongs to a tree of three levels.
@@ -289,12 +292,13 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         let entry = number(page, index);
         let inside = goal.gfn.number() & (goal.block_size.pages() - 1) & !(goal.size.pages() - 1);
         let first = Gfn::new_truncate(goal.gfn.number() & !(goal.size.pages() - 1));
-        let leaf = Leaf {
-            user: goal.user,
-            read: goal.prot.contains(Prot::READ),
-            execute: goal.prot.contains(Prot::EXECUTE),
-            ..Leaf::ram(Pfn::new_truncate(goal.block.number() + inside), goal.size, goal.writability)
-        };
+        let pfn = Pfn::new_truncate(goal.block.number() + inside);
+        let guest = self.role(page).and_then(|role| role.base.guest());
+        let leaf =
+            self.compose(guest.as_ref(), (goal.prot, goal.caching), (pfn, goal.size), goal.writability);
+        if !self.can_say(&leaf) {
+            return Err(ShadowFault::Retry);
+        }
         self.unchanged(Held::<B>::memory(guard), walk, page, index)?;
         if self.note(entry).kept == Kept::Leaf(first) {
             let found = self.format.leaf(self.value(entry), level);
@@ -339,12 +343,12 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
             } else {
                 Writability::Tracked
             };
-            let leaf = Leaf {
-                user: guest.is_ept() || prot.contains(Prot::USER),
-                read: prot.contains(Prot::READ),
-                execute: prot.contains(Prot::EXECUTE),
-                ..Leaf::ram(pfn, PageSize::Size4K, writability)
-            };
+            let caching = caching(Some(&guest), raw.unwrap_or(0), Level::L1);
+            let page = (pfn, PageSize::Size4K);
+            let leaf = self.compose(Some(&guest), (prot, caching), page, writability);
+            if !self.can_say(&leaf) {
+                continue;
+            }
             self.map(entry, found.page.gfn(), &leaf);
             let old = self.format.make_old(self.value(entry));
             self.write(entry, old);
@@ -364,6 +368,9 @@ fn shadow_prot(root: &PageRole, walk: &GuestWalk<Gpa>, access: Access) -> Prot {
     let mut prot = walk.shadow_prot;
     let Some(guest) = root.base.guest() else { return prot };
     let by_supervisor = access.kind == AccessKind::Write && access.agent != Agent::User;
+    if guest.is_ept() {
+        return prot;
+    }
     if by_supervisor && !prot.contains(Prot::WRITE) && !guest.flags().contains(RoleFlags::WP) {
         if prot.contains(Prot::USER) && guest.flags().contains(RoleFlags::SMEP) {
             prot.remove(Prot::EXECUTE);

@@ -4,6 +4,7 @@
 //! below a guest's huge page. Every operation takes the VM's exclusive guard and the kind by unique reference, so nothing
 //! here runs beside anything else of the VM but its guests.
 mod check;
+mod compose;
 mod fault;
 mod pages;
 mod roots;

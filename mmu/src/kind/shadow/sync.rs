@@ -1,4 +1,5 @@
 //! Unsync pages: lowest tables that the guest writes to without exits, and how their shadows catch up.
+use super::compose::caching;
 use super::{guest_entry, is_short, number, read_guest, shadows, Kept, ShadowDone, ShadowMmu, NONE};
 use crate::access::{AccessKind, Prot};
 use crate::addr::{Address, Gfn, Gpa, Gva};
@@ -146,11 +147,18 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
             return self.drop_entry(entry);
         }
         let prot = role.access & found.prot;
-        if !guest.is_ept() {
-            leaf.user &= prot.contains(Prot::USER);
+        let caching = caching(Some(&guest), raw.unwrap_or(0), Level::L1);
+        let now = self.compose(Some(&guest), (prot, caching), (leaf.pfn, leaf.size), leaf.writability);
+        if (now.memory_type, now.ignore_pat) != (leaf.memory_type, leaf.ignore_pat) {
+            return self.drop_entry(entry);
         }
-        leaf.execute &= prot.contains(Prot::EXECUTE);
-        leaf.read &= prot.contains(Prot::READ);
+        leaf.user &= now.user;
+        leaf.execute &= now.execute;
+        leaf.execute_user &= now.execute_user;
+        leaf.read &= now.read;
+        if !self.can_say(&leaf) {
+            return self.drop_entry(entry);
+        }
         let writes = prot.contains(Prot::WRITE) && found.dirty;
         if !writes && self.format.permits(value, AccessKind::Write) {
             leaf.writability = Writability::Tracked;
