@@ -197,7 +197,10 @@ pub use role::{
 pub use tables::{
     EntryCell, FaultStats, HwEntry, PhysTables, TableCache, TableFrame, TableMemory, TablePage,
 };
-pub use vcpu::{Entered, Mmu, TagFlush};
+pub use vcpu::{
+    BadInvpcid, Entered, GuestTag, Invpcid, Mmu, PagingState, Requests, RootKey, RootSet, Running, Sync,
+    TagFlush, Tags, VcpuMmus, Walk,
+};
 pub use walk::{
     BelowError, Cause, EptExit, EptViolation, FaultInfo, GuestWalk, Linear, LogFull, MarkObserver,
     NestedTables, NestedWalk, NpfInfo, Observed, PageFaultCode, PagingContext, PdpteError, Place,
