@@ -164,6 +164,7 @@ mod format;
 mod kind;
 mod level;
 mod memory;
+mod nested;
 mod role;
 mod sync;
 mod tables;
@@ -189,6 +190,9 @@ pub use level::{Level, PageSize, ENTRIES};
 pub use memory::{
     Backing, DirtyLog, Exclusive, Generation, Held, Invalidation, InvalidationSeq, LogBy, NoPage, NotRam,
     RamAddr, Resolved, Shared, Shootdown, Slot, SlotError, SlotFlags, SlotNotes, VmMemory, MAX_SLOTS,
+};
+pub use nested::{
+    BadNestedRoot, Invvpid, L2Exit, L2Fault, L2Request, L2Tag, L2Walk, Roots, TableAddress, Tdp12, TlbControl,
 };
 pub use role::{
     BadEptPointer, BaseRole, Caching, CpuRole, Cr0, Cr4, Efer, GuestCpu, GuestEpt, PageRole, PagingMode,

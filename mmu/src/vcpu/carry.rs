@@ -76,6 +76,13 @@ impl Mmu {
             later(issued, done.issued);
             match done.outcome {
                 Err(NoShadowRoot::Full) if self.shed_root(kind, guard) => {}
+                // L1 may enter L2 with a table that is not there; then nothing is mapped, and each access is L1's to know.
+                Err(NoShadowRoot::Unreachable(_)) if self.nested.is_some() => {
+                    let role = key.role();
+                    let empty = kind.get_empty_root(guard, cache, role.level(), role.base().vcpu());
+                    later(issued, empty.issued);
+                    break empty.outcome?;
+                }
                 outcome => break outcome?,
             }
         };

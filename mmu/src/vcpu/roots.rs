@@ -83,6 +83,11 @@ impl RootCache {
         taken
     }
 
+    /// The roots whose key `covers`, most recently used first.
+    pub(super) fn roots(&self, covers: impl Fn(&RootKey) -> bool) -> [Option<Root>; ROOTS] {
+        self.entries.map(|entry| entry.filter(|cached| covers(&cached.key)).map(|cached| cached.root))
+    }
+
     /// A number that no root here has.
     pub(super) fn free_slot(&self) -> u8 {
         let used = |slot: &u8| self.entries.iter().flatten().any(|entry| entry.slot == *slot);

@@ -93,7 +93,7 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         if !self.settle(guard) {
             return Err(ShadowFault::Wait);
         }
-        let root_role = self.role(page).ok_or(ShadowFault::NoRoot)?;
+        let root_role = self.role(page).filter(|_| !self.is_empty_root(page)).ok_or(ShadowFault::NoRoot)?;
         let gpa = walk.translation.address;
         let prot = shadow_prot(&root_role, walk, access);
         let frame = address.bits() >> 12;

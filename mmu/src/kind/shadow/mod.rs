@@ -6,6 +6,7 @@
 mod check;
 mod compose;
 mod fault;
+mod nested;
 mod pages;
 mod roots;
 mod sync;
