@@ -38,6 +38,13 @@ enum Op {
         index: u64,
         entry: u64,
     },
+    /// L2 changes its own tables.
+    L2Table {
+        vcpu: usize,
+        index: u64,
+        to: u64,
+        flags: u64,
+    },
     L2Flush {
         vcpu: usize,
         at: Option<usize>,
@@ -93,6 +100,8 @@ fn ops(entries: fn() -> BoxedStrategy<u64>) -> impl Strategy<Value = Op> {
             .prop_map(|(vcpu, table, index, entry)| Op::Store { vcpu, table, index, entry }),
         4 => (vcpus.clone(), 20..22u64, 0..24u64, entries())
             .prop_map(|(vcpu, page, index, entry)| Op::L2Store { vcpu, page, index, entry }),
+        3 => (vcpus.clone(), 0..20u64, 0..20u64, prop_oneof![4 => Just(0x67u64), 1 => Just(0x65), 1 => Just(0)])
+            .prop_map(|(vcpu, index, to, flags)| Op::L2Table { vcpu, index, to, flags }),
         2 => (vcpus.clone(), prop::option::of(places.clone()))
             .prop_map(|(vcpu, at)| Op::L2Flush { vcpu, at }),
         1 => vcpus.clone().prop_map(|vcpu| Op::Leave { vcpu }),
@@ -154,6 +163,9 @@ fn apply<H: HostMachine>(world: &mut World<H>, op: &Op) {
         }
         Op::L2Store { vcpu, page, index, entry } => {
             let _ = world.l2_store(vcpu, page << 12 | index * 8, entry);
+        }
+        Op::L2Table { vcpu, index, to, flags } => {
+            let _ = world.l2_store(vcpu, 27 << 12 | index * 8, to << 12 | flags);
         }
         Op::L2Flush { vcpu, at } => {
             let va = at.map(|at| place(world, at));
