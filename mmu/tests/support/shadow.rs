@@ -31,9 +31,11 @@ impl Backing for NotedRam {
         let gfn = at.gfn().number() & !(size.pages() - 1);
         Resolved::Ram { pfn: Pfn::new_truncate(gfn + MOVED), size }
     }
-    fn notes(&self, _: u64) -> SlotNotes<'_> {
-        let tracked_in = [&self.blocks[0][..], &self.blocks[1][..]];
-        SlotNotes { dirty: &self.dirty, tracks: &self.tracks, tracked_in }
+    /// A cookie is the word of memory that the slot starts with; its frames are those of the memory.
+    fn notes(&self, cookie: u64) -> SlotNotes<'_> {
+        let page = cookie as usize / 512;
+        let tracked_in = [&self.blocks[0][page / 512..], &self.blocks[1][..]];
+        SlotNotes { dirty: &self.dirty[page / 64..], tracks: &self.tracks[page..], tracked_in }
     }
     fn read(&self, at: &RamAddr, buf: &mut [u8]) -> Result<(), NoPage> {
         self.flat.read(at, buf)
@@ -327,5 +329,76 @@ impl World {
         self.tables.drain(&mut self.cache);
         self.kind.dismantle(|page| self.tables.release(page));
         assert_eq!(self.tables.in_use(), 0);
+    }
+}
+
+/// What operations over ranges need: a batch after the other, to the end.
+pub fn sweep(mut batch: impl FnMut(&mut mmu::ZapProgress)) {
+    let mut progress = mmu::ZapProgress::default();
+    while !progress.is_done() {
+        batch(&mut progress);
+    }
+}
+
+impl World {
+    /// The table and the index of the leaf that the processor finds for `va`, and the leaf.
+    pub fn leaf(&self, vcpu: usize, va: u64) -> Option<(u64, usize, u64)> {
+        let root = self.vcpus[vcpu].root;
+        let (mut table, mut level) = (root.hpa.pfn().number(), root.level as u32);
+        loop {
+            let index = (va >> (12 + 9 * (level - 1)) & 511) as usize;
+            let entry = self.tables.peek(table, index).expect("C3");
+            if entry & 1 == 0 {
+                return None;
+            }
+            if level == 1 || (level < 4 && entry >> 7 & 1 == 1) {
+                return Some((table, index, entry));
+            }
+            (table, level) = ((entry & 0x000f_ffff_ffff_f000) >> 12, level - 1);
+        }
+    }
+
+    /// An access as the guest makes it, with the marks that the processor leaves in the shadow.
+    pub fn use_page(&mut self, vcpu: usize, va: u64, what: What, who: Who) -> Ended {
+        let ended = self.access(vcpu, va, what, who);
+        if let (Ended::At(_), Some((table, index, _))) = (ended, self.leaf(vcpu, va)) {
+            self.tables.mark(table, index, if what == What::Write { 0x60 } else { 0x20 });
+        }
+        ended
+    }
+
+    /// Begins the log of the slot at frame 0.
+    pub fn start_log(&mut self, by: mmu::LogBy) {
+        let range = self.memory.exclusive(CPU).start_dirty_log(Gfn::default(), by).unwrap().range();
+        sweep(|progress| {
+            let _ = self.kind.rearm(&mut self.memory.exclusive(CPU), range, progress);
+        });
+        self.check();
+    }
+
+    /// The frames that the log of the slot at frame 0 has, and takes them out.
+    pub fn harvest(&mut self, by: mmu::LogBy) -> Vec<u64> {
+        let all = GfnRange::new(Gfn::default(), PAGES).unwrap();
+        if by == mmu::LogBy::DirtyBits {
+            sweep(|progress| {
+                let _ = self.kind.collect_dirty(&mut self.memory.exclusive(CPU), all, progress);
+            });
+        }
+        let mut found = vec![];
+        for index in 0..PAGES as usize / 64 {
+            let mask = self.memory.shared(CPU).dirty_log(Gfn::default()).unwrap().clear(index, u64::MAX);
+            let first = index as u64 * 64;
+            let mut guard = self.memory.exclusive(CPU);
+            let _ = self.kind.rearm_pages(&mut guard, Gfn::new_truncate(first), mask);
+            found.extend((0..64).filter(|bit| mask >> bit & 1 != 0).map(|bit| first + bit));
+        }
+        self.check();
+        found
+    }
+
+    pub fn zap_range(&mut self, range: GfnRange) {
+        sweep(|progress| {
+            let _ = self.kind.zap(&mut self.memory.exclusive(CPU), range, progress);
+        });
     }
 }

@@ -54,13 +54,14 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         address: NGpa,
     ) -> ShadowDone<()> {
         self.begin(guard);
+        let memory = Held::<B>::memory(guard);
         let mut at = self.root_page(guard, root);
         while let Some((page, role)) = at.and_then(|page| Some((page, self.role(page)?))) {
             let entry = number(page, role.level.index(address.ngfn().number()));
             at = match self.note(entry).kept {
                 Kept::Link(child) => Some(child),
-                Kept::Leaf(_) => {
-                    self.drop_entry(entry);
+                Kept::Leaf(_) | Kept::Device(_) => {
+                    self.drop_entry(memory, entry);
                     None
                 }
                 Kept::Nothing => None,
