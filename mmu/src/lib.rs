@@ -166,6 +166,7 @@ mod format;
 mod kind;
 mod level;
 mod memory;
+mod nested;
 mod role;
 mod sync;
 mod tables;
@@ -183,18 +184,21 @@ pub use format::{
     Writability,
 };
 pub use kind::{
-    Direct, DirectMmu, DirectRole, FaultOutcome, Flush, Issued, MmuKind, NoRoot, NoShadowRoot, PageCounts,
-    Resolution, Root, Shadow, ShadowBucket, ShadowCheck, ShadowDone, ShadowFault, ShadowMmu, ShadowPage,
-    ShadowStore, SplitProgress, Sweep, ZapProgress, MAX_ROOTS,
+    Beside, Direct, DirectMmu, DirectRole, FaultOutcome, Flush, Issued, MmuKind, NoRoot, NoShadowRoot,
+    PageCounts, Resolution, Root, Shadow, ShadowBucket, ShadowCheck, ShadowDone, ShadowFault, ShadowMmu,
+    ShadowPage, ShadowStore, SplitProgress, Sweep, WalkMarks, ZapProgress, MAX_ROOTS,
 };
 pub use level::{Level, PageSize, ENTRIES};
 pub use memory::{
     Backing, DirtyLog, Exclusive, Generation, Held, Invalidation, InvalidationSeq, LogBy, NoPage, NotRam,
     RamAddr, Resolved, Shared, Shootdown, Slot, SlotError, SlotFlags, SlotNotes, VmMemory, MAX_SLOTS,
 };
+pub use nested::{
+    BadNestedRoot, Invvpid, L2Exit, L2Fault, L2Request, L2Tag, L2Walk, Roots, TableAddress, Tdp12, TlbControl,
+};
 pub use role::{
-    BadEptPointer, BaseRole, CpuRole, Cr0, Cr4, Efer, GuestCpu, GuestEpt, PageRole, PagingMode, PagingRegs,
-    RoleFlags, RootRole, VcpuMode,
+    BadEptPointer, BaseRole, Caching, CpuRole, Cr0, Cr4, Efer, GuestCpu, GuestEpt, PageRole, PagingMode,
+    PagingRegs, PatTypes, RoleFlags, RootRole, VcpuMode,
 };
 pub use tables::{
     EntryCell, FaultStats, HwEntry, PhysTables, TableCache, TableFrame, TableMemory, TablePage,

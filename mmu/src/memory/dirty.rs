@@ -157,6 +157,15 @@ impl<B: Backing> VmMemory<B> {
         }
     }
 
+    /// Whether the log has `gfn` as written.
+    pub(crate) fn is_logged(&self, gfn: Gfn) -> bool {
+        self.find_slot(gfn.gpa()).is_some_and(|hit| {
+            let at = hit.ram();
+            let found = self.backing().notes(at.cookie).dirty_word(at.slot_page());
+            found.is_some_and(|(word, bit)| word.load(Ordering::Relaxed) & bit != 0)
+        })
+    }
+
     #[inline(never)]
     fn note_logged_write(&self, gfn: Gfn) {
         let Some(hit) = self.find_slot(gfn.gpa()) else { return };

@@ -1,4 +1,4 @@
-//! Guest memory of the shadow tests: three slots, each with notes of its own.
+//! Guest memory of the shadow tests: one slot, or several, each with notes of its own.
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use mmu::{
@@ -11,10 +11,12 @@ use crate::support::flat::FlatRam;
 pub const PAGES: u64 = 1024;
 /// Host frames are guest frames plus this.
 pub const MOVED: u64 = 1 << 20;
-/// First page and number of pages of each slot. The second is what comes and goes.
-pub const SLOTS: [(u64, u64); 3] = [(0, 16), (16, 16), (32, PAGES - 32)];
+/// First page and number of pages of each slot. One for all, or three, of which the second comes and goes.
+pub const ONE_SLOT: &[(u64, u64)] = &[(0, PAGES)];
+pub const SLOTS: &[(u64, u64)] = &[(0, 16), (16, 16), (32, PAGES - 32)];
 
 struct Notes {
+    cookie: u64,
     dirty: Vec<AtomicU64>,
     tracks: Vec<AtomicU32>,
     blocks: [Vec<AtomicU32>; 2],
@@ -22,13 +24,13 @@ struct Notes {
 
 pub struct NotedRam {
     pub flat: FlatRam,
-    notes: [Notes; 3],
+    notes: Vec<Notes>,
 }
 
 impl NotedRam {
     /// A slot's notes are all zero when it is inserted.
     pub fn clear_notes(&self, slot: usize) {
-        let Notes { dirty, tracks, blocks } = &self.notes[slot];
+        let Notes { dirty, tracks, blocks, .. } = &self.notes[slot];
         dirty.iter().for_each(|word| word.store(0, Ordering::SeqCst));
         tracks.iter().chain(blocks.iter().flatten()).for_each(|count| count.store(0, Ordering::SeqCst));
     }
@@ -41,8 +43,8 @@ impl Backing for NotedRam {
         Resolved::Ram { pfn: Pfn::new_truncate(gfn + MOVED), size }
     }
     fn notes(&self, cookie: u64) -> SlotNotes<'_> {
-        let slot = SLOTS.iter().position(|&(first, _)| first * 512 == cookie).expect("a slot's cookie");
-        let Notes { dirty, tracks, blocks } = &self.notes[slot];
+        let found = self.notes.iter().find(|notes| notes.cookie == cookie);
+        let Notes { dirty, tracks, blocks, .. } = found.expect("a slot's cookie");
         SlotNotes { dirty, tracks, tracked_in: [&blocks[0][..], &blocks[1][..]] }
     }
     fn read(&self, at: &RamAddr, buf: &mut [u8]) -> Result<(), NoPage> {
@@ -65,22 +67,27 @@ impl Backing for NotedRam {
     }
 }
 
-pub fn slot(number: usize, flags: SlotFlags) -> Slot {
-    let (first, pages) = SLOTS[number];
+pub fn slot((first, pages): (u64, u64), flags: SlotFlags) -> Slot {
     let range = GfnRange::new(Gfn::new_truncate(first), pages).unwrap();
     Slot { range, flags, cookie: first * 512 }
 }
 
 pub fn memory() -> VmMemory<NotedRam> {
+    memory_of(ONE_SLOT)
+}
+
+pub fn memory_of(slots: &[(u64, u64)]) -> VmMemory<NotedRam> {
     let counts = |count| (0..count).map(|_| AtomicU32::new(0)).collect::<Vec<_>>();
-    let notes = SLOTS.map(|(_, pages)| Notes {
+    let notes = |&(first, pages): &(u64, u64)| Notes {
+        cookie: first * 512,
         dirty: (0..pages.div_ceil(64)).map(|_| AtomicU64::new(0)).collect(),
         tracks: counts(pages),
         blocks: [counts(PAGES / 512), counts(1)],
-    });
+    };
+    let notes = slots.iter().map(notes).collect();
     let memory = VmMemory::new(NotedRam { flat: FlatRam::new(PAGES as usize * 4096), notes });
-    for number in 0..SLOTS.len() {
-        memory.exclusive(CpuId::BOOT).insert_slot(&slot(number, SlotFlags::empty())).unwrap();
+    for &at in slots {
+        memory.exclusive(CpuId::BOOT).insert_slot(&slot(at, SlotFlags::empty())).unwrap();
     }
     memory
 }
