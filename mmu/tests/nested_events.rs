@@ -386,3 +386,24 @@ fn d7_obsolete_roots_are_replaced() {
     assert!(world.shadowed(0).frame(0x2000, op).is_ok());
     world.finish();
 }
+
+/// C5: what a sync takes from a leaf is taken from the TLBs, too, be it but the right to fetch or to read.
+#[test]
+fn c5_invept_takes_every_right_that_l1_has_taken() {
+    for (rights, what) in
+        [(0x333u64, What::Fetch), (0x334, What::Read), (0x335, What::Write), (0x35f, What::Read)]
+    {
+        let mut world = vmx(true);
+        world.l1_store(0, entry(20), 8, 4 << 12 | 0x333);
+        unsync(&mut world);
+        // L2 loses its own way to the table, so nothing has to be protected when that is synced.
+        assert!(matches!(world.access(0, 20 << 12, What::Fetch, Who::Supervisor, true), Ended::ToL1(..)));
+        let access = |world: &mut World<Intel>| world.access(0, 0x1000, what, Who::User, true);
+        assert_eq!(access(&mut world), at(65));
+        world.l1_store(0, entry(1), 8, 65 << 12 | rights);
+        assert_eq!(access(&mut world), at(65), "stale");
+        world.invept(0, None);
+        assert!(matches!(access(&mut world), Ended::ToL1(0x1000, _)), "{rights:#x}");
+        world.finish();
+    }
+}
