@@ -31,6 +31,11 @@ enum Op {
         index: u64,
         entry: u64,
     },
+    L1Access {
+        vcpu: usize,
+        gfn: u64,
+        what: What,
+    },
     /// L2 stores to a table of L1 that it can reach.
     L2Store {
         vcpu: usize,
@@ -87,6 +92,7 @@ fn ops(entries: fn() -> BoxedStrategy<u64>) -> impl Strategy<Value = Op> {
     let vcpus = 0..2usize;
     let places = 0..33usize;
     let whats = prop_oneof![Just(What::Read), Just(What::Write), Just(What::Fetch)];
+    let whats2 = whats.clone();
     let whos = prop_oneof![Just(Who::User), Just(Who::Supervisor)];
     let tables = prop_oneof![
         3 => Just(LOWEST[0]), 2 => Just(LOWEST[1]), 2 => Just(LOWEST[2]),
@@ -98,6 +104,8 @@ fn ops(entries: fn() -> BoxedStrategy<u64>) -> impl Strategy<Value = Op> {
         2 => vcpus.clone().prop_map(|vcpu| Op::Speculate { vcpu }),
         6 => (vcpus.clone(), tables, 0..24u64, entries())
             .prop_map(|(vcpu, table, index, entry)| Op::Store { vcpu, table, index, entry }),
+        3 => (vcpus.clone(), prop_oneof![0..32u64, 64..112u64, 1040..1072u64], whats2)
+            .prop_map(|(vcpu, gfn, what)| Op::L1Access { vcpu, gfn, what }),
         4 => (vcpus.clone(), 20..22u64, 0..24u64, entries())
             .prop_map(|(vcpu, page, index, entry)| Op::L2Store { vcpu, page, index, entry }),
         3 => (vcpus.clone(), 0..20u64, 0..20u64, prop_oneof![4 => Just(0x67u64), 1 => Just(0x65), 1 => Just(0)])
@@ -160,6 +168,9 @@ fn apply<H: HostMachine>(world: &mut World<H>, op: &Op) {
         Op::Store { vcpu, table, index, entry } => {
             let (len, index) = if short { (4, index * 4) } else { (8, index * 8) };
             world.l1_store(vcpu, table + index, len, entry);
+        }
+        Op::L1Access { vcpu, gfn, what } => {
+            let _ = world.l1_access(vcpu, gfn << 12, what, gfn % 2 == 0);
         }
         Op::L2Store { vcpu, page, index, entry } => {
             let _ = world.l2_store(vcpu, page << 12 | index * 8, entry);
