@@ -1,7 +1,7 @@
 //! Random sequences of what an L1, its L2s and the host do, in each format, against the reference.
 mod support;
 
-use mmu::{Gfn, GfnRange, Gva, Invvpid, TlbControl};
+use mmu::{Gfn, GfnRange, Gva, Invvpid, LogBy, TlbControl};
 use proptest::prelude::*;
 use support::flat::FlatRam;
 use support::l1::{
@@ -86,6 +86,11 @@ enum Op {
     },
     Obsolete,
     ZapObsolete,
+    /// The log begins, is harvested, or ends.
+    Log {
+        by: LogBy,
+        end: bool,
+    },
 }
 
 fn ops(entries: fn() -> BoxedStrategy<u64>) -> impl Strategy<Value = Op> {
@@ -102,7 +107,7 @@ fn ops(entries: fn() -> BoxedStrategy<u64>) -> impl Strategy<Value = Op> {
         14 => (vcpus.clone(), places.clone(), whats, whos, any::<bool>())
             .prop_map(|(vcpu, at, what, who, cached)| Op::Access { vcpu, at, what, who, cached }),
         2 => vcpus.clone().prop_map(|vcpu| Op::Speculate { vcpu }),
-        6 => (vcpus.clone(), tables, 0..24u64, entries())
+        6 => (vcpus.clone(), tables, prop_oneof![2 => 0..24u64, 1 => 0..3u64], entries())
             .prop_map(|(vcpu, table, index, entry)| Op::Store { vcpu, table, index, entry }),
         3 => (vcpus.clone(), prop_oneof![0..32u64, 64..112u64, 1040..1072u64], whats2)
             .prop_map(|(vcpu, gfn, what)| Op::L1Access { vcpu, gfn, what }),
@@ -123,6 +128,8 @@ fn ops(entries: fn() -> BoxedStrategy<u64>) -> impl Strategy<Value = Op> {
         1 => (1..3usize).prop_map(|index| Op::Slot { index }),
         1 => Just(Op::Obsolete),
         1 => Just(Op::ZapObsolete),
+        2 => (prop_oneof![Just(LogBy::DirtyBits), Just(LogBy::WriteProtection)], prop::bool::weighted(0.3))
+            .prop_map(|(by, end)| Op::Log { by, end }),
     ]
 }
 
@@ -218,6 +225,11 @@ fn apply<H: HostMachine>(world: &mut World<H>, op: &Op) {
         Op::Slot { index } => world.toggle_slot(index),
         Op::Obsolete => world.obsolete(),
         Op::ZapObsolete => world.zap_obsolete(),
+        Op::Log { by, end } => match (world.logs(), end) {
+            (false, _) => world.start_log(by),
+            (true, false) => drop(world.harvest()),
+            (true, true) => world.stop_log(),
+        },
     }
     world.check();
 }

@@ -7,10 +7,10 @@ use std::sync::Mutex;
 
 use mmu::{
     AccessKind, Backing, CpuId, CpuRole, DirectMmu, EntryFormat, EptExit, Exclusive, FaultInfo, FaultOutcome,
-    Gfn, GfnRange, Gpa, GuestEpt, Gva, Invvpid, L2Exit, L2Fault, L2Request, L2Tag, Level, MarkObserver, Mmu,
-    NGpa, NoPage, NoShadowRoot, Pae, PaeHost, PageSize, PagingState, Pfn, RamAddr, Resolved, ShadowBucket,
-    ShadowFault, ShadowMmu, ShadowPage, ShadowStore, Slot, SlotFlags, SlotNotes, Sweep, TableCache, TagFlush,
-    Tags, Tdp12, TlbControl, VcpuMmus, VmMemory, ZapProgress,
+    Gfn, GfnRange, Gpa, GuestEpt, Gva, Invvpid, L2Exit, L2Fault, L2Request, L2Tag, Leaf, Level, LogBy,
+    MarkObserver, Mmu, NGpa, NoPage, NoShadowRoot, Pae, PaeHost, PageSize, PagingState, Pfn, RamAddr,
+    Resolved, ShadowBucket, ShadowFault, ShadowMmu, ShadowPage, ShadowStore, Slot, SlotFlags, SlotNotes,
+    Sweep, TableCache, TagFlush, Tags, Tdp12, TlbControl, VcpuMmus, VmMemory, ZapProgress,
 };
 
 use super::flat::FlatRam;
@@ -623,7 +623,7 @@ impl<H: Host> World<H> {
                 Exit::Misconfiguration => unreachable!("reported as a violation"),
             };
             let expected = self.expected(vcpu, va, what, who);
-            match self.l2_fault(vcpu, &exit) {
+            match self.l2_fault(vcpu, &exit, &Unheard) {
                 L2Fault::ToL1(fault) => {
                     let told = Ended::ToL1(fault.address, self.rendered(&fault));
                     if cached && !matches!(expected, End::ToL1(gpa, exit) if Ended::ToL1(gpa, exit) == told) {
@@ -698,10 +698,10 @@ impl<H: Host> World<H> {
         }
     }
 
-    fn l2_fault(&mut self, vcpu: usize, exit: &L2Exit) -> L2Fault {
+    pub fn l2_fault(&mut self, vcpu: usize, exit: &L2Exit, log: &impl MarkObserver) -> L2Fault {
         self.tables.fill(&mut self.cache);
         let tdp12 = tdp12(&self.vcpus[vcpu].below);
-        let walked = tdp12.walk_exit(&self.memory.shared(CPU), exit, &Unheard);
+        let walked = tdp12.walk_exit(&self.memory.shared(CPU), exit, log);
         let mut guard = exclusive(self.memory, self.direct);
         let mmus = &mut self.vcpus[vcpu].mmus;
         mmus.l2_fault(&tdp12, &mut self.kind, &mut guard, &mut self.cache, &walked).outcome
@@ -725,18 +725,22 @@ impl<H: Host> World<H> {
             "A3, C5, C6: {case} by {ngfn:x?}; now {:x?}",
             self.expected(vcpu, va, what, who)
         );
-        self.written(what, slot, gfn);
+        self.written(what, slot, gfn, true);
         Ended::At(gfn << 12 | va & 0xfff)
     }
 
     /// What has to hold when a processor has written without an exit.
-    fn written(&self, what: What, slot: usize, gfn: u64) {
+    fn written(&self, what: What, slot: usize, gfn: u64, in_l2: bool) {
         if what != What::Write {
             return;
         }
         assert!(!SLOTS[slot].2, "G1: frame {gfn:#x} is read-only");
         let shared = self.memory.shared(CPU);
         assert!(!shared.is_write_tracked(Gfn::new_truncate(gfn)), "D6: frame {gfn:#x}");
+        let by_bits = shared.slots().any(|slot| slot.flags.contains(SlotFlags::DIRTY_BITS));
+        if by_bits && !in_l2 {
+            return;
+        }
         if let Some(log) = shared.dirty_log(Gfn::new_truncate(SLOTS[slot].0)) {
             let page = gfn - SLOTS[slot].0;
             assert!(log.read(page as usize / 64) >> (page % 64) & 1 == 1, "H1: frame {gfn:#x}");
@@ -800,7 +804,7 @@ impl<H: Host> World<H> {
                 tlb.keep_guest_physical(tag, context, gpa >> 12, op, frame);
                 assert_eq!(frame, self.memory.backing().frame(gpa >> 12), "C3, C6: L1 at {gpa:#x}");
                 let slot = self.slot_of(gpa >> 12).expect("I2");
-                self.written(what, slot, gpa >> 12);
+                self.written(what, slot, gpa >> 12, false);
                 return Ended::At(gpa);
             }
             let kind = match what {
@@ -841,6 +845,84 @@ impl<H: Host> World<H> {
             _ => {}
         }
         ended
+    }
+
+    /// What the shadow says of an address of L2.
+    pub fn leaf(&self, vcpu: usize, gpa: u64) -> Leaf {
+        let shadowed = self.shadowed(vcpu);
+        let mut table = shadowed.root;
+        for level in (1..=shadowed.level).rev() {
+            let entry = self.tables.peek(table, (gpa >> (12 + 9 * (level - 1)) & 511) as usize).unwrap();
+            let of = [Level::L1, Level::L2, Level::L3, Level::L4, Level::L5][level as usize - 1];
+            if let Some(leaf) = self.kind.format().leaf(entry, of) {
+                return leaf;
+            }
+            table = (entry & 0x000f_ffff_ffff_f000) >> 12;
+        }
+        panic!("nothing is mapped at {gpa:#x}");
+    }
+
+    /// Flushes all that L1 can of its nested tables.
+    pub fn flush_nested(&mut self, vcpu: usize, pointer: Option<u64>) {
+        if self.is_ept() {
+            self.invept(vcpu, pointer);
+        } else {
+            self.enter_l2(vcpu, TlbControl::Everything);
+            self.leave_l2(vcpu);
+        }
+    }
+
+    /// Begins the log of the first slot, in both kinds.
+    pub fn start_log(&mut self, by: LogBy) {
+        let mut sweep = self.exclusive().start_dirty_log(Gfn::default(), by).unwrap();
+        let mut progress = ZapProgress::default();
+        while !progress.is_done() {
+            let _ = self.kind.rearm(&mut self.exclusive(), sweep.range(), &mut progress);
+        }
+        while !sweep.is_done() {
+            let _ = self.direct.rearm(&self.memory.shared(CPU), &mut sweep).issue();
+        }
+        self.check();
+    }
+
+    pub fn logs(&self) -> bool {
+        self.memory.shared(CPU).dirty_log(Gfn::default()).is_some()
+    }
+
+    pub fn stop_log(&mut self) {
+        let range = self.exclusive().stop_dirty_log(Gfn::default()).unwrap().range();
+        let mut progress = ZapProgress::default();
+        while !progress.is_done() {
+            let _ = self.kind.collapse(&mut self.exclusive(), range, &mut progress);
+        }
+        self.check();
+    }
+
+    /// The frames that the log has, and takes them out.
+    pub fn harvest(&mut self) -> Vec<u64> {
+        let all = slot(0).range;
+        let mut sweep = Sweep::over(all);
+        while !sweep.is_done() {
+            let _ = self.direct.collect_dirty(&self.memory.shared(CPU), &mut sweep).issue();
+        }
+        let mut progress = ZapProgress::default();
+        while !progress.is_done() {
+            let _ = self.kind.collect_dirty(&mut self.exclusive(), all, &mut progress);
+        }
+        let mut found = vec![];
+        for index in 0..all.pages() / 64 {
+            let first = Gfn::new_truncate(index * 64);
+            let mask = {
+                let shared = self.memory.shared(CPU);
+                let mask = shared.dirty_log(Gfn::default()).unwrap().clear(index as usize, u64::MAX);
+                let _ = self.direct.rearm_pages(&shared, first, mask).issue();
+                mask
+            };
+            let _ = self.kind.rearm_pages(&mut self.exclusive(), first, mask);
+            found.extend((0..64).filter(|bit| mask >> bit & 1 != 0).map(|bit| index * 64 + bit));
+        }
+        self.check();
+        found
     }
 
     pub fn zap(&mut self, range: GfnRange) {
