@@ -1,7 +1,7 @@
 //! Random sequences of what an L1, its L2s and the host do, in each format, against the reference.
 mod support;
 
-use mmu::{Gfn, GfnRange, Gva, Invvpid, TlbControl};
+use mmu::{Gfn, GfnRange, Gva, Invvpid, LogBy, TlbControl};
 use proptest::prelude::*;
 use support::flat::FlatRam;
 use support::l1::{
@@ -30,6 +30,11 @@ enum Op {
         table: u64,
         index: u64,
         entry: u64,
+    },
+    L1Access {
+        vcpu: usize,
+        gfn: u64,
+        what: What,
     },
     /// L2 stores to a table of L1 that it can reach.
     L2Store {
@@ -81,12 +86,18 @@ enum Op {
     },
     Obsolete,
     ZapObsolete,
+    /// The log begins, is harvested, or ends.
+    Log {
+        by: LogBy,
+        end: bool,
+    },
 }
 
 fn ops(entries: fn() -> BoxedStrategy<u64>) -> impl Strategy<Value = Op> {
     let vcpus = 0..2usize;
     let places = 0..33usize;
     let whats = prop_oneof![Just(What::Read), Just(What::Write), Just(What::Fetch)];
+    let whats2 = whats.clone();
     let whos = prop_oneof![Just(Who::User), Just(Who::Supervisor)];
     let tables = prop_oneof![
         3 => Just(LOWEST[0]), 2 => Just(LOWEST[1]), 2 => Just(LOWEST[2]),
@@ -96,8 +107,10 @@ fn ops(entries: fn() -> BoxedStrategy<u64>) -> impl Strategy<Value = Op> {
         14 => (vcpus.clone(), places.clone(), whats, whos, any::<bool>())
             .prop_map(|(vcpu, at, what, who, cached)| Op::Access { vcpu, at, what, who, cached }),
         2 => vcpus.clone().prop_map(|vcpu| Op::Speculate { vcpu }),
-        6 => (vcpus.clone(), tables, 0..24u64, entries())
+        6 => (vcpus.clone(), tables, prop_oneof![2 => 0..24u64, 1 => 0..3u64], entries())
             .prop_map(|(vcpu, table, index, entry)| Op::Store { vcpu, table, index, entry }),
+        3 => (vcpus.clone(), prop_oneof![0..32u64, 64..112u64, 1040..1072u64], whats2)
+            .prop_map(|(vcpu, gfn, what)| Op::L1Access { vcpu, gfn, what }),
         4 => (vcpus.clone(), 20..22u64, 0..24u64, entries())
             .prop_map(|(vcpu, page, index, entry)| Op::L2Store { vcpu, page, index, entry }),
         3 => (vcpus.clone(), 0..20u64, 0..20u64, prop_oneof![4 => Just(0x67u64), 1 => Just(0x65), 1 => Just(0)])
@@ -115,6 +128,8 @@ fn ops(entries: fn() -> BoxedStrategy<u64>) -> impl Strategy<Value = Op> {
         1 => (1..3usize).prop_map(|index| Op::Slot { index }),
         1 => Just(Op::Obsolete),
         1 => Just(Op::ZapObsolete),
+        2 => (prop_oneof![Just(LogBy::DirtyBits), Just(LogBy::WriteProtection)], prop::bool::weighted(0.3))
+            .prop_map(|(by, end)| Op::Log { by, end }),
     ]
 }
 
@@ -160,6 +175,9 @@ fn apply<H: HostMachine>(world: &mut World<H>, op: &Op) {
         Op::Store { vcpu, table, index, entry } => {
             let (len, index) = if short { (4, index * 4) } else { (8, index * 8) };
             world.l1_store(vcpu, table + index, len, entry);
+        }
+        Op::L1Access { vcpu, gfn, what } => {
+            let _ = world.l1_access(vcpu, gfn << 12, what, gfn % 2 == 0);
         }
         Op::L2Store { vcpu, page, index, entry } => {
             let _ = world.l2_store(vcpu, page << 12 | index * 8, entry);
@@ -207,6 +225,11 @@ fn apply<H: HostMachine>(world: &mut World<H>, op: &Op) {
         Op::Slot { index } => world.toggle_slot(index),
         Op::Obsolete => world.obsolete(),
         Op::ZapObsolete => world.zap_obsolete(),
+        Op::Log { by, end } => match (world.logs(), end) {
+            (false, _) => world.start_log(by),
+            (true, false) => drop(world.harvest()),
+            (true, true) => world.stop_log(),
+        },
     }
     world.check();
 }

@@ -6,11 +6,11 @@ use std::sync::atomic::{AtomicU32, AtomicU64};
 use std::sync::Mutex;
 
 use mmu::{
-    AccessKind, Backing, CpuId, CpuRole, EptExit, FaultInfo, Gfn, GfnRange, Gpa, GuestEpt, Gva, Invvpid,
-    L2Exit, L2Fault, L2Request, L2Tag, Level, MarkObserver, Mmu, NGpa, NoPage, NoShadowRoot, Pae, PaeHost,
-    PageSize, PagingState, Pfn, RamAddr, Resolved, ShadowBucket, ShadowFault, ShadowMmu, ShadowPage,
-    ShadowStore, Slot, SlotFlags, SlotNotes, TableCache, TagFlush, Tags, Tdp12, TlbControl, VcpuMmus,
-    VmMemory, ZapProgress,
+    AccessKind, Backing, CpuId, CpuRole, DirectMmu, EntryFormat, EptExit, Exclusive, FaultInfo, FaultOutcome,
+    Gfn, GfnRange, Gpa, GuestEpt, Gva, Invvpid, L2Exit, L2Fault, L2Request, L2Tag, Leaf, Level, LogBy,
+    MarkObserver, Mmu, NGpa, NoPage, NoShadowRoot, Pae, PaeHost, PageSize, PagingState, Pfn, RamAddr,
+    Resolved, ShadowBucket, ShadowFault, ShadowMmu, ShadowPage, ShadowStore, Slot, SlotFlags, SlotNotes,
+    Sweep, TableCache, TagFlush, Tags, Tdp12, TlbControl, VcpuMmus, VmMemory, ZapProgress,
 };
 
 use super::flat::FlatRam;
@@ -138,6 +138,8 @@ pub struct World<H: Host> {
     pub host: H,
     pub memory: &'static VmMemory<Ram>,
     pub kind: ShadowMmu<'static, H::Format, HostTables>,
+    /// What L1 runs on.
+    pub direct: &'static DirectMmu<H::Format, HostTables>,
     pub tables: HostTables,
     pub cache: TableCache,
     pub vcpus: Vec<Vcpu>,
@@ -187,7 +189,10 @@ impl<H: Host> World<H> {
     ) -> Self {
         let memory: &'static _ = Box::leak(Box::new(memory()));
         setup(&memory.backing().flat);
-        let tables = HostTables::new(quota + 64);
+        let tables = HostTables::new(quota + 256);
+        let direct =
+            DirectMmu::new(memory, host.format(), tables.clone(), tables.allocate(), 46, PageSize::Size2M);
+        let direct: &'static _ = Box::leak(Box::new(direct));
         let pages: Vec<ShadowPage> = (0..quota).map(|_| ShadowPage::UNUSED).collect();
         let buckets = vec![ShadowBucket::EMPTY; quota / 2 + 1];
         let store = ShadowStore { pages: Vec::leak(pages), buckets: Vec::leak(buckets) };
@@ -198,6 +203,7 @@ impl<H: Host> World<H> {
             host,
             memory,
             kind,
+            direct,
             tables,
             cache: TableCache::new(),
             vcpus: vec![],
@@ -217,6 +223,10 @@ impl<H: Host> World<H> {
         }
         world.remember();
         world
+    }
+
+    pub fn exclusive(&self) -> Exclusive<'static, Ram> {
+        exclusive(self.memory, self.direct)
     }
 
     fn is_ept(&self) -> bool {
@@ -488,7 +498,7 @@ impl<H: Host> World<H> {
                 return;
             }
             self.tables.fill(&mut self.cache);
-            let mut guard = self.memory.exclusive(CPU);
+            let mut guard = exclusive(self.memory, self.direct);
             let mmu = &mut self.vcpus[vcpu].mmus.tdp12_mmu;
             let done = mmu.carry_out(&mut self.kind, &mut guard, &mut self.cache);
             match done.outcome {
@@ -613,7 +623,7 @@ impl<H: Host> World<H> {
                 Exit::Misconfiguration => unreachable!("reported as a violation"),
             };
             let expected = self.expected(vcpu, va, what, who);
-            match self.l2_fault(vcpu, &exit) {
+            match self.l2_fault(vcpu, &exit, &Unheard) {
                 L2Fault::ToL1(fault) => {
                     let told = Ended::ToL1(fault.address, self.rendered(&fault));
                     if cached && !matches!(expected, End::ToL1(gpa, exit) if Ended::ToL1(gpa, exit) == told) {
@@ -688,11 +698,11 @@ impl<H: Host> World<H> {
         }
     }
 
-    fn l2_fault(&mut self, vcpu: usize, exit: &L2Exit) -> L2Fault {
+    pub fn l2_fault(&mut self, vcpu: usize, exit: &L2Exit, log: &impl MarkObserver) -> L2Fault {
         self.tables.fill(&mut self.cache);
         let tdp12 = tdp12(&self.vcpus[vcpu].below);
-        let walked = tdp12.walk_exit(&self.memory.shared(CPU), exit, &Unheard);
-        let mut guard = self.memory.exclusive(CPU);
+        let walked = tdp12.walk_exit(&self.memory.shared(CPU), exit, log);
+        let mut guard = exclusive(self.memory, self.direct);
         let mmus = &mut self.vcpus[vcpu].mmus;
         mmus.l2_fault(&tdp12, &mut self.kind, &mut guard, &mut self.cache, &walked).outcome
     }
@@ -715,34 +725,112 @@ impl<H: Host> World<H> {
             "A3, C5, C6: {case} by {ngfn:x?}; now {:x?}",
             self.expected(vcpu, va, what, who)
         );
-        if what == What::Write {
-            assert!(!SLOTS[slot].2, "G1: {case}, read-only");
-            let shared = self.memory.shared(CPU);
-            assert!(!shared.is_write_tracked(Gfn::new_truncate(gfn)), "D6: {case}");
-            if let Some(log) = shared.dirty_log(Gfn::new_truncate(SLOTS[slot].0)) {
-                let page = gfn - SLOTS[slot].0;
-                assert!(log.read(page as usize / 64) >> (page % 64) & 1 == 1, "H1: {case}");
-            }
-        }
+        self.written(what, slot, gfn, true);
         Ended::At(gfn << 12 | va & 0xfff)
+    }
+
+    /// What has to hold when a processor has written without an exit.
+    fn written(&self, what: What, slot: usize, gfn: u64, in_l2: bool) {
+        if what != What::Write {
+            return;
+        }
+        assert!(!SLOTS[slot].2, "G1: frame {gfn:#x} is read-only");
+        let shared = self.memory.shared(CPU);
+        assert!(!shared.is_write_tracked(Gfn::new_truncate(gfn)), "D6: frame {gfn:#x}");
+        let by_bits = shared.slots().any(|slot| slot.flags.contains(SlotFlags::DIRTY_BITS));
+        if by_bits && !in_l2 {
+            return;
+        }
+        if let Some(log) = shared.dirty_log(Gfn::new_truncate(SLOTS[slot].0)) {
+            let page = gfn - SLOTS[slot].0;
+            assert!(log.read(page as usize / 64) >> (page % 64) & 1 == 1, "H1: frame {gfn:#x}");
+        }
     }
 
     /// L1 stores an entry of its tables; it is not in L2 then.
     pub fn l1_store(&mut self, vcpu: usize, at: u64, len: usize, entry: u64) {
-        self.leave_l2(vcpu);
-        self.put(at, len, entry);
+        // Every other entry makes the table one that is written without exits.
+        match self.l1_access(vcpu, at, What::Write, at / 8 % 2 == 1) {
+            Ended::At(_) => {
+                if len == 8 {
+                    self.ram().set(at, entry);
+                } else {
+                    self.ram().set_u32(at, entry as u32);
+                }
+                self.remember();
+            }
+            _ => self.put(at, len, entry),
+        }
     }
 
-    /// A store of L1's, by whatever way the page's tracking leaves.
+    /// A store by emulation.
     pub fn put(&mut self, at: u64, len: usize, entry: u64) {
         let gpa = Gpa::new_truncate(at);
-        let tracked = self.memory.shared(CPU).is_write_tracked(gpa.gfn());
         self.memory.shared(CPU).write(gpa, &entry.to_le_bytes()[..len]).unwrap();
-        if tracked {
-            let _ = self.kind.track_write(&mut self.memory.exclusive(CPU), gpa, len);
-        }
+        let _ = self.kind.track_write(&mut exclusive(self.memory, self.direct), gpa, len);
         self.remember();
         self.check();
+    }
+
+    /// C6, D6: an access of L1 itself, on the direct kind and with its own tag. With `unsync` it may write to lowest tables
+    /// without exits from then on.
+    pub fn l1_access(&mut self, vcpu: usize, gpa: u64, what: What, unsync: bool) -> Ended {
+        self.leave_l2(vcpu);
+        let op = Op { what, user: true };
+        let tag = self.tag(false);
+        for _ in 0..12 {
+            let entered = {
+                let entered = self.vcpus[vcpu].mmus.root_mmu.enter(self.memory, cpu(vcpu));
+                (entered.is_obsolete(), entered.flush())
+            };
+            self.flush(vcpu, false, entered.1);
+            if entered.0 {
+                let _ = self.vcpus[vcpu].mmus.root_mmu.set_root(self.direct.root());
+                continue;
+            }
+            let root = self.direct.root();
+            let walked = Shadowed {
+                host: self.host,
+                tables: &self.tables,
+                root: root.hpa.pfn().number(),
+                level: root.level as u32,
+                flags: true,
+                told_apart: false,
+            };
+            let context = if self.is_ept() { walked.root } else { 0 };
+            let cached = self.vcpus[vcpu].tlb.guest_physical(tag, context, gpa >> 12, op);
+            if let Ok(frame) = cached.map_or_else(|| walked.frame(gpa, op), Ok) {
+                let tlb = &mut self.vcpus[vcpu].tlb;
+                tlb.keep_guest_physical(tag, context, gpa >> 12, op, frame);
+                assert_eq!(frame, self.memory.backing().frame(gpa >> 12), "C3, C6: L1 at {gpa:#x}");
+                let slot = self.slot_of(gpa >> 12).expect("I2");
+                self.written(what, slot, gpa >> 12, false);
+                return Ended::At(gpa);
+            }
+            let kind = match what {
+                What::Read => AccessKind::Read,
+                What::Write => AccessKind::Write,
+                What::Fetch => AccessKind::Execute,
+            };
+            self.tables.fill(&mut self.cache);
+            let shared = self.memory.shared(CPU);
+            let outcome = self.direct.fault(&shared, &mut self.cache, Gpa::new_truncate(gpa), kind);
+            drop(shared);
+            match outcome {
+                FaultOutcome::Mapped | FaultOutcome::Spurious | FaultOutcome::Retry => {}
+                FaultOutcome::NeedTables => {}
+                FaultOutcome::Mmio(at) => return Ended::Device(at.bits()),
+                FaultOutcome::ReadOnly(at) => return Ended::ReadOnly(at.bits()),
+                FaultOutcome::WriteTracked(at) => {
+                    let mut guard = exclusive(self.memory, self.direct);
+                    if !unsync || !self.kind.let_write(&mut guard, at.gfn()).outcome {
+                        return Ended::Emulated(at.bits());
+                    }
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+        panic!("A4: livelock of L1 at {gpa:#x}");
     }
 
     /// L2 stores through its linear address.
@@ -759,10 +847,92 @@ impl<H: Host> World<H> {
         ended
     }
 
+    /// What the shadow says of an address of L2.
+    pub fn leaf(&self, vcpu: usize, gpa: u64) -> Leaf {
+        let shadowed = self.shadowed(vcpu);
+        let mut table = shadowed.root;
+        for level in (1..=shadowed.level).rev() {
+            let entry = self.tables.peek(table, (gpa >> (12 + 9 * (level - 1)) & 511) as usize).unwrap();
+            let of = [Level::L1, Level::L2, Level::L3, Level::L4, Level::L5][level as usize - 1];
+            if let Some(leaf) = self.kind.format().leaf(entry, of) {
+                return leaf;
+            }
+            table = (entry & 0x000f_ffff_ffff_f000) >> 12;
+        }
+        panic!("nothing is mapped at {gpa:#x}");
+    }
+
+    /// Flushes all that L1 can of its nested tables.
+    pub fn flush_nested(&mut self, vcpu: usize, pointer: Option<u64>) {
+        if self.is_ept() {
+            self.invept(vcpu, pointer);
+        } else {
+            self.enter_l2(vcpu, TlbControl::Everything);
+            self.leave_l2(vcpu);
+        }
+    }
+
+    /// Begins the log of the first slot, in both kinds.
+    pub fn start_log(&mut self, by: LogBy) {
+        let mut sweep = self.exclusive().start_dirty_log(Gfn::default(), by).unwrap();
+        let mut progress = ZapProgress::default();
+        while !progress.is_done() {
+            let _ = self.kind.rearm(&mut self.exclusive(), sweep.range(), &mut progress);
+        }
+        while !sweep.is_done() {
+            let _ = self.direct.rearm(&self.memory.shared(CPU), &mut sweep).issue();
+        }
+        self.check();
+    }
+
+    pub fn logs(&self) -> bool {
+        self.memory.shared(CPU).dirty_log(Gfn::default()).is_some()
+    }
+
+    pub fn stop_log(&mut self) {
+        let range = self.exclusive().stop_dirty_log(Gfn::default()).unwrap().range();
+        let mut progress = ZapProgress::default();
+        while !progress.is_done() {
+            let _ = self.kind.collapse(&mut self.exclusive(), range, &mut progress);
+        }
+        self.check();
+    }
+
+    /// The frames that the log has, and takes them out.
+    pub fn harvest(&mut self) -> Vec<u64> {
+        let all = slot(0).range;
+        let mut sweep = Sweep::over(all);
+        while !sweep.is_done() {
+            let _ = self.direct.collect_dirty(&self.memory.shared(CPU), &mut sweep).issue();
+        }
+        let mut progress = ZapProgress::default();
+        while !progress.is_done() {
+            let _ = self.kind.collect_dirty(&mut self.exclusive(), all, &mut progress);
+        }
+        let mut found = vec![];
+        for index in 0..all.pages() / 64 {
+            let first = Gfn::new_truncate(index * 64);
+            let mask = {
+                let shared = self.memory.shared(CPU);
+                let mask = shared.dirty_log(Gfn::default()).unwrap().clear(index as usize, u64::MAX);
+                let _ = self.direct.rearm_pages(&shared, first, mask).issue();
+                mask
+            };
+            let _ = self.kind.rearm_pages(&mut self.exclusive(), first, mask);
+            found.extend((0..64).filter(|bit| mask >> bit & 1 != 0).map(|bit| index * 64 + bit));
+        }
+        self.check();
+        found
+    }
+
     pub fn zap(&mut self, range: GfnRange) {
         let mut progress = ZapProgress::default();
         while !progress.is_done() {
-            let _ = self.kind.zap(&mut self.memory.exclusive(CPU), range, &mut progress);
+            let _ = self.kind.zap(&mut exclusive(self.memory, self.direct), range, &mut progress);
+        }
+        let mut sweep = Sweep::over(range);
+        while !sweep.is_done() {
+            let _ = self.direct.zap(&self.memory.shared(CPU), &mut sweep).issue();
         }
         self.check();
     }
@@ -770,7 +940,7 @@ impl<H: Host> World<H> {
     /// The host moves a frame.
     pub fn move_frame(&mut self, gfn: u64) {
         let range = GfnRange::of(Gfn::new_truncate(gfn));
-        let invalidation = self.memory.exclusive(CPU).begin_invalidation(range);
+        let invalidation = self.exclusive().begin_invalidation(range);
         self.zap(range);
         *self.memory.backing().moves.lock().unwrap().entry(gfn).or_default() += 1;
         drop(invalidation);
@@ -780,8 +950,11 @@ impl<H: Host> World<H> {
     pub fn toggle_slot(&mut self, index: usize) {
         let slot = slot(index);
         if self.present[index] {
-            let mut guard = self.memory.exclusive(CPU);
-            let _ = guard.remove_slot(Gfn::new_truncate(slot.range.start())).unwrap();
+            let mut guard = exclusive(self.memory, self.direct);
+            let mut sweep = guard.remove_slot(Gfn::new_truncate(slot.range.start())).unwrap();
+            while !sweep.is_done() {
+                let _ = self.direct.zap(&guard, &mut sweep).issue();
+            }
             let mut progress = ZapProgress::default();
             while !progress.is_done() {
                 let _ = self.kind.zap(&mut guard, slot.range, &mut progress);
@@ -795,13 +968,21 @@ impl<H: Host> World<H> {
     }
 
     pub fn obsolete(&mut self) {
-        let _ = self.kind.invalidate_all(&mut self.memory.exclusive(CPU));
+        let root = self.tables.allocate();
+        match self.direct.invalidate_all(&mut exclusive(self.memory, self.direct), root) {
+            Ok(flush) => drop(flush.issue()),
+            Err(root) => self.tables.release(root),
+        }
     }
 
     pub fn zap_obsolete(&mut self) {
         let mut progress = ZapProgress::default();
         while !progress.is_done() {
-            let _ = self.kind.zap_obsolete(&mut self.memory.exclusive(CPU), &mut progress);
+            let _ = self.kind.zap_obsolete(&mut exclusive(self.memory, self.direct), &mut progress);
+        }
+        let mut sweep = Sweep::over(GfnRange::ALL);
+        while !sweep.is_done() {
+            let _ = self.direct.zap_obsolete(&self.memory.shared(CPU), &mut sweep).issue();
         }
         self.check();
     }
@@ -818,10 +999,11 @@ impl<H: Host> World<H> {
     }
 
     pub fn check(&self) {
-        if let Err(broken) = self.kind.check(&self.memory.exclusive(CPU)) {
+        if let Err(broken) = self.kind.check(&self.exclusive()) {
             panic!("{broken}");
         }
         let _ = self.kind.reclaim(self.memory, usize::MAX, |page| self.tables.release(page));
+        let _ = self.direct.reclaim(self.memory, usize::MAX, |page| self.tables.release(page));
     }
 
     /// C3: no table page is lost.
@@ -829,8 +1011,17 @@ impl<H: Host> World<H> {
         self.check();
         self.tables.drain(&mut self.cache);
         self.kind.dismantle(|page| self.tables.release(page));
-        assert_eq!(self.tables.in_use(), 0);
+        let direct = self.direct.page_counts().tables as usize;
+        assert_eq!(self.tables.in_use(), direct, "but for the direct kind's");
     }
+}
+
+/// The exclusive guard, which names the direct kind.
+fn exclusive<F: EntryFormat>(
+    memory: &'static VmMemory<Ram>,
+    direct: &'static DirectMmu<F, HostTables>,
+) -> Exclusive<'static, Ram> {
+    memory.exclusive(CPU).beside(direct)
 }
 
 fn told_is_walk(told: &Told) -> bool {

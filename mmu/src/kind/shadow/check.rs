@@ -189,7 +189,9 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         if value & table != table {
             return Err("B4: a link that restricts");
         }
-        if role.child(at, child_role.access, child_role.direct) != Some(child_role) {
+        if role.child(at, child_role.access, child_role.direct).map(|child| child.cached(child_role.caching))
+            != Some(child_role)
+        {
             return Err("D3: a child of another role");
         }
         let leads_on = is_above(role) && !is_above(&child_role) && role.level != Level::L3;

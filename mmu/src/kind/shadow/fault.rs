@@ -445,7 +445,7 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         }
         let gfn = found.page.gfn();
         let value = self.armed(memory, &role, gfn, self.format.make_leaf(&leaf));
-        self.map(entry, gfn, self.format.make_old(value));
+        self.map(entry, gfn, self.aged(&role, value));
     }
 }
 

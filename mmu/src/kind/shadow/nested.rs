@@ -5,7 +5,7 @@ use crate::format::EntryFormat;
 use crate::kind::Root;
 use crate::level::Level;
 use crate::memory::{Backing, Exclusive, Held};
-use crate::role::{RootRole, VcpuMode};
+use crate::role::{PageRole, RootRole, VcpuMode};
 use crate::tables::{TableCache, TableMemory};
 
 /// What stands for a root table that is not there: no table of a guest lies in the last frame.
@@ -42,6 +42,35 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
     pub(super) fn is_empty_root(&self, page: u32) -> bool {
         let page = self.page(page);
         page.gfn == NOWHERE && page.role.is_some_and(|role| role.direct)
+    }
+
+    /// L1, which runs on the direct kind, writes to `gfn`, and the write was refused because the page is tracked: lets it write
+    /// without exits from now on, if the page is nothing but lowest tables of its nested ones. `false` if the write has to be
+    /// emulated.
+    pub fn let_write<'m, B: Backing + 'm>(
+        &mut self,
+        guard: &mut Exclusive<'m, B>,
+        gfn: Gfn,
+    ) -> ShadowDone<bool> {
+        self.begin(guard);
+        let free = self.try_unsync(guard, gfn);
+        self.done(guard, free)
+    }
+
+    /// Whether the processor keeps accessed and dirty flags in a page with this role. It does not for L2 on extended page
+    /// tables whose pointer has them off, be the format one that has such flags: then A says nothing, and stays set.
+    pub(super) fn keeps_flags(&self, role: &PageRole) -> bool {
+        let ept = role.base.guest().is_some_and(|guest| guest.is_ept());
+        !ept || role.base.accessed_dirty() || !self.format.has_dirty_bits()
+    }
+
+    /// A leaf for a page with this role, as one that was not used, if that can ever be told from one that was.
+    pub(super) fn aged(&self, role: &PageRole, value: u64) -> u64 {
+        if self.keeps_flags(role) {
+            self.format.make_old(value)
+        } else {
+            value
+        }
     }
 
     /// L1 gets an exit for `address` of L2: by itself that invalidates what any TLB of the vCPU says of the address (Intel SDM
