@@ -1,6 +1,6 @@
 //! A guest under a shadow kind: its memory, two vCPUs, the processor over the shadow, and the reference beside it.
 use std::collections::HashSet;
-use std::sync::atomic::{AtomicU32, AtomicU64};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use mmu::{
     AccessKind, Backing, CpuId, CpuRole, Gfn, GfnRange, Gva, Level, Mmu, NoPage, Npt, NptHost, Pae, PaeHost,
@@ -34,7 +34,7 @@ impl Backing for NotedRam {
     /// A cookie is the word of memory that the slot starts with; its frames are those of the memory.
     fn notes(&self, cookie: u64) -> SlotNotes<'_> {
         let page = cookie as usize / 512;
-        let tracked_in = [&self.blocks[0][page / 512..], &self.blocks[1][..]];
+        let tracked_in = [&self.blocks[0][page / 512..], &self.blocks[1][page / 512..]];
         SlotNotes { dirty: &self.dirty[page / 64..], tracks: &self.tracks[page..], tracked_in }
     }
     fn read(&self, at: &RamAddr, buf: &mut [u8]) -> Result<(), NoPage> {
@@ -63,7 +63,7 @@ pub fn memory() -> VmMemory<NotedRam> {
         flat: FlatRam::new(PAGES as usize * 4096),
         dirty: (0..PAGES / 64).map(|_| AtomicU64::new(0)).collect(),
         tracks: counts(PAGES),
-        blocks: [counts(PAGES / 512), counts(1)],
+        blocks: [counts(PAGES / 512), counts(PAGES / 512)],
     });
     let range = GfnRange::new(Gfn::default(), PAGES).unwrap();
     memory.exclusive(CPU).insert_slot(&Slot { range, flags: SlotFlags::empty(), cookie: 0 }).unwrap();
@@ -82,11 +82,11 @@ pub struct Vcpu {
     pub m: Machine,
     pub root: Root,
     /// By page: where each access has led to since its translation was flushed last, as far as it was permitted.
-    allowed: HashSet<(u64, What2, u64)>,
+    pub allowed: HashSet<(u64, What2, u64)>,
 }
 
 /// Kind and agent of an access, as numbers.
-type What2 = (u8, u8);
+pub type What2 = (u8, u8);
 
 pub struct World {
     pub memory: &'static VmMemory<NotedRam>,
@@ -211,7 +211,8 @@ impl World {
         let (mut writable, mut user, mut executable) = (true, true, true);
         loop {
             let entry = self.tables.peek(table, (va >> (12 + 9 * (level - 1)) & 511) as usize).expect("C3");
-            if entry & 1 == 0 {
+            // Not present, or a note about device memory: malformed by its highest address bit.
+            if entry & 1 == 0 || entry & (1 << 11 | 1 << 51) == 1 << 51 {
                 return None;
             }
             let pdpte = legacy && level == 3;
@@ -289,7 +290,7 @@ impl World {
             self.check();
             match done.outcome {
                 ShadowFault::Mapped | ShadowFault::Spurious | ShadowFault::Retry => {}
-                ShadowFault::Mmio(_) => return Ended::Device,
+                ShadowFault::Mmio(_) | ShadowFault::ReadOnly(_) => return Ended::Device,
                 ShadowFault::WriteTracked(gpa) => {
                     assert_eq!(gpa, walked.translation.address);
                     self.emulated += 1;
@@ -329,6 +330,17 @@ impl World {
         self.tables.drain(&mut self.cache);
         self.kind.dismantle(|page| self.tables.release(page));
         assert_eq!(self.tables.in_use(), 0);
+    }
+}
+
+impl NotedRam {
+    /// Memory for notes is all zero when a slot is inserted.
+    pub fn zero_notes(&self, from: u64) {
+        let from = from as usize;
+        self.tracks[from..].iter().for_each(|count| count.store(0, Ordering::SeqCst));
+        for blocks in &self.blocks {
+            blocks[from / 512..].iter().for_each(|count| count.store(0, Ordering::SeqCst));
+        }
     }
 }
 

@@ -296,15 +296,19 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         for slot in memory.slots.iter() {
             let notes = memory.backing().notes(slot.cookie);
             let start = Gfn::new_truncate(slot.range.start());
-            pages += notes.tracks.iter().map(|count| count.load(Ordering::Relaxed) as usize).sum::<usize>();
+            let count = slot.range.pages() as usize;
+            let tracks = notes.tracks.get(..count).unwrap_or(notes.tracks);
+            pages += tracks.iter().map(|count| count.load(Ordering::Relaxed) as usize).sum::<usize>();
             for (counts, size) in notes.tracked_in.iter().zip([PageSize::Size2M, PageSize::Size1G]) {
                 let shift = size.level().frame_shift();
-                for (block, count) in counts.iter().enumerate() {
+                let blocks = ((slot.range.end() - 1) >> shift) - (start.number() >> shift) + 1;
+                for (block, count) in counts.iter().enumerate().take(blocks as usize) {
                     let inside = |page: usize| {
                         ((start.number() + page as u64) >> shift) - (start.number() >> shift) == block as u64
                     };
-                    let tracks = notes.tracks.iter().enumerate();
                     let found = tracks
+                        .iter()
+                        .enumerate()
                         .filter(|(page, count)| inside(*page) && count.load(Ordering::Relaxed) != 0)
                         .count();
                     if count.load(Ordering::Relaxed) as usize != found {

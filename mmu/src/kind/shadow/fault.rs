@@ -136,7 +136,7 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
                 }
             }
             page = self.descend_direct(guard, cache, walk, page, index, goal.gfn, goal.prot)?;
-            if goal.split {
+            if goal.split && self.block_of(page).is_some_and(|size| size <= goal.block_size) {
                 self.mark_split(page);
             }
         }

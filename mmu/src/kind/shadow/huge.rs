@@ -60,30 +60,35 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         self.ops.splits
     }
 
-    /// Drops at most `limit` of those pages in a batch, so that their blocks can be huge again where the guest no longer
-    /// fetches. Pages of logged slots stay.
+    /// Drops one in `ratio` of those pages (at least one), the first that come, so that their blocks can be huge again where
+    /// the guest no longer fetches. One progress goes through many calls: begin anew when it is done. Pages of logged slots
+    /// stay.
     pub fn recover_huge_pages<'m, B: Backing + 'm>(
         &mut self,
         guard: &mut Exclusive<'m, B>,
-        limit: u64,
+        ratio: u64,
         progress: &mut ZapProgress,
     ) -> ShadowDone<()> {
         self.begin(guard);
         let memory = Held::<B>::memory(guard);
-        let mut left = limit;
+        let mut left = self.ops.splits.div_ceil(ratio.max(1));
         for index in self.batch(progress) {
             let page = self.page(index);
             let logged = memory.is_logging() && memory.logged_by(page.gfn).is_some();
-            if page.role.is_some() && page.split && left != 0 && !logged {
-                left -= 1;
+            if page.role.is_some() && page.split && !logged {
                 self.zap_page(guard, index);
+                left -= 1;
+                if left == 0 {
+                    progress.go_on_after(index);
+                    break;
+                }
             }
         }
         self.done(guard, ())
     }
 
     /// The size of the huge page that a direct page stands for a part of, if it does. A root's own page is none.
-    fn block_of(&self, index: u32) -> Option<PageSize> {
+    pub(super) fn block_of(&self, index: u32) -> Option<PageSize> {
         let page = self.page(index);
         let role = page.role.filter(|role| role.direct && page.roots == 0)?;
         let size = match role.level {

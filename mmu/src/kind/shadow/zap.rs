@@ -24,6 +24,12 @@ impl ZapProgress {
     pub const fn is_done(&self) -> bool {
         self.done
     }
+
+    /// The batch ended early, with page `index`.
+    pub(super) const fn go_on_after(&mut self, index: u32) {
+        self.next = index as usize + 1;
+        self.done = false;
+    }
 }
 
 /// A leaf that an operation over a range has met.
