@@ -195,6 +195,7 @@ impl Model {
         let slot = Slot { range: range(UPPER, PAGES - UPPER), flags, cookie: UPPER * 512 };
         self.world.memory.exclusive(CPU).insert_slot(&slot).unwrap();
         self.upper = Some(flags);
+        self.world.hidden = 0..0;
     }
 
     fn wrote(&mut self, address: u64) {
@@ -297,6 +298,7 @@ impl Model {
                 self.untrack();
                 self.stop_log();
                 let start = Gfn::new_truncate(UPPER);
+                self.world.hidden = UPPER << 12..PAGES << 12;
                 let range = self.world.memory.exclusive(CPU).remove_slot(start).unwrap().range();
                 self.world.zap_range(range);
             }

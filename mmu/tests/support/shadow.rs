@@ -96,6 +96,8 @@ pub struct World {
     pub vcpus: Vec<Vcpu>,
     pub addresses: Vec<u64>,
     pub emulated: usize,
+    /// Addresses that no slot has at the moment, although there is memory.
+    pub hidden: std::ops::Range<u64>,
 }
 
 /// How an access ended.
@@ -125,8 +127,16 @@ impl World {
             NptHost { five_level: m.la57, max_phys_addr: 46, no_execute: true, largest: PageSize::Size2M };
         let pae = Pae::new(&PaeHost { max_phys_addr: 46 });
         let kind = Kind::new(memory, Npt::new(&host), pae, tables.clone(), store(quota)).unwrap();
-        let mut world =
-            Self { memory, kind, tables, cache: TableCache::new(), vcpus: vec![], addresses, emulated: 0 };
+        let mut world = Self {
+            memory,
+            kind,
+            tables,
+            cache: TableCache::new(),
+            vcpus: vec![],
+            addresses,
+            emulated: 0,
+            hidden: 0..0,
+        };
         for _ in 0..2 {
             let root = world.root(&m);
             world.vcpus.push(Vcpu { m, root, allowed: HashSet::new() });
@@ -137,6 +147,13 @@ impl World {
 
     pub fn ram(&self) -> &FlatRam {
         &self.memory.backing().flat
+    }
+
+    fn word(&self, at: u64) -> Option<u64> {
+        if self.hidden.contains(&at) {
+            return None;
+        }
+        self.ram().get(at)
     }
 
     fn pdptes(&self, m: &Machine) -> [u64; 4] {
@@ -177,11 +194,12 @@ impl World {
 
     /// Notes where every access leads now, for every vCPU.
     fn remember(&mut self) {
-        let ram = &self.memory.backing().flat;
+        let (ram, hidden) = (&self.memory.backing().flat, &self.hidden);
+        let word = |at| if hidden.contains(&at) { None } else { ram.get(at) };
         for vcpu in &mut self.vcpus {
             for &va in &self.addresses {
                 for (what, who) in ALL {
-                    if let Ok(found) = walk(&vcpu.m, &|at| ram.get(at), va, what, who) {
+                    if let Ok(found) = walk(&vcpu.m, &word, va, what, who) {
                         vcpu.allowed.insert((va >> 12, (what as u8, who as u8), found.address >> 12));
                     }
                 }
@@ -261,14 +279,14 @@ impl World {
                 assert!(
                     known,
                     "A3: {what:?} {who:?} at {va:#x} reaches {at:#x}; now: {:x?}",
-                    walk(&m, &|at| self.ram().get(at), va, what, who)
+                    walk(&m, &|at| self.word(at), va, what, who)
                 );
                 return Ended::At(at);
             }
             self.tables.fill(&mut self.cache);
             let (paging, cpu) = registers(&m);
             let context = PagingContext::<Gva, mmu::Gpa>::new(CpuRole::new(&paging, &cpu));
-            let expected = walk(&m, &|at| self.ram().get(at), va, what, who);
+            let expected = walk(&m, &|at| self.word(at), va, what, who);
             let found = context.walk(&self.memory.shared(CPU), &regs(&m), Gva::new(va), access(what, who));
             let walked = match (found, expected) {
                 (Ok(walked), Ok(expected)) => {
