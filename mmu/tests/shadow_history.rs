@@ -355,7 +355,7 @@ fn d6_a_root_whose_table_went_is_taken_anew() {
     world.zap_range(all);
     world.check();
     world.memory.backing().zero_notes(0);
-    let slot = mmu::Slot { range: all, flags: mmu::SlotFlags::empty(), cookie: 0 };
+    let slot = mmu::Slot::new(all, mmu::SlotFlags::empty(), 0);
     world.memory.exclusive(CPU).insert_slot(&slot).unwrap();
     world.check();
     assert!(!world.memory.shared(CPU).is_write_tracked(Gfn::new_truncate(1)));

@@ -77,7 +77,7 @@ fn device(gpa: u64) -> ShadowFault {
 
 fn insert(world: &World, gfn: u64, pages: u64, flags: SlotFlags) {
     let range = GfnRange::new(Gfn::new_truncate(gfn), pages).unwrap();
-    world.memory.exclusive(CPU).insert_slot(&Slot { range, flags, cookie: 0 }).unwrap();
+    world.memory.exclusive(CPU).insert_slot(&Slot::new(range, flags, 512 * 512)).unwrap();
 }
 
 /// I1: the second access is known from its entry, which the processor takes for malformed.
@@ -220,7 +220,7 @@ fn i1_notes_do_not_survive_a_wrap_of_the_generation() {
         let mut guard = world.memory.exclusive(CPU);
         let range = GfnRange::new(Gfn::new_truncate(1 << 20), 1).unwrap();
         for _ in 0..1 << 18 {
-            guard.insert_slot(&Slot { range, flags: SlotFlags::empty(), cookie: 0 }).unwrap();
+            guard.insert_slot(&Slot::new(range, SlotFlags::empty(), 0)).unwrap();
             let _ = guard.remove_slot(Gfn::new_truncate(1 << 20)).unwrap();
         }
     }

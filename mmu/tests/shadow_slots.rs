@@ -184,7 +184,7 @@ impl Model {
         let mut model = Self { world, upper: None, log: None, written: BTreeSet::new(), tracked: vec![] };
         model.world.zap_range(whole);
         model.world.memory.backing().zero_notes(0);
-        let slot = Slot { range: range(0, UPPER), flags: SlotFlags::empty(), cookie: 0 };
+        let slot = Slot::new(range(0, UPPER), SlotFlags::empty(), 0);
         model.world.memory.exclusive(CPU).insert_slot(&slot).unwrap();
         model.insert(SlotFlags::empty());
         model
@@ -192,7 +192,7 @@ impl Model {
 
     fn insert(&mut self, flags: SlotFlags) {
         self.world.memory.backing().zero_notes(UPPER);
-        let slot = Slot { range: range(UPPER, PAGES - UPPER), flags, cookie: UPPER * 512 };
+        let slot = Slot::new(range(UPPER, PAGES - UPPER), flags, UPPER * 512);
         self.world.memory.exclusive(CPU).insert_slot(&slot).unwrap();
         self.upper = Some(flags);
         self.world.hidden = 0..0;
@@ -334,9 +334,9 @@ impl Model {
                 if all_set {
                     let _ = guard.start_dirty_log_all_set(start, by).unwrap();
                 } else {
-                    let range = guard.start_dirty_log(start, by).unwrap().range();
+                    let slot = guard.start_dirty_log(start, by).unwrap();
                     sweep(|progress| {
-                        let _ = self.world.kind.rearm(&mut guard, range, progress);
+                        let _ = self.world.kind.rearm(&mut guard, &slot, progress);
                     });
                 }
                 drop(guard);

@@ -66,7 +66,7 @@ pub fn memory() -> VmMemory<NotedRam> {
         blocks: [counts(PAGES / 512), counts(PAGES / 512)],
     });
     let range = GfnRange::new(Gfn::default(), PAGES).unwrap();
-    memory.exclusive(CPU).insert_slot(&Slot { range, flags: SlotFlags::empty(), cookie: 0 }).unwrap();
+    memory.exclusive(CPU).insert_slot(&Slot::new(range, SlotFlags::empty(), 0)).unwrap();
     memory
 }
 
@@ -399,9 +399,9 @@ impl World {
 
     /// Begins the log of the slot at frame 0.
     pub fn start_log(&mut self, by: mmu::LogBy) {
-        let range = self.memory.exclusive(CPU).start_dirty_log(Gfn::default(), by).unwrap().range();
+        let slot = self.memory.exclusive(CPU).start_dirty_log(Gfn::default(), by).unwrap();
         sweep(|progress| {
-            let _ = self.kind.rearm(&mut self.memory.exclusive(CPU), range, progress);
+            let _ = self.kind.rearm(&mut self.memory.exclusive(CPU), &slot, progress);
         });
         self.check();
     }

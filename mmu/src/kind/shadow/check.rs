@@ -1,5 +1,5 @@
 //! A check of everything a shadow kind holds, for tests: nothing is taken from what it maintains that can be counted anew.
-use super::{guest_entry, is_above, is_short, number, read_guest, shadows, split, Kept, ShadowMmu, NONE};
+use super::{guest_entry, is_above, number, read_guest, shadows, space, split, Kept, ShadowMmu, NONE};
 use crate::access::{AccessKind, Prot};
 use crate::addr::{Gfn, Gpa, Gva};
 use crate::format::{Entry, EntryFormat};
@@ -133,8 +133,7 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
             seen.chained += 1;
             parent = self.note(parent).next;
         }
-        let slot = memory.find_slot(page.gfn.gpa());
-        if page.tracked && !slot.is_some_and(|hit| memory.is_tracked(&hit)) {
+        if page.tracked && !memory.is_tracked_everywhere(page.gfn) {
             return Err("D6: a shadowed table is not tracked");
         }
         let lost = self.is_lost(index);
@@ -218,7 +217,7 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         }
         self.format.writability(value).ok_or("B2")?;
         let leaf = self.format.leaf(value, role.level).ok_or("B1: a leaf that is not made here")?;
-        let hit = memory.find_slot(gfn.gpa()).ok_or("I2: a leaf without a slot")?;
+        let hit = memory.find_slot(space(role), gfn.gpa()).ok_or("I2: a leaf without a slot")?;
         let writes = self.format.permits(value, AccessKind::Write);
         let huge = leaf.size != PageSize::Size4K;
         if writes && memory.is_tracked(&hit) {
@@ -235,7 +234,7 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         }
         // H1: what can be written, and would not be noticed, is in the log.
         if let Some(by) = self.logged_by(memory, role, gfn).filter(|_| writes) {
-            if by == LogBy::WriteProtection && !memory.is_logged(gfn) {
+            if by == LogBy::WriteProtection && !memory.is_logged(space(role), gfn) {
                 return Err("H1: a page can be written without being logged");
             }
         }
@@ -267,7 +266,7 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
             return Ok(());
         };
         let Some(guest) = role.base.guest() else { return Ok(()) };
-        let raw = read_guest(memory, guest_entry(page, &role, at), is_short(&role));
+        let raw = read_guest(memory, guest_entry(page, &role, at), &role);
         let context = PagingContext::<Gva, Gpa>::new(guest);
         let found = raw.and_then(|raw| context.lowest_entry(raw)).ok_or("A3: a leaf for an absent entry")?;
         let leaf = self.format.leaf(value, Level::L1).ok_or("B1")?;
