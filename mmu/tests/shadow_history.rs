@@ -321,7 +321,7 @@ fn a_flood_of_writes_drops_the_shadow() {
     let tables = world.kind.page_counts().tables;
     for round in 0..8 {
         world.emulate(0x3000 + 100 * 8, 8, 0);
-        read(&mut world, 0x40_0000 | (round + 1) * 8 << 12);
+        read(&mut world, 0x40_0000 | ((round + 1) * 8) << 12);
     }
     assert_eq!(world.kind.page_counts().tables, tables, "it is in use");
     for _ in 0..8 {
