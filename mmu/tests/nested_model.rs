@@ -180,10 +180,10 @@ fn apply<H: HostMachine>(world: &mut World<H>, op: &Op) {
             let _ = world.l1_access(vcpu, gfn << 12, what, gfn % 2 == 0);
         }
         Op::L2Store { vcpu, page, index, entry } => {
-            let _ = world.l2_store(vcpu, page << 12 | index * 8, entry);
+            let _ = world.l2_store(vcpu, (page << 12) | (index * 8), entry);
         }
         Op::L2Table { vcpu, index, to, flags } => {
-            let _ = world.l2_store(vcpu, 27 << 12 | index * 8, to << 12 | flags);
+            let _ = world.l2_store(vcpu, (27 << 12) | (index * 8), to << 12 | flags);
         }
         Op::L2Flush { vcpu, at } => {
             let va = at.map(|at| place(world, at));

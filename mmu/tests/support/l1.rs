@@ -71,10 +71,10 @@ fn l2_tables(ram: &FlatRam) {
             5 => 0,
             _ => 0x67,
         };
-        ram.set(35 << 12 | page * 8, page << 12 | flags);
+        ram.set((35 << 12) | (page * 8), page << 12 | flags);
     }
     for (page, to) in [(28u64, 512u64), (29, 513), (30, 1024), (31, 1025)] {
-        ram.set(35 << 12 | page * 8, to << 12 | 0x67);
+        ram.set((35 << 12) | (page * 8), to << 12 | 0x67);
     }
 }
 
