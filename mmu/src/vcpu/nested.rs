@@ -134,10 +134,10 @@ impl Mmu {
 
     /// Roots that `covers` are behind L1's nested tables.
     pub(crate) fn roots_behind(&mut self, covers: impl Fn(&RootKey) -> bool) -> Requests {
-        let marked = self.roots.mark(Sync::All, covers);
+        let (marked, flush) = self.fall_behind(Sync::All, covers);
         self.settle_root();
         let sync = (!marked.is_empty()).then_some((Sync::All, marked));
-        Requests { load: self.roots.current().is_none(), sync, flush: TagFlush::None }
+        Requests { load: self.roots.current().is_none(), sync, flush }
     }
 
     /// The roots that are kept for L1's table at this address, the current one first.

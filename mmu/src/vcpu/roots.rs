@@ -102,6 +102,8 @@ impl RootCache {
         for (index, entry) in self.entries.iter_mut().enumerate() {
             let Some(entry) = entry.as_mut().filter(|entry| !entry.key.role().is_direct()) else { continue };
             if covers(&entry.key) {
+                // That of the current root is kept elsewhere.
+                entry.tag = Tag::UNKNOWN;
                 entry.behind = match entry.behind {
                     None => Some(how),
                     same if same == Some(how) => same,
