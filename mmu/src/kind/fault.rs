@@ -458,7 +458,7 @@ impl Resolution {
         let inside = self.gfn.number() & (self.size.pages() - 1) & !(size.pages() - 1);
         let pfn = Pfn::new_truncate(self.block.number() + inside);
         let execute = !(self.policy.contains(Policy::NO_HUGE_EXECUTE) && size != PageSize::Size4K);
-        Leaf { execute, ..Leaf::ram(pfn, size, self.policy.writability()) }
+        Leaf::ram(pfn, size, self.policy.writability()).with_execute(execute)
     }
 
     /// The size of the block that was found.
