@@ -116,10 +116,7 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
                 }
                 self.took_away(FlushSite::DropLeaf);
             }
-            Kept::Link(_) => {
-                self.page_mut(page).stale[index / 64] &= !(1 << (index % 64));
-                self.took_away(FlushSite::DropLink);
-            }
+            Kept::Link(_) => self.page_mut(page).stale[index / 64] &= !(1 << (index % 64)),
         }
     }
 
