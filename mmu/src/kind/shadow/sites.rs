@@ -1,4 +1,5 @@
-//! Where the shadow kind takes something away that TLBs may still have. What is not named here needs no flush: notes about
+//! Where the shadow kind takes something away that TLBs may still have. What is not named here needs no flush: links (their
+//! tables are owed a flush when they go) and other rights than W, for a guest's own flush is one of its tag; notes about
 //! device memory, permission that is given, aging.
 use super::ShadowMmu;
 use crate::format::EntryFormat;
@@ -9,8 +10,6 @@ use crate::tables::TableMemory;
 pub(super) enum FlushSite {
     /// A leaf is gone, and its record in the reverse map: whoever asks for its frame later does not find it.
     DropLeaf,
-    /// A link is gone: what was below it is found by no sync any more.
-    DropLink,
     /// A leaf lost W, for its frame is shadowed or to be noticed.
     Protect,
     /// A leaf lost W, for the guest's entry has.
