@@ -52,6 +52,25 @@
 //! A walk that fails gives a [`FaultInfo`], which is rendered where it is needed as a [`PageFaultCode`], an [`EptExit`] or an
 //! [`NpfInfo`].
 //!
+//! # L2
+//!
+//! An L2 on nested tables of L1 runs on a root of [`VcpuMmus::tdp12_mmu`]. L1's nested paging is a [`Tdp12`], made at VM entry;
+//! [`VcpuMmus::enter_l2`] finds the root. An exit of the second stage is an [`L2Exit`]:
+//!
+//! ```text
+//! let walked = tdp12.walk_exit(&memory.shared(cpu), &exit, &observer);
+//! let done = mmus.l2_fault(&tdp12, &mut shadow, &mut memory.exclusive(cpu).beside(&direct), &mut cache, &walked);
+//! match done.outcome {
+//!     L2Fault::ToL1(fault) => L1 gets fault.ept_exit() or fault.npf_info(),
+//!     L2Fault::LogFull => L1 gets "page-modification log full",
+//!     L2Fault::Here(fault) => as for any shadow: run on, or emulate L2's instruction,
+//! }
+//! ```
+//!
+//! What L1 does to translations of L2 is an event of its [`L2Tag`], whose [`L2Request`] goes to [`VcpuMmus::apply`]. A write of
+//! L1 that the direct kind refuses for a shadowed table is emulated and [followed](ShadowMmu::track_write), or
+//! [let through](ShadowMmu::let_write) from then on.
+//!
 //! # What may be relied on
 //!
 //! - **No function of a kind takes a vCPU**, and no mask is global: formats are values.
@@ -149,7 +168,7 @@
 //! | `struct kvm_paging_context` | [`PagingContext`]`<In, Out>` |
 //! | `root_walk`, `walk01` | one type and one value, `PagingContext<Gva, Gpa>`: they never differ |
 //! | `walk12` | `PagingContext<Gva, NGpa>`, reading entries through [`NestedTables`] |
-//! | (the walk of EPT12/NPT12) `tdp12_walk` | `PagingContext<NGpa, Gpa>`, with the role [`CpuRole::nested`] or [`CpuRole::ept`] |
+//! | (the walk of EPT12/NPT12) `tdp12_walk` | `PagingContext<NGpa, Gpa>`, of a [`Tdp12`]: L1's nested paging as VM entry found it |
 //! | `walk` (pointer to one of them) | [`VcpuMmus::walk`], an enum: the stages are types |
 //! | `prev_roots`, `pae_root`, `pml4_root`, `pml5_root` (KVM) | one cache of roots of every kind, found by [`RootKey`] |
 //! | `nested_mmu`, `walk_mmu` | do not exist |

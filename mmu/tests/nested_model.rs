@@ -5,7 +5,8 @@ use mmu::{Gfn, GfnRange, Gva, Invvpid, LogBy, TlbControl};
 use proptest::prelude::*;
 use support::flat::FlatRam;
 use support::l1::{
-    belows, ept_setup, npt_setup, pae_setup, short_setup, EPT, L2, L2_UNPAGED, LOWEST, NPT, ROOT_A, ROOT_B,
+    belows, ept5_setup, ept_setup, npt_setup, pae_setup, short_setup, EPT, L2, L2_UNPAGED, LOWEST, NPT,
+    ROOT_A, ROOT_A5, ROOT_B,
 };
 use support::machines::{Amd, Host, Intel, Machine as HostMachine, AMD, HOST, INTEL};
 use support::manual::{ept, Machine, What, Who};
@@ -265,13 +266,20 @@ proptest! {
     #[test]
     fn extended_page_tables_without_flags((own, quota, ops) in sequence(ept_entries)) {
         let below = ept::Machine { accessed_dirty: false, ..EPT };
-        run(Intel { mode_based_execute: false, ..INTEL }, (Below::Ept(below), L2_UNPAGED), ept_setup, (own, quota), &ops);
+        run(Intel { mode_based_execute: false, ..INTEL }, (Below::Ept(below), L2), ept_setup, (own, quota), &ops);
     }
 
     #[test]
     fn extended_page_tables_with_mode_based_execute_control((own, quota, ops) in sequence(ept_entries)) {
         let below = ept::Machine { mode_based: true, ..EPT };
         run(INTEL, (Below::Ept(below), L2), ept_setup, (own, quota), &ops);
+    }
+
+    #[test]
+    fn g7_extended_page_tables_of_five_levels((own, quota, ops) in sequence(ept_entries)) {
+        let host = Intel { mode_based_execute: false, ..INTEL };
+        let below = ept::Machine { levels: 5, root: ROOT_A5, ..EPT };
+        run(host, (Below::Ept(below), L2_UNPAGED), ept5_setup, (own, quota), &ops);
     }
 
     #[test]
