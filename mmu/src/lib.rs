@@ -182,8 +182,8 @@ pub use format::{
 };
 pub use kind::{
     Direct, DirectMmu, DirectRole, FaultOutcome, Flush, Issued, MmuKind, NoRoot, NoShadowRoot, PageCounts,
-    Resolution, Root, Shadow, ShadowBucket, ShadowCheck, ShadowDone, ShadowFault, ShadowMmu, ShadowPage,
-    ShadowStore, SplitProgress, Sweep, ZapProgress, MAX_ROOTS,
+    PopulateProgress, Resolution, Root, Shadow, ShadowBucket, ShadowCheck, ShadowDone, ShadowFault,
+    ShadowMmu, ShadowPage, ShadowStore, SplitProgress, Sweep, ZapProgress, MAX_ROOTS,
 };
 pub use level::{Level, PageSize, ENTRIES};
 pub use memory::{

@@ -37,21 +37,21 @@ pub enum FaultOutcome {
 /// behind the page has changed in the meantime, it is refused.
 #[derive(Debug)]
 pub struct Resolution {
-    gfn: Gfn,
+    pub(super) gfn: Gfn,
     /// The root's table. It stays the root's as long as `sequence` is current.
-    root: Pfn,
-    access: AccessKind,
-    policy: Policy,
+    pub(super) root: Pfn,
+    pub(super) access: AccessKind,
+    pub(super) policy: Policy,
     /// First frame of the block of `size`.
-    block: Pfn,
-    size: PageSize,
-    sequence: InvalidationSeq,
+    pub(super) block: Pfn,
+    pub(super) size: PageSize,
+    pub(super) sequence: InvalidationSeq,
 }
 
 bitflags! {
     /// How a page is mapped, by what its slot and the kind have switched on. Without any: writable, in any size.
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-    struct Policy: u8 {
+    pub(super) struct Policy: u8 {
         /// Never written: the slot is read-only.
         const READ_ONLY = 1 << 0;
         /// Never written: the page is tracked.
@@ -230,7 +230,7 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
 
     /// How a page of a slot with flags is mapped.
     #[cold]
-    fn policy<B: Backing>(
+    pub(super) fn policy<B: Backing>(
         &self,
         memory: &VmMemory<B>,
         slot: &SlotHit<'_>,
@@ -475,7 +475,7 @@ impl Resolution {
 
 /// The level above; a chain of new tables ends below the root, so there always is one.
 #[inline]
-const fn level_above(level: Level) -> Level {
+pub(super) const fn level_above(level: Level) -> Level {
     match level {
         Level::L1 => Level::L2,
         Level::L2 => Level::L3,
