@@ -37,15 +37,15 @@ pub enum FaultOutcome {
 /// behind the page has changed in the meantime, it is refused.
 #[derive(Debug)]
 pub struct Resolution {
-    pub(super) gfn: Gfn,
+    gfn: Gfn,
     /// The root's table. It stays the root's as long as `sequence` is current.
-    pub(super) root: Pfn,
-    pub(super) access: AccessKind,
-    pub(super) policy: Policy,
+    root: Pfn,
+    access: AccessKind,
+    policy: Policy,
     /// First frame of the block of `size`.
-    pub(super) block: Pfn,
-    pub(super) size: PageSize,
-    pub(super) sequence: InvalidationSeq,
+    block: Pfn,
+    size: PageSize,
+    sequence: InvalidationSeq,
 }
 
 bitflags! {
@@ -70,7 +70,7 @@ bitflags! {
 }
 
 impl Policy {
-    const fn writability(self) -> Writability {
+    pub(super) const fn writability(self) -> Writability {
         if self.contains(Self::READ_ONLY) {
             Writability::ReadOnly
         } else if self.contains(Self::TRACKED) {

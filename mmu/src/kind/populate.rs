@@ -3,11 +3,11 @@
 //! What a fault does in two halves, for a page, is done here under one guard, for as many pages as one table maps. Under a
 //! guard neither a slot changes nor an invalidation begins, so what was asked once holds for all of them.
 use super::direct::DirectMmu;
-use super::fault::{level_above, Place, Policy, Resolution};
+use super::fault::{level_above, Place, Policy};
 use super::roots::Root;
 use crate::access::AccessKind;
 use crate::addr::{Gfn, GfnRange, Gpa, Pfn};
-use crate::format::{Entry, EntryFormat};
+use crate::format::{Entry, EntryFormat, Leaf};
 use crate::level::{Level, PageSize, ENTRIES};
 use crate::memory::{Backing, Held, Resolved, SlotFlags, SlotHit, VmMemory};
 use crate::sync::Ordering;
@@ -108,31 +108,17 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
                 None => break,
             }
         }
-        let mut policy = Policy::empty();
-        if !slot.flags().is_empty() {
-            policy = self.read_policy(memory, &slot)?;
-        }
-        let mut found = Resolution {
-            gfn: first,
-            root: root.hpa.pfn(),
-            access: AccessKind::Read,
-            policy,
-            block: Pfn::new_truncate(0),
-            size: want,
-            sequence,
-        };
-        (found.block, found.size) = match memory.backing().resolve(&slot.ram(), want, AccessKind::Read) {
-            Resolved::Ram { pfn, size } => (pfn, size.min(want)),
+        let (block, found) = match memory.backing().resolve(&slot.ram(), want, AccessKind::Read) {
+            Resolved::Ram { pfn, size } => (pfn.number(), size.min(want)),
             Resolved::Retry => return Err(Stopped::For(PopulateProgress::Retry)),
             Resolved::Absent => return Err(Stopped::For(PopulateProgress::NotRam(gpa))),
         };
-        if self.forbids_huge_execute() {
-            found.policy.insert(Policy::NO_HUGE_EXECUTE);
-        }
         // As faults do: a block that is not as aligned as the backing says is mapped in smaller pages, and so is one
         // where there is a table already.
-        let mut size = found.size;
-        while size.level() > place.level || !found.leaf(size).pfn.number().is_multiple_of(size.pages()) {
+        let block_start = first.number() & !(found.pages() - 1);
+        let moved = block.wrapping_sub(block_start);
+        let mut size = found;
+        while size.level() > place.level || moved & (size.pages() - 1) != 0 {
             match size.smaller() {
                 Some(smaller) => size = smaller,
                 None => break,
@@ -140,63 +126,74 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
         }
         // The table that will have the leaves maps no further than this.
         let table_pages = size.pages() * ENTRIES as u64;
-        let end = end.min((first.number() | (table_pages - 1)) + 1);
-        let run = Run { found, size, slot, each: slot.flags().contains(SlotFlags::TRACKED), end };
-        if place.level == size.level() {
-            self.fill_shared(guard, &place, run)
-        } else {
-            self.fill_new(guard, cache, &place, run)
+        let run = Run {
+            slot,
+            leaf: self.ahead_leaf(memory, &slot, size)?,
+            each: slot.flags().contains(SlotFlags::TRACKED),
+            next: first.number() & !(size.pages() - 1),
+            end: end.min((first.number() | (table_pages - 1)) + 1),
+            moved,
+            block_end: block_start + found.pages(),
+        };
+        match (place.level == size.level(), size) {
+            // The sizes by name, for the loops to know them.
+            (true, PageSize::Size4K) => self.fill_shared(guard, &place, run, PageSize::Size4K),
+            (true, _) => self.fill_shared(guard, &place, run, size),
+            (false, PageSize::Size4K) => self.fill_new(guard, cache, &place, run, PageSize::Size4K),
+            (false, _) => self.fill_new(guard, cache, &place, run, size),
         }
     }
 
     /// Maps the run by a table that others may change at the same time: entry by entry.
+    #[inline(always)]
     fn fill_shared<'m, B: Backing + 'm>(
         &self,
         guard: &impl Held<'m, B>,
         place: &Place,
         mut run: Run<'_>,
+        size: PageSize,
     ) -> Result<u64, Stopped> {
-        let (level, mut gfn, mut mapped) = (place.level, run.found.gfn.number(), 0);
-        while gfn < run.end {
-            let cell = self.cell(&place.table, level.index(gfn));
+        let (level, mut mapped) = (size.level(), 0);
+        while run.next < run.end {
+            let cell = self.cell(&place.table, level.index(run.next));
             let old = cell.load();
             if old != 0 && self.format.entry(old, level) != Entry::Mmio {
                 // Already mapped, or the table is no more; the next descent tells them apart.
                 break;
             }
-            let Some(entry) = self.next_leaf(guard.memory(), &mut run, gfn) else { break };
+            let Some(entry) = self.next_leaf(guard.memory(), &mut run, size) else { break };
             if cell.compare_exchange(old, entry).is_err() {
                 break;
             }
             mapped += 1;
-            gfn = block_end(gfn, level);
+            run.next += size.pages();
         }
         self.counters.leaves(guard.cpu(), level, mapped);
         if mapped == 0 {
             return Err(Stopped::Raced);
         }
-        Ok(gfn)
+        Ok(run.next)
     }
 
     /// Maps the run by a new table, and links that in when it is complete.
+    #[inline(always)]
     fn fill_new<'m, B: Backing + 'm>(
         &self,
         guard: &impl Held<'m, B>,
         cache: &mut TableCache,
         place: &Place,
         mut run: Run<'_>,
+        size: PageSize,
     ) -> Result<u64, Stopped> {
-        let first = run.found.gfn.number();
-        let (bottom, depth) = (run.size.level(), place.level.ordinal() - run.size.level().ordinal());
+        let (first, bottom) = (run.next, size.level());
+        let depth = place.level.ordinal() - bottom.ordinal();
         let pages = cache.peek(depth).ok_or(Stopped::For(PopulateProgress::NeedTables))?;
         let [lowest, above @ ..] = pages else { return Err(Stopped::Raced) };
         let lowest = TableFrame::linked(*lowest);
-        let (mut gfn, mut mapped) = (first, 0);
-        while gfn < run.end {
-            let Some(entry) = self.next_leaf(guard.memory(), &mut run, gfn) else { break };
-            self.cell(&lowest, bottom.index(gfn)).store(entry);
-            mapped += 1;
-            gfn = block_end(gfn, bottom);
+        while run.next < run.end {
+            let Some(entry) = self.next_leaf(guard.memory(), &mut run, size) else { break };
+            self.cell(&lowest, bottom.index(run.next)).store(entry);
+            run.next += size.pages();
         }
         let mut level = level_above(bottom);
         let mut link = self.format.make_table(lowest.pfn(), level);
@@ -214,8 +211,8 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
         }
         cache.consume(depth);
         self.counters.tables(guard.cpu(), depth as i64);
-        self.counters.leaves(guard.cpu(), bottom, mapped);
-        Ok(gfn)
+        self.counters.leaves(guard.cpu(), bottom, ((run.next - first) / size.pages()) as i64);
+        Ok(run.next)
     }
 
     /// Makes the tables empty again that were not linked in.
@@ -233,39 +230,49 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
         }
     }
 
-    /// The leaf for `gfn`, a page of the run: from the block that was found last, or from what the backing has next.
+    /// The leaf for the next page of the run: from the block that was found last, or from what the backing has next.
     /// `None` ends the run.
     #[inline(always)]
-    fn next_leaf<B: Backing>(&self, memory: &VmMemory<B>, run: &mut Run<'_>, gfn: u64) -> Option<u64> {
-        let found = &mut run.found;
-        let inside = gfn ^ found.gfn.number() < found.size.pages();
-        found.gfn = Gfn::new_truncate(gfn);
-        if !inside {
-            let ahead = run.slot.at(found.gfn.gpa());
-            if run.size != PageSize::Size4K && !memory.allows(&ahead, run.size) {
+    fn next_leaf<B: Backing>(&self, memory: &VmMemory<B>, run: &mut Run<'_>, size: PageSize) -> Option<u64> {
+        let gfn = Gfn::new_truncate(run.next);
+        if run.next >= run.block_end {
+            let ahead = run.slot.at(gfn.gpa());
+            if size != PageSize::Size4K && !memory.allows(&ahead, size) {
                 return None;
             }
-            let Resolved::Ram { pfn, size } =
-                memory.backing().resolve(&ahead.ram(), run.size, AccessKind::Read)
-            else {
-                return None;
-            };
-            if size < run.size || !pfn.number().is_multiple_of(run.size.pages()) {
-                return None;
+            match memory.backing().resolve(&ahead.ram(), size, AccessKind::Read) {
+                Resolved::Ram { pfn, size: found }
+                    if found >= size && pfn.number().is_multiple_of(size.pages()) =>
+                {
+                    run.moved = pfn.number().wrapping_sub(run.next);
+                    run.block_end = run.next + size.pages();
+                }
+                _ => return None,
             }
-            (found.block, found.size) = (pfn, run.size);
         }
         if run.each {
-            let policy = self.read_policy(memory, &run.slot.at(found.gfn.gpa())).ok()?;
-            found.policy = found.policy & Policy::NO_HUGE_EXECUTE | policy;
+            run.leaf = self.ahead_leaf(memory, &run.slot.at(gfn.gpa()), size).ok()?;
         }
-        let entry = self.format.make_leaf(&found.leaf(run.size));
-        Some(if found.policy.contains(Policy::CLEAN) { self.format.without_dirty(entry) } else { entry })
+        // Leaves of ordinary memory differ in their frame alone.
+        Some(run.leaf | Pfn::new_truncate(run.next.wrapping_add(run.moved)).hpa().bits())
     }
 
-    /// How a page of a slot with flags is mapped that nobody writes yet.
-    fn read_policy<B: Backing>(&self, memory: &VmMemory<B>, slot: &SlotHit<'_>) -> Result<Policy, Stopped> {
-        self.policy(memory, slot, AccessKind::Read).map_err(|_| Stopped::For(PopulateProgress::Retry))
+    /// The leaf, of frame zero, for a page of `size` at the place in the slot: as nobody uses it yet.
+    fn ahead_leaf<B: Backing>(
+        &self,
+        memory: &VmMemory<B>,
+        slot: &SlotHit<'_>,
+        size: PageSize,
+    ) -> Result<u64, Stopped> {
+        let mut policy = Policy::empty();
+        if !slot.flags().is_empty() {
+            let found = self.policy(memory, slot, AccessKind::Read);
+            policy = found.map_err(|_| Stopped::For(PopulateProgress::Retry))?;
+        }
+        let execute = size == PageSize::Size4K || !self.forbids_huge_execute();
+        let leaf = Leaf { execute, ..Leaf::ram(Pfn::new_truncate(0), size, policy.writability()) };
+        let entry = self.format.make_leaf(&leaf);
+        Ok(if policy.contains(Policy::CLEAN) { self.format.without_dirty(entry) } else { entry })
     }
 }
 
@@ -278,15 +285,19 @@ enum Stopped {
 
 /// Neighbouring pages of one size in one slot, mapped by neighbouring entries of one table.
 struct Run<'s> {
-    /// The block that was found last, and the page it was found for.
-    found: Resolution,
-    size: PageSize,
     /// The slot, at the first page.
     slot: SlotHit<'s>,
+    /// The leaf of a page, but for its frame.
+    leaf: u64,
     /// Whether pages of the slot differ in what is permitted.
     each: bool,
-    /// The first frame after the run.
+    /// First guest frame of the next page.
+    next: u64,
+    /// The first one after the run.
     end: u64,
+    /// Host frames less guest frames in the block that was found last, and where that ends.
+    moved: u64,
+    block_end: u64,
 }
 
 /// The first frame after the block that an entry at `level` has for `gfn`.
