@@ -14,7 +14,7 @@ use crate::ram::{Ram, GIB};
 const ROUNDS: usize = 15;
 
 /// Passes of the loop over private memory: it takes about as long as the faults.
-const PASSES: usize = 20;
+const PASSES: usize = 5;
 
 /// A time for each number of threads.
 const THREADS: [usize; 3] = [1, 2, 4];

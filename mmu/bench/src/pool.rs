@@ -1,5 +1,6 @@
 //! Table pages: host memory, whose addresses stand for frames (a direct map at zero). Nobody gives one back; a measurement
 //! takes from the start again.
+use std::arch::x86_64::{__m128i, _mm_setzero_si128};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::OnceLock;
 
@@ -46,9 +47,7 @@ impl Pool {
     #[inline]
     pub(crate) fn table_page(&self) -> TablePage {
         let address = self.take().expect("the pool is large enough");
-        let page: *mut u8 = std::ptr::with_exposed_provenance_mut(address as usize);
-        // SAFETY: the pool owns the page, and hands it out once until it is reset.
-        unsafe { page.write_bytes(0, PAGE_SIZE as usize) };
+        zero(address);
         // SAFETY: so it does nothing else, and its address stands for its frame.
         unsafe { TablePage::from_frame(Pfn::new_truncate(address / PAGE_SIZE)) }
     }
@@ -59,5 +58,16 @@ impl Pool {
         while cache.missing() > 0 {
             cache.push(self.table_page()).expect("a page is missing");
         }
+    }
+}
+
+/// Fills a page of the pool with zeros as Umbra's kernel does, sixteen bytes an instruction. (A string instruction would
+/// count as one for each byte.)
+#[inline]
+fn zero(address: u64) {
+    let page: *mut __m128i = std::ptr::with_exposed_provenance_mut(address as usize);
+    for at in 0..PAGE_SIZE as usize / size_of::<__m128i>() {
+        // SAFETY: the pool owns the page, and hands it out once until it is reset.
+        unsafe { page.add(at).write_volatile(_mm_setzero_si128()) };
     }
 }
