@@ -1,7 +1,7 @@
 //! What the hot paths of `mmu` cost on the host, beside what other crates take for the same.
 //!
 //! `mmu-bench count CASE WHO` runs one case once, for `valgrind --tool=callgrind` to count what happens inside
-//! [`measured_operations`](meter::measured_operations); `mmu-bench time FOLDER` times all cases by criterion, which keeps its
+//! [`measured_operations`](meter::measured_operations); `mmu-bench time FOLDER [CASE]` times cases by criterion, which keeps its
 //! notes in the folder; `mmu-bench memory` says what tables a populated gigabyte needs, and `mmu-bench parallel` what more
 //! threads gain. What comes out are lines that begin with `mmu-host`, for `cargo xtask bench mmu-host` to read.
 #![allow(unsafe_code)] // It makes table pages and reads guest memory, as a kernel does.
@@ -63,10 +63,14 @@ fn main() -> ExitCode {
             run(Meter::Count);
         }
         ["time", folder] => meter::time_all(CASES, folder.as_ref()),
+        ["time", folder, key] => {
+            let of_key: Vec<Case> = CASES.iter().filter(|case| case.0 == key).copied().collect();
+            meter::time_all(&of_key, folder.as_ref());
+        }
         ["memory"] => direct::table_bytes(),
         ["parallel"] => parallel::run(),
         _ => {
-            eprintln!("usage: mmu-bench count CASE WHO | time FOLDER | memory | parallel");
+            eprintln!("usage: mmu-bench count CASE WHO | time FOLDER [CASE] | memory | parallel");
             return ExitCode::FAILURE;
         }
     }
