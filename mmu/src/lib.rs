@@ -188,7 +188,8 @@ pub use kind::{
 pub use level::{Level, PageSize, ENTRIES};
 pub use memory::{
     Backing, DirtyLog, Exclusive, Generation, Held, Invalidation, InvalidationSeq, LogBy, NoPage, NotRam,
-    RamAddr, Resolved, Shared, Shootdown, Slot, SlotError, SlotFlags, SlotNotes, VmMemory, MAX_SLOTS,
+    RamAddr, Resolved, Shared, Shootdown, Slot, SlotError, SlotFlags, SlotNotes, Space, SpaceGfn, SpaceView,
+    Spaces, VmMemory, MAX_SLOTS,
 };
 pub use role::{
     BadEptPointer, BaseRole, CpuRole, Cr0, Cr4, Efer, GuestCpu, GuestEpt, PageRole, PagingMode, PagingRegs,

@@ -4,8 +4,8 @@ mod support;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use mmu::{
-    AccessKind, CpuId, FaultOutcome, Gfn, GfnRange, LogBy, PageSize, PopulateProgress, SlotFlags, Sweep,
-    TableCache,
+    AccessKind, CpuId, FaultOutcome, Gfn, GfnRange, LogBy, PageSize, PopulateProgress, Slot, SlotFlags,
+    Sweep, TableCache,
 };
 use support::blocks::MOVE;
 use support::hardware::Found;
@@ -257,7 +257,7 @@ fn a_note_of_device_memory_gives_way<M: Machine>(machine: M) {
     for gfn in [300, 301, 5000] {
         assert_eq!(vm.fault(gfn, AccessKind::Read), FaultOutcome::Mmio(gpa(gfn)));
     }
-    let slot = mmu::Slot { range: range(256, 8192), flags: RW, cookie: 0x20_0100 };
+    let slot = Slot::new(range(256, 8192), RW, 0x20_0100);
     vm.memory.exclusive(CPU).insert_slot(&slot).unwrap();
     assert_eq!(populate(&vm, 256, 8192), PopulateProgress::Batch);
     assert_eq!(vm.hit(301), Some((0x20_0100 + 45, 1)));

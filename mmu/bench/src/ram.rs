@@ -45,7 +45,7 @@ impl Ram {
     pub(crate) fn into_memory(self) -> VmMemory<Self> {
         let pages = self.tracks.len() as u64;
         let range = GfnRange::new(Gfn::default(), pages).expect("fits");
-        let slot = Slot { range, flags: SlotFlags::empty(), cookie: self.start };
+        let slot = Slot::new(range, SlotFlags::empty(), self.start);
         let memory = VmMemory::new(self);
         memory.exclusive(CPU).insert_slot(&slot).expect("the first slot");
         memory

@@ -39,7 +39,7 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
     /// Maps the pages of a range that are not mapped, in the sizes that a read fault would map them in, and moves the
     /// start of `left` on to the first page that was not looked at. Pages that are mapped stay as they are.
     ///
-    /// Does a bounded amount of work: call until `left` is empty, giving up the guard in between. Safe beside faults and
+    /// The slots are those that the space of the root sees. Does a bounded amount of work: call until `left` is empty, giving up the guard in between. Safe beside faults and
     /// sweeps on other CPUs. As nobody accesses the pages yet, nothing is logged as written, and pages of logged slots are
     /// mapped so that their first write is.
     pub fn populate<'m, B: Backing + 'm>(
@@ -84,7 +84,7 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
         }
         let memory = guard.memory();
         let table = self.live_table(memory, root).ok_or(Stopped::For(PopulateProgress::Retry))?;
-        let slot = memory.find_slot(gpa).ok_or(Stopped::For(PopulateProgress::NotRam(gpa)))?;
+        let slot = memory.find_slot(root.space(), gpa).ok_or(Stopped::For(PopulateProgress::NotRam(gpa)))?;
         let place = self.find(table, first.number());
         match place.kind {
             Entry::Empty | Entry::Mmio => {}
