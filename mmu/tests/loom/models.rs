@@ -238,9 +238,9 @@ impl Vm {
         }
     }
 
-    /// One batch over the pages that are modelled.
-    fn populate_range(&self, on: usize, cache: &mut TableCache) -> (PopulateProgress, bool) {
-        let mut left = range(0, MODELLED as u64);
+    /// One batch over the first pages.
+    fn populate_range(&self, on: usize, cache: &mut TableCache, pages: u64) -> (PopulateProgress, bool) {
+        let mut left = range(0, pages);
         let shared = self.memory.shared(cpu(on));
         let progress = self.kind.populate(&shared, cache, self.kind.root(), &mut left);
         (progress, left.is_empty())
@@ -416,7 +416,7 @@ fn a_range_is_populated_beside_a_fault() {
             let outcome = there.fault(1, &mut theirs, 1, AccessKind::Write);
             (outcome, theirs)
         });
-        assert_eq!(vm.populate_range(0, &mut mine), (PopulateProgress::Batch, true));
+        assert_eq!(vm.populate_range(0, &mut mine, 2), (PopulateProgress::Batch, true));
         let (outcome, mut theirs) = other.join().unwrap();
         assert!(matches!(outcome, FaultOutcome::Mapped | FaultOutcome::Spurious), "{outcome:?}");
         assert_eq!(vm.kind.page_counts().tables, 4);
@@ -445,7 +445,7 @@ fn a_range_is_populated_against_zap_and_reclaim() {
             drop(there.kind.zap(&there.memory.shared(cpu(1)), &mut sweep));
             there.kind.reclaim(&there.memory, usize::MAX, |page| there.tables.release(page));
         });
-        let (progress, done) = vm.populate_range(0, &mut TableCache::new());
+        let (progress, done) = vm.populate_range(0, &mut TableCache::new(), 1);
         let whole = (progress, done) == (PopulateProgress::Batch, true);
         let stopped = matches!(progress, PopulateProgress::NeedTables | PopulateProgress::Retry);
         assert!(whole || stopped, "{progress:?}");
