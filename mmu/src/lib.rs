@@ -36,6 +36,8 @@
 //! If the processor says that the page is there, [`fast_fault`](DirectMmu::fast_fault) comes before the fault: it gives back
 //! what logging or aging took. A vCPU whose root [became obsolete](Entered::is_obsolete) takes the root of now.
 //!
+//! [`populate`](DirectMmu::populate) maps a range ahead of its faults.
+//!
 //! Taking translations away ([`MmuKind::zap`](DirectMmu::zap), [`write_protect`](DirectMmu::write_protect)) works in
 //! batches on a [`Sweep`] and returns a [`Flush`]: [`issue`](Flush::issue) it, kick the CPUs it names, and the host memory
 //! is free when the generation [is acknowledged](Shootdown::is_acknowledged). Dropped, it is done by the next entry of
@@ -204,8 +206,8 @@ pub use format::{
 };
 pub use kind::{
     Beside, Direct, DirectMmu, DirectRole, FaultOutcome, Flush, Issued, MmuKind, NoRoot, NoShadowRoot,
-    PageCounts, Resolution, Root, Shadow, ShadowBucket, ShadowCheck, ShadowDone, ShadowFault, ShadowMmu,
-    ShadowPage, ShadowStore, SplitProgress, Sweep, WalkMarks, ZapProgress, MAX_ROOTS,
+    PageCounts, PopulateProgress, Resolution, Root, Shadow, ShadowBucket, ShadowCheck, ShadowDone,
+    ShadowFault, ShadowMmu, ShadowPage, ShadowStore, SplitProgress, Sweep, WalkMarks, ZapProgress, MAX_ROOTS,
 };
 pub use level::{Level, PageSize, ENTRIES};
 pub use memory::{

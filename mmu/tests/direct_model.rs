@@ -6,8 +6,9 @@ use std::collections::{HashMap, HashSet};
 
 use mmu::{
     AccessKind, CpuId, CpuRole, Cr0, Cr4, DirectMmu, DirectRole, Efer, Entered, FaultOutcome, Flush,
-    Generation, Gfn, GfnRange, GuestCpu, LogBy, Mmu, NoRoot, PageCounts, PageSize, PagingRegs, Root, Shared,
-    Slot, SlotFlags, Space, SpaceGfn, Spaces, SplitProgress, Sweep, TableCache, TagFlush, VmMemory,
+    Generation, Gfn, GfnRange, GuestCpu, LogBy, Mmu, NoRoot, PageCounts, PageSize, PagingRegs,
+    PopulateProgress, Root, Shared, Slot, SlotFlags, Space, SpaceGfn, Spaces, SplitProgress, Sweep,
+    TableCache, TagFlush, VmMemory,
 };
 use proptest::prelude::*;
 use support::blocks::Blocks;
@@ -68,6 +69,7 @@ enum Op {
     Grant { size: PageSize },
     Invalidate { gfn: u64 },
     LateInstall { gfn: u64, invalidate: bool },
+    Populate { vcpu: usize, gfn: u64, pages: u64 },
     Reclaim { limit: usize },
     StartLog { slot: usize, dirty_bits: bool, all_set: bool, split: bool },
     StopLog { slot: usize },
@@ -123,6 +125,7 @@ fn ops() -> impl Strategy<Value = Op> {
         1 => sizes().prop_map(|size| Op::Grant { size }),
         1 => gfns().prop_map(|gfn| Op::Invalidate { gfn }),
         1 => (gfns(), any::<bool>()).prop_map(|(gfn, invalidate)| Op::LateInstall { gfn, invalidate }),
+        2 => (0..VCPUS, gfns(), 1..2000u64).prop_map(|(vcpu, gfn, pages)| Op::Populate { vcpu, gfn, pages }),
         2 => (1..20usize).prop_map(|limit| Op::Reclaim { limit }),
         18 => features(),
     ]
@@ -469,6 +472,7 @@ impl<'m, M: Machine> World<'m, M> {
                     self.tables.fill(&mut self.cache);
                 }
             }
+            Op::Populate { vcpu, gfn, pages } => self.populate(vcpu, gfn, pages),
             Op::Reclaim { limit } => self.reclaim(limit),
             Op::StartLog { slot, dirty_bits, all_set, split } => {
                 self.start_log(slot, dirty_bits, all_set, split);
@@ -706,6 +710,43 @@ impl<'m, M: Machine> World<'m, M> {
         }
         self.memory.backing().move_block(gfn);
         drop(invalidation);
+    }
+
+    /// Maps a range ahead of its faults. What it maps is judged as the rest of the tree is; here, that it maps all.
+    fn populate(&mut self, vcpu: usize, gfn: u64, pages: u64) {
+        let (root, mut left) = (self.vcpus[vcpu].root(), range(gfn, pages));
+        let stopped = loop {
+            let shared = self.memory.shared(cpu(1));
+            let progress = self.kind.populate(&shared, &mut self.cache, root, &mut left);
+            drop(shared);
+            self.tables.fill(&mut self.cache);
+            if progress != PopulateProgress::NeedTables
+                && (progress != PopulateProgress::Batch || left.is_empty())
+            {
+                break progress;
+            }
+        };
+        let obsolete = self.kind.roots().all(|live| live != root) || {
+            let mut mmu = Mmu::new(self.vcpus[vcpu].role(), root);
+            mmu.enter(self.memory, cpu(CPUS)).is_obsolete()
+        };
+        match stopped {
+            PopulateProgress::Batch => assert!(left.is_empty()),
+            PopulateProgress::Retry => assert!(obsolete, "A4"),
+            PopulateProgress::NotRam(at) => {
+                let first = Gfn::new(left.start()).unwrap();
+                assert_eq!((at, self.expected(space_of(vcpu), left.start())), (first.gpa(), None), "A2");
+            }
+            other => panic!("A2: {other:?}"),
+        }
+        if left.start() > gfn {
+            let mut mapped = 0;
+            self.walker(root).check(&mut |leaf| {
+                let (first, end) = (leaf.gfn.max(gfn), (leaf.gfn + leaf.pages).min(left.start()));
+                mapped += end.saturating_sub(first);
+            });
+            assert_eq!(mapped, left.start() - gfn, "every page on the way is mapped");
+        }
     }
 
     fn reclaim(&mut self, limit: usize) {
