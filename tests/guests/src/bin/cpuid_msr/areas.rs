@@ -31,13 +31,6 @@ enum Save {
 }
 
 impl Save {
-    const ALL: [(Self, &'static str); 4] = [
-        (Self::Standard, "XSAVE"),
-        (Self::Optimised, "XSAVEOPT"),
-        (Self::Compacted, "XSAVEC"),
-        (Self::Supervisor, "XSAVES"),
-    ];
-
     fn exists(self) -> bool {
         match self {
             Self::Standard => true,
@@ -73,48 +66,57 @@ impl Save {
 
 pub(crate) fn run() {
     for (save, [layout, restored, part]) in [
-        (0, ["area.xsave_layout", "area.xsave_is_restored", "area.xsave_is_restored_in_part"]),
-        (1, ["area.xsaveopt_layout", "area.xsaveopt_is_restored", "area.xsaveopt_is_restored_in_part"]),
-        (2, ["area.xsavec_layout", "area.xsavec_is_restored", "area.xsavec_is_restored_in_part"]),
-        (3, ["area.xsaves_layout", "area.xsaves_is_restored", "area.xsaves_is_restored_in_part"]),
+        (Save::Standard, ["area.xsave_layout", "area.xsave_is_restored", "area.xsave_is_restored_in_part"]),
+        (
+            Save::Optimised,
+            ["area.xsaveopt_layout", "area.xsaveopt_is_restored", "area.xsaveopt_is_restored_in_part"],
+        ),
+        (
+            Save::Compacted,
+            ["area.xsavec_layout", "area.xsavec_is_restored", "area.xsavec_is_restored_in_part"],
+        ),
+        (
+            Save::Supervisor,
+            ["area.xsaves_layout", "area.xsaves_is_restored", "area.xsaves_is_restored_in_part"],
+        ),
     ] {
-        let (save, name) = Save::ALL[save];
-        case(layout, |t| if_there(t, save, name, layouts));
-        case(restored, |t| if_there(t, save, name, is_restored));
-        case(part, |t| if_there(t, save, name, is_restored_in_part));
+        with(layout, save, layouts);
+        with(restored, save, is_restored);
+        with(part, save, is_restored_in_part);
     }
-    case("area.bad_compacted_headers_fault", |t| if_there(t, Save::Compacted, "XSAVEC", bad_headers));
-    case("area.xrstors_wants_the_compacted_format", |t| {
-        if_there(t, Save::Supervisor, "XSAVES", |t, save| {
-            fill_area(0);
-            t.faults("XRSTORS of the standard format", catch(|| save.restore(3)), GP, Some(0));
-        });
+    with("area.bad_compacted_headers_fault", Save::Compacted, bad_headers);
+    with("area.xrstors_wants_the_compacted_format", Save::Supervisor, |t, save| {
+        fill_area(0);
+        t.faults("XRSTORS of the standard format", catch(|| save.restore(3)), GP, Some(0));
     });
-    case("area.xsaves_in_ring_3", |t| {
-        if_there(t, Save::Supervisor, "XSAVES", |t, _| {
-            for (name, code) in
-                [("XSAVES", [0x0f, 0xc7, 0x2f, 0x0f, 0x0b]), ("XRSTORS", [0x0f, 0xc7, 0x1f, 0x0f, 0x0b])]
-            {
-                // With RDI = 0: the privilege is checked before the address.
-                let (fault, _) = user::run(&code, user::Start { rax: 3, ..user::Start::default() });
-                t.faults(name, Err::<(), _>(fault), GP, Some(0));
-            }
-        });
+    with("area.xsaves_in_ring_3", Save::Supervisor, |t, _| {
+        // With an operand at zero: the privilege is checked before the address. UD2 follows.
+        for (name, code) in
+            [("XSAVES", [0x0f, 0xc7, 0x2f, 0x0f, 0x0b]), ("XRSTORS", [0x0f, 0xc7, 0x1f, 0x0f, 0x0b])]
+        {
+            let (fault, _) = user::run(&code, user::Start { rax: 3, ..user::Start::default() });
+            t.faults(name, Err::<(), _>(fault), GP, Some(0));
+        }
     });
 }
 
-/// Runs a case with all components enabled and all of AVX's registers filled, or skips it.
-fn if_there(t: &mut Case, save: Save, name: &str, run: impl FnOnce(&mut Case, Save)) {
-    if !enable(t) {
-        return;
-    }
-    if !save.exists() || offered() & 7 != 7 {
-        return t.skip(if save.exists() { "no AVX" } else { name });
-    }
-    set_cr0(cr0() & !0xc | 2);
-    xsetbv(0, offered());
-    fill_registers();
-    run(t, save);
+/// A case with all components enabled and all of AVX's registers filled; skipped without AVX or the instruction.
+fn with(name: &str, save: Save, run: impl FnOnce(&mut Case, Save)) {
+    case(name, |t| {
+        if !enable(t) {
+            return;
+        }
+        if offered() & 7 != 7 {
+            return t.skip("no AVX");
+        }
+        if !save.exists() {
+            return t.skip("the processor has no such instruction, or it is hidden");
+        }
+        set_cr0(cr0() & !0xc | 2);
+        xsetbv(0, offered());
+        fill_registers();
+        run(t, save);
+    });
 }
 
 /// Registers as stored: 32 of 64 bytes, then the masks.
@@ -134,7 +136,8 @@ fn has_avx512() -> bool {
 fn load(registers: u64) {
     if has_avx512() {
         exec!(
-            ".irp n, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31",
+            ".irp n, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, \
+             16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31",
             "vmovdqu64 zmm\\n, [rsi + 64 * \\n]",
             ".endr",
             ".irp n, 0, 1, 2, 3, 4, 5, 6, 7",
@@ -155,7 +158,8 @@ fn load(registers: u64) {
 fn store(registers: u64) {
     if has_avx512() {
         exec!(
-            ".irp n, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31",
+            ".irp n, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, \
+             16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31",
             "vmovdqu64 [rdi + 64 * \\n], zmm\\n",
             ".endr",
             ".irp n, 0, 1, 2, 3, 4, 5, 6, 7",
@@ -240,6 +244,7 @@ fn masks() -> impl Iterator<Item = u64> {
 fn layouts(t: &mut Case, save: Save) {
     for mask in masks() {
         fill_area(UNTOUCHED);
+        fill_registers();
         save.save(mask);
         let (places, end) = places(mask, save.compacts());
         let area = AREA.addr();
@@ -318,16 +323,16 @@ fn bad_headers(t: &mut Case, save: Save) {
     fill_area(0);
     save.save(7);
     let area = AREA.addr();
-    let mut with = |what: &str, at: u64, value: u64| {
+    let mut refused = |what: &str, at: u64, value: u64| {
         let good: u64 = peek(area + at);
         poke(area + at, value);
         let got: Result<(), Fault> = catch(|| save.restore(7));
         t.faults(what, got, GP, Some(0));
         poke(area + at, good);
     };
-    with("a state outside the format", COMP_BV, COMPACTED | 3);
-    with("a component that XCR0 does not enable", COMP_BV, COMPACTED | 7 | 1 << 62);
-    with("XCOMP_BV without its bit 63", COMP_BV, 7);
-    with("a reserved byte of the header", COMP_BV + 8, 1);
-    with("the last reserved byte of the header", HEADER_END - 8, 1 << 63);
+    refused("a state outside the format", COMP_BV, COMPACTED | 3);
+    refused("a component that XCR0 does not enable", COMP_BV, COMPACTED | 7 | 1 << 62);
+    refused("XCOMP_BV without its bit 63", COMP_BV, 7);
+    refused("a reserved byte of the header", COMP_BV + 8, 1);
+    refused("the last reserved byte of the header", HEADER_END - 8, 1 << 63);
 }
