@@ -40,7 +40,7 @@ pub fn start(boot_info: &'static mut BootInfo) -> ! {
     require(features);
     control::init(features);
     if !compaction::is_sound() {
-        log::warn!("  XSAVEC does not work as the manuals say: guests see neither it nor XSAVES");
+        log::warn!("XSAVEC does not work as the manuals say: guests see neither it nor XSAVES");
     }
 
     log::info!("memory map");
