@@ -410,9 +410,7 @@ fn g6_a_new_start_changes_nothing() {
         }
         for vcpu in 0..2 {
             world.leave_l2(vcpu);
-            for pointer in [None] {
-                world.flush_nested(vcpu, pointer);
-            }
+            world.flush_nested(vcpu, None);
         }
         for at in (0..support::nested::FRAMES << 12).step_by(8) {
             twin.ram().set(at, world.ram().get(at).unwrap());

@@ -35,7 +35,7 @@ const RW: u64 = 0x337 | 0x400;
 /// L2 makes A's lowest table one that it writes to without exits.
 fn unsync<H: support::machines::Machine>(world: &mut World<H>) {
     let kept = world.ram().get(entry(15)).unwrap();
-    assert!(matches!(world.l2_store(0, 20 << 12 | 15 * 8, kept), Ended::At(_)));
+    assert!(matches!(world.l2_store(0, (20 << 12) | (15 * 8), kept), Ended::At(_)));
     assert_ne!(world.kind.unsync_pages(), 0);
 }
 
@@ -215,7 +215,7 @@ fn c6_another_name_has_no_linear_translation_of_the_last() {
     fn check<H: support::machines::Machine>(mut world: World<H>) {
         assert_eq!(read(&mut world, 6), at(70));
         // L2 turns to another page without a word, and is known by another name.
-        let leaf = 27 << 12 | 6 * 8;
+        let leaf = (27 << 12) | (6 * 8);
         assert!(matches!(world.l2_store(0, leaf, 7 << 12 | 0x67), Ended::At(_)));
         assert_eq!(read(&mut world, 6), at(70), "stale");
         world.switch(0, 0, 2);
@@ -265,7 +265,7 @@ fn c1_an_upgrade_needs_no_invept() {
 fn c5_flushes_by_l2_take_linear_translations_only() {
     let mut world = vmx(true);
     read(&mut world, 6);
-    let leaf = 27 << 12 | 6 * 8;
+    let leaf = (27 << 12) | (6 * 8);
     let _ = world.l2_store(0, leaf, 7 << 12 | 0x67);
     let here = world.here;
     world.l2_flush(0, Some(0x6000));

@@ -5,7 +5,8 @@ use mmu::{Gfn, GfnRange, Gva, Invvpid, LogBy, TlbControl};
 use proptest::prelude::*;
 use support::flat::FlatRam;
 use support::l1::{
-    belows, ept_setup, npt_setup, pae_setup, short_setup, EPT, L2, L2_UNPAGED, LOWEST, NPT, ROOT_A, ROOT_B,
+    belows, ept5_setup, ept_setup, npt_setup, pae_setup, short_setup, EPT, L2, L2_UNPAGED, LOWEST, NPT,
+    ROOT_A, ROOT_A5, ROOT_B,
 };
 use support::machines::{Amd, Host, Intel, Machine as HostMachine, AMD, HOST, INTEL};
 use support::manual::{ept, Machine, What, Who};
@@ -180,10 +181,10 @@ fn apply<H: HostMachine>(world: &mut World<H>, op: &Op) {
             let _ = world.l1_access(vcpu, gfn << 12, what, gfn % 2 == 0);
         }
         Op::L2Store { vcpu, page, index, entry } => {
-            let _ = world.l2_store(vcpu, page << 12 | index * 8, entry);
+            let _ = world.l2_store(vcpu, (page << 12) | (index * 8), entry);
         }
         Op::L2Table { vcpu, index, to, flags } => {
-            let _ = world.l2_store(vcpu, 27 << 12 | index * 8, to << 12 | flags);
+            let _ = world.l2_store(vcpu, (27 << 12) | (index * 8), to << 12 | flags);
         }
         Op::L2Flush { vcpu, at } => {
             let va = at.map(|at| place(world, at));
@@ -265,13 +266,20 @@ proptest! {
     #[test]
     fn extended_page_tables_without_flags((own, quota, ops) in sequence(ept_entries)) {
         let below = ept::Machine { accessed_dirty: false, ..EPT };
-        run(Intel { mode_based_execute: false, ..INTEL }, (Below::Ept(below), L2_UNPAGED), ept_setup, (own, quota), &ops);
+        run(Intel { mode_based_execute: false, ..INTEL }, (Below::Ept(below), L2), ept_setup, (own, quota), &ops);
     }
 
     #[test]
     fn extended_page_tables_with_mode_based_execute_control((own, quota, ops) in sequence(ept_entries)) {
         let below = ept::Machine { mode_based: true, ..EPT };
         run(INTEL, (Below::Ept(below), L2), ept_setup, (own, quota), &ops);
+    }
+
+    #[test]
+    fn g7_extended_page_tables_of_five_levels((own, quota, ops) in sequence(ept_entries)) {
+        let host = Intel { mode_based_execute: false, ..INTEL };
+        let below = ept::Machine { levels: 5, root: ROOT_A5, ..EPT };
+        run(host, (Below::Ept(below), L2_UNPAGED), ept5_setup, (own, quota), &ops);
     }
 
     #[test]

@@ -33,7 +33,7 @@ enum Command {
     Run(run::Options),
     /// Run every test, on the host and in emulators; the last line is `N passed, N failed`
     Test(test::Options),
-    /// Count what a guest's operations cost
+    /// Measure what operations cost
     #[command(subcommand)]
     Bench(Bench),
     /// Check formatting, lints and documentation
@@ -82,11 +82,15 @@ mod tests {
             &["test", "--long", "--filter", "boot"],
             &["bench", "exits", "--json"],
             &["bench", "exits", "--emulator", "bochs", "--cpu", "ryzen"],
+            &["bench", "mmu-host"],
+            &["bench", "mmu-host", "--json"],
             &["check"],
         ] {
             assert!(Cli::try_parse_from(["cargo xtask"].iter().chain(args)).is_ok(), "{args:?}");
         }
-        for args in [&[][..], &["bench"], &["fly"], &["test", "--what"]] {
+        for args in
+            [&[][..], &["bench"], &["fly"], &["test", "--what"], &["bench", "mmu-host", "--emulator", "qemu"]]
+        {
             assert!(Cli::try_parse_from(["cargo xtask"].iter().chain(args)).is_err(), "{args:?}");
         }
     }

@@ -6,12 +6,12 @@ use crate::access::Access;
 use crate::addr::{Address, Gfn, Gpa};
 use crate::format::EntryFormat;
 use crate::kind::{DirectMmu, DirectRole, Issued, NoRoot, NoShadowRoot, ShadowDone, ShadowFault, ShadowMmu};
-use crate::memory::{Backing, Exclusive, Held};
+use crate::memory::{Backing, Exclusive, Held, Space};
 use crate::tables::{TableCache, TableMemory};
 use crate::walk::GuestWalk;
 
 fn is_ram<'m, B: Backing + 'm>(guard: &Exclusive<'m, B>, gfn: Gfn) -> bool {
-    Held::<B>::memory(guard).find_slot(gfn.gpa()).is_some()
+    Space::ALL.iter().any(|&space| Held::<B>::memory(guard).find_slot(space, gfn.gpa()).is_some())
 }
 
 /// The flush of several operations: the last one covers those before, for generations only grow.

@@ -89,7 +89,7 @@ pub fn slot(index: usize) -> Slot {
     let (start, pages, read_only) = SLOTS[index];
     let range = GfnRange::new(Gfn::new_truncate(start), pages).unwrap();
     let flags = if read_only { SlotFlags::READ_ONLY } else { SlotFlags::empty() };
-    Slot { range, flags, cookie: start * 512 }
+    Slot::new(range, flags, start * 512)
 }
 
 fn memory() -> VmMemory<Ram> {
@@ -877,7 +877,7 @@ impl<H: Host> World<H> {
         let mut sweep = self.exclusive().start_dirty_log(Gfn::default(), by).unwrap();
         let mut progress = ZapProgress::default();
         while !progress.is_done() {
-            let _ = self.kind.rearm(&mut self.exclusive(), sweep.range(), &mut progress);
+            let _ = self.kind.rearm(&mut self.exclusive(), &sweep, &mut progress);
         }
         while !sweep.is_done() {
             let _ = self.direct.rearm(&self.memory.shared(CPU), &mut sweep).issue();

@@ -75,6 +75,9 @@ pub struct World {
     tlbs: HashMap<(usize, usize, u8), Tlb>,
     /// Whether the second slot is there, and read-only.
     slot: Option<bool>,
+    /// Addresses that no other slot has at the moment, and those that are read-only.
+    pub hidden: std::ops::Range<u64>,
+    pub fixed: std::ops::Range<u64>,
 }
 
 /// What an architectural TLB loses.
@@ -115,7 +118,7 @@ impl World {
         Self::over(SLOTS, m, quota, addresses, tags, setup)
     }
 
-    fn over(
+    pub fn over(
         slots: &[(u64, u64)],
         m: Machine,
         quota: usize,
@@ -140,6 +143,8 @@ impl World {
             emulated: 0,
             tlbs: HashMap::new(),
             slot: Some(false),
+            hidden: 0..0,
+            fixed: 0..0,
         };
         for number in 0..2 {
             let state = world.state(&m, 0);
@@ -174,7 +179,7 @@ impl World {
     fn word(&self) -> impl Fn(u64) -> Option<u64> + use<'_> {
         move |at| {
             let hole = self.slot.is_none() && (16..32).contains(&(at >> 12));
-            self.ram().get(at).filter(|_| !hole)
+            self.ram().get(at).filter(|_| !hole && !self.hidden.contains(&at))
         }
     }
 
@@ -424,7 +429,8 @@ impl World {
     /// Notes where every access leads now, for every vCPU.
     pub fn remember(&mut self) {
         let read_only = self.slot == Some(true);
-        let fixed = move |at: u64| read_only && (16..32).contains(&(at >> 12));
+        let range = self.fixed.clone();
+        let fixed = move |at: u64| range.contains(&at) || read_only && (16..32).contains(&(at >> 12));
         for number in 0..self.vcpus.len() {
             let mut seen = std::mem::take(&mut self.vcpus[number].seen);
             {
@@ -633,6 +639,12 @@ impl World {
         assert!(!second || what != What::Write || self.slot == Some(false), "C2: read-only memory");
     }
 
+    /// Whether the guest's tables have allowed the access to frame `gfn` since they were flushed.
+    pub fn is_seen(&self, vcpu: usize, va: u64, what: What, who: Who, gfn: u64) -> bool {
+        let Vcpu { m, seen, .. } = &self.vcpus[vcpu];
+        seen.permit(m, self.vcpus[vcpu].pcid(), page(m, va), gfn, what, who)
+    }
+
     /// A guest's store of an entry through its own map of memory at `va`.
     pub fn guest_store(&mut self, vcpu: usize, va: u64, entry: u64) -> Ended {
         self.guest_store_as(vcpu, va, 8, entry, How::default())
@@ -746,9 +758,9 @@ impl World {
 
     /// Begins the log of the slot at frame 0.
     pub fn start_log(&mut self, by: mmu::LogBy) {
-        let range = self.memory.exclusive(CPU).start_dirty_log(Gfn::default(), by).unwrap().range();
+        let slot = self.memory.exclusive(CPU).start_dirty_log(Gfn::default(), by).unwrap();
         sweep(|progress| {
-            let _ = self.kind.rearm(&mut self.memory.exclusive(CPU), range, progress);
+            let _ = self.kind.rearm(&mut self.memory.exclusive(CPU), &slot, progress);
         });
         self.check();
     }

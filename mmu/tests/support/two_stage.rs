@@ -263,11 +263,13 @@ pub enum Tag {
     Shared,
 }
 
+type Combined = (Tag, u64, u64, What, Who);
+
 /// A TLB of one CPU. What it holds of a linear address is combined, of both stages.
 #[derive(Default)]
 pub struct Tlb {
     /// By tag, EPT root (zero on AMD), page, access.
-    combined: HashMap<(Tag, u64, u64, What, Who), (u64, Op)>,
+    combined: HashMap<Combined, (u64, Op)>,
     /// By tag (on AMD), EPT root, page, access.
     guest_physical: HashMap<(Tag, u64, u64, Op), u64>,
 }

@@ -1,6 +1,6 @@
 //! A check of everything a shadow kind holds, for tests: nothing is taken from what it maintains that can be counted anew.
 use super::compose::caching;
-use super::{guest_entry, is_above, is_short, number, read_guest, shadows, split, Kept, ShadowMmu, NONE};
+use super::{guest_entry, is_above, number, read_guest, shadows, space, split, Kept, ShadowMmu, NONE};
 use crate::access::{AccessKind, Prot};
 use crate::addr::{Gfn, Gpa, Gva};
 use crate::format::{Entry, EntryFormat};
@@ -134,8 +134,7 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
             seen.chained += 1;
             parent = self.note(parent).next;
         }
-        let slot = memory.find_slot(page.gfn.gpa());
-        if page.tracked && !slot.is_some_and(|hit| memory.is_tracked(&hit)) {
+        if page.tracked && !memory.is_tracked_everywhere(page.gfn) {
             return Err("D6: a shadowed table is not tracked");
         }
         let lost = self.is_lost(index);
@@ -221,7 +220,7 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         }
         self.format.writability(value).ok_or("B2")?;
         let leaf = self.format.leaf(value, role.level).ok_or("B1: a leaf that is not made here")?;
-        let hit = memory.find_slot(gfn.gpa()).ok_or("I2: a leaf without a slot")?;
+        let hit = memory.find_slot(space(role), gfn.gpa()).ok_or("I2: a leaf without a slot")?;
         let writes = self.format.permits(value, AccessKind::Write);
         let huge = leaf.size != PageSize::Size4K;
         if writes && memory.is_tracked(&hit) {
@@ -238,7 +237,7 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         }
         // H1: what can be written, and would not be noticed, is in the log.
         if let Some(by) = self.logged_by(memory, role, gfn).filter(|_| writes) {
-            if by == LogBy::WriteProtection && !memory.is_logged(gfn) {
+            if by == LogBy::WriteProtection && !memory.is_logged(space(role), gfn) {
                 return Err("H1: a page can be written without being logged");
             }
         }
@@ -270,7 +269,7 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
             return Ok(());
         };
         let Some(guest) = role.base.guest() else { return Ok(()) };
-        let raw = read_guest(memory, guest_entry(page, &role, at), is_short(&role));
+        let raw = read_guest(memory, guest_entry(page, &role, at), &role);
         let context = PagingContext::<Gva, Gpa>::new(guest);
         let found = raw.and_then(|raw| context.lowest_entry(raw)).ok_or("A3: a leaf for an absent entry")?;
         let leaf = self.format.leaf(value, Level::L1).ok_or("B1")?;
@@ -307,15 +306,19 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         for slot in memory.slots.iter() {
             let notes = memory.backing().notes(slot.cookie);
             let start = Gfn::new_truncate(slot.range.start());
-            pages += notes.tracks.iter().map(|count| count.load(Ordering::Relaxed) as usize).sum::<usize>();
+            let count = slot.range.pages() as usize;
+            let tracks = notes.tracks.get(..count).unwrap_or(notes.tracks);
+            pages += tracks.iter().map(|count| count.load(Ordering::Relaxed) as usize).sum::<usize>();
             for (counts, size) in notes.tracked_in.iter().zip([PageSize::Size2M, PageSize::Size1G]) {
                 let shift = size.level().frame_shift();
-                for (block, count) in counts.iter().enumerate() {
+                let blocks = ((slot.range.end() - 1) >> shift) - (start.number() >> shift) + 1;
+                for (block, count) in counts.iter().enumerate().take(blocks as usize) {
                     let inside = |page: usize| {
                         ((start.number() + page as u64) >> shift) - (start.number() >> shift) == block as u64
                     };
-                    let tracks = notes.tracks.iter().enumerate();
                     let found = tracks
+                        .iter()
+                        .enumerate()
                         .filter(|(page, count)| inside(*page) && count.load(Ordering::Relaxed) != 0)
                         .count();
                     if count.load(Ordering::Relaxed) as usize != found {

@@ -1,9 +1,7 @@
 //! Faults: a walk of the guest's tables goes in, its shadow comes out.
 use super::compose::caching;
 use super::sites::FlushSite;
-use super::{
-    guest_entry, is_above, is_nested, is_short, number, read_guest, Kept, ShadowDone, ShadowMmu, Stop,
-};
+use super::{guest_entry, is_above, is_nested, number, read_guest, space, Kept, ShadowDone, ShadowMmu, Stop};
 use crate::access::{Access, AccessKind, Agent, Prot};
 use crate::addr::{Address, Gfn, Gpa, Gva, Pfn};
 use crate::format::{EntryFormat, Writability};
@@ -118,7 +116,7 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
             page = self.descend_to(guard, cache, walk, page, index, gfn, &child)?;
         }
         if cannot_be_shadowed(&root_role, walk, access) {
-            let ram = Held::<B>::memory(guard).find_slot(gpa).is_some();
+            let ram = Held::<B>::memory(guard).find_slot(space(&root_role), gpa).is_some();
             return Err(if ram { ShadowFault::WriteTracked(gpa) } else { ShadowFault::Mmio(gpa) });
         }
         let mut goal = match self.goal(guard, page, gpa, prot, walk, access.kind) {
@@ -138,7 +136,7 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
             }
             page =
                 self.descend_direct(guard, cache, walk, page, index, goal.gfn, (goal.prot, goal.caching))?;
-            if goal.split {
+            if goal.split && self.block_of(page).is_some_and(|size| size <= goal.block_size) {
                 self.mark_split(page);
             }
         }
@@ -264,7 +262,7 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         }
         let at = guest_entry(self.page(page), &role, index);
         let step = walk.step(role.level).filter(|step| step.at == at);
-        match (step, read_guest(memory, at, is_short(&role))) {
+        match (step, read_guest(memory, at, &role)) {
             (Some(step), Some(entry)) if step.entry == entry => Ok(()),
             _ => Err(ShadowFault::Retry),
         }
@@ -281,7 +279,9 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         kind: AccessKind,
     ) -> Result<Goal, ShadowFault> {
         let memory = Held::<B>::memory(guard);
-        let hit = memory.find_slot(gpa).ok_or(ShadowFault::Mmio(gpa))?;
+        let role = self.role(page).ok_or(ShadowFault::NoRoot)?;
+        let space = space(&role);
+        let hit = memory.find_slot(space, gpa).ok_or(ShadowFault::Mmio(gpa))?;
         let write = kind == AccessKind::Write;
         let read_only = hit.flags().contains(SlotFlags::READ_ONLY);
         if write && read_only {
@@ -294,9 +294,8 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
                 return Err(ShadowFault::WriteTracked(gpa));
             }
         }
-        let role = self.role(page).ok_or(ShadowFault::NoRoot)?;
         // The counts may have changed, and the slot's flags with them.
-        let hit = memory.find_slot(gpa).ok_or(ShadowFault::Mmio(gpa))?;
+        let hit = memory.find_slot(space, gpa).ok_or(ShadowFault::Mmio(gpa))?;
         let sequence = memory.invalidations().sequence();
         let fits = |size: PageSize| {
             size.bytes() <= walk.translation.page_bytes
@@ -394,7 +393,7 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
             }
         }
         if goal.write {
-            memory.note_write(goal.gfn);
+            memory.note_write(space(&role), goal.gfn);
         }
         if level == Level::L1 {
             self.prefetch(memory, page, index);
@@ -422,10 +421,12 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
             return;
         }
         let context = PagingContext::<Gva, Gpa>::new(guest);
-        let raw = read_guest(memory, guest_entry(self.page(page), &role, index), is_short(&role));
+        let raw = read_guest(memory, guest_entry(self.page(page), &role, index), &role);
         let Some(found) = raw.and_then(|raw| context.lowest_entry(raw)) else { return };
         let prot = role.access & found.prot;
-        let Some(hit) = memory.find_slot(found.page).filter(|_| found.accessed && !prot.is_empty()) else {
+        let Some(hit) =
+            memory.find_slot(space(&role), found.page).filter(|_| found.accessed && !prot.is_empty())
+        else {
             return;
         };
         let resolved = memory.backing().resolve(&hit.ram(), PageSize::Size4K, AccessKind::Read);

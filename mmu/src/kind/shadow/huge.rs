@@ -5,9 +5,9 @@
 //! backing is in pieces, or it must be executable. A direct page that is not needed any more is dropped, and the next fault
 //! maps the block as one.
 use super::zap::ZapProgress;
-use super::{Kept, ShadowDone, ShadowMmu};
+use super::{space, Kept, ShadowDone, ShadowMmu, ShadowPage};
 use crate::access::AccessKind;
-use crate::addr::{Gfn, GfnRange};
+use crate::addr::GfnRange;
 use crate::format::EntryFormat;
 use crate::level::{Level, PageSize};
 use crate::memory::{Backing, Exclusive, Held, Pages, Resolved, VmMemory};
@@ -28,7 +28,7 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
             let page = self.page(index);
             let Some(size) = self.block_of(index) else { continue };
             let inside = GfnRange::new(page.gfn, size.pages()).is_ok_and(|block| block.overlaps(range));
-            if inside && !page.split && self.can_be_huge(memory, page.gfn, size) {
+            if inside && !page.split && self.can_be_huge(memory, page, size) {
                 self.zap_page(guard, index);
             }
         }
@@ -60,30 +60,36 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         self.ops.splits
     }
 
-    /// Drops at most `limit` of those pages in a batch, so that their blocks can be huge again where the guest no longer
-    /// fetches. Pages of logged slots stay.
+    /// Drops one in `ratio` of those pages (at least one), the first that come, so that their blocks can be huge again where
+    /// the guest no longer fetches. One progress goes through many calls: begin anew when it is done. Pages of logged slots
+    /// stay.
     pub fn recover_huge_pages<'m, B: Backing + 'm>(
         &mut self,
         guard: &mut Exclusive<'m, B>,
-        limit: u64,
+        ratio: u64,
         progress: &mut ZapProgress,
     ) -> ShadowDone<()> {
         self.begin(guard);
         let memory = Held::<B>::memory(guard);
-        let mut left = limit;
+        let mut left = self.ops.splits.div_ceil(ratio.max(1));
         for index in self.batch(progress) {
             let page = self.page(index);
-            let logged = memory.is_logging() && memory.logged_by(page.gfn).is_some();
-            if page.role.is_some() && page.split && left != 0 && !logged {
-                left -= 1;
+            let logged = memory.is_logging()
+                && page.role.is_some_and(|role| memory.logged_by(space(&role).at(page.gfn)).is_some());
+            if page.role.is_some() && page.split && !logged {
                 self.zap_page(guard, index);
+                left -= 1;
+                if left == 0 {
+                    progress.go_on_after(index);
+                    break;
+                }
             }
         }
         self.done(guard, ())
     }
 
     /// The size of the huge page that a direct page stands for a part of, if it does. A root's own page is none.
-    fn block_of(&self, index: u32) -> Option<PageSize> {
+    pub(super) fn block_of(&self, index: u32) -> Option<PageSize> {
         let page = self.page(index);
         let role = page.role.filter(|role| role.direct && page.roots == 0)?;
         let size = match role.level {
@@ -95,10 +101,9 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         (self.format.has_size(size) && !legacy).then_some(size)
     }
 
-    fn can_be_huge<B: Backing>(&self, memory: &VmMemory<B>, first: Gfn, size: PageSize) -> bool {
-        let Some(hit) = memory.find_slot(first.gpa()).filter(|hit| memory.allows(hit, size)) else {
-            return false;
-        };
+    fn can_be_huge<B: Backing>(&self, memory: &VmMemory<B>, page: &ShadowPage, size: PageSize) -> bool {
+        let hit = page.role.and_then(|role| memory.find_slot(space(&role), page.gfn.gpa()));
+        let Some(hit) = hit.filter(|hit| memory.allows(hit, size)) else { return false };
         let settled = memory.invalidations().settled().is_some();
         let block = memory.backing().resolve(&hit.ram(), size, AccessKind::Read);
         let whole = matches!(block, Resolved::Ram { pfn, size: found }

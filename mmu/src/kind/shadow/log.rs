@@ -5,27 +5,32 @@
 //! processor (page-modification log), it would list L2's addresses (Intel SDM vol. 3, 29.3.6).
 use super::sites::FlushSite;
 use super::zap::{Met, ZapProgress};
-use super::{is_nested, split, ShadowDone, ShadowMmu};
+use super::{is_nested, space, split, ShadowDone, ShadowMmu};
 use crate::addr::{Gfn, GfnRange};
 use crate::format::{EntryFormat, Writability};
+use crate::kind::Sweep;
 use crate::level::Level;
-use crate::memory::{Backing, Exclusive, Held, LogBy, Pages};
+use crate::memory::{Backing, Exclusive, Held, LogBy, Pages, SpaceGfn};
 use crate::role::PageRole;
 use crate::tables::TableMemory;
 
 impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
-    /// Arms the pages of the range, all of one slot, so that the next write to each is logged: by write protection, or by
-    /// taking D away. Huge pages go. After the flush no write goes unnoticed.
+    /// Arms the pages of a slot, as the beginning of its log asks for, so that the next write to each is logged: by write
+    /// protection, or by taking D away. Huge pages go. After the flush no write goes unnoticed.
     pub fn rearm<'m, B: Backing + 'm>(
         &mut self,
         guard: &mut Exclusive<'m, B>,
-        range: GfnRange,
+        sweep: &Sweep,
         progress: &mut ZapProgress,
     ) -> ShadowDone<()> {
         self.begin(guard);
         let memory = Held::<B>::memory(guard);
         for index in self.batch(progress) {
-            self.each_leaf(index, range, |kind, met| kind.rearm_leaf(memory, &met));
+            self.each_leaf(index, sweep.range(), |kind, met| {
+                if sweep.spaces().contains(space(&met.role).into()) {
+                    kind.rearm_leaf(memory, &met);
+                }
+            });
         }
         self.done_surely(guard, ())
     }
@@ -35,15 +40,19 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
     pub fn rearm_pages<'m, B: Backing + 'm>(
         &mut self,
         guard: &mut Exclusive<'m, B>,
-        first: Gfn,
+        first: impl Into<SpaceGfn>,
         mask: u64,
     ) -> ShadowDone<()> {
         self.begin(guard);
         let memory = Held::<B>::memory(guard);
+        let first = first.into();
+        let hit = memory.find_slot(first.space, first.gfn.gpa());
+        let spaces = hit.map_or(first.space.into(), |hit| hit.spaces());
         for bit in (0..u64::BITS).filter(|bit| mask >> bit & 1 != 0) {
-            let Ok(gfn) = Gfn::new(first.number() + u64::from(bit)) else { break };
+            let Ok(gfn) = Gfn::new(first.gfn.number() + u64::from(bit)) else { break };
             self.leaves_of(gfn, |kind, entry, _| {
-                if let Some(role) = kind.role(split(entry).0) {
+                let role = kind.role(split(entry).0);
+                if let Some(role) = role.filter(|role| spaces.contains(space(role).into())) {
                     kind.rearm_leaf(memory, &Met { entry, gfn, role });
                 }
             });
@@ -64,7 +73,7 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
             self.each_leaf(index, range, |kind, met| {
                 let by_bits = kind.logged_by(memory, &met.role, met.gfn) == Some(LogBy::DirtyBits);
                 if by_bits && !met.is_huge() && kind.clean(&met) {
-                    memory.note_dirty_bit(met.gfn);
+                    memory.note_dirty_bit(space(&met.role).at(met.gfn));
                 }
             });
         }
@@ -92,7 +101,7 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
 
     /// How writes to `gfn` through a page with this role are noticed.
     pub(super) fn logged_by(&self, pages: &dyn Pages, role: &PageRole, gfn: Gfn) -> Option<LogBy> {
-        let by = pages.logged_by(gfn)?;
+        let by = pages.logged_by(space(role).at(gfn))?;
         let marks = self.format.has_dirty_bits() && !is_nested(role);
         Some(if marks { by } else { LogBy::WriteProtection })
     }
@@ -114,7 +123,7 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
     /// A leaf with the value `old` is gone, or its D: if that is how the slot is logged, the log takes the place of D.
     pub(super) fn lose_dirty(&self, pages: &dyn Pages, role: &PageRole, gfn: Gfn, old: u64) {
         if role.level == Level::L1 && self.format.is_dirty(old) && !is_nested(role) {
-            pages.note_dirty_bit(gfn);
+            pages.note_dirty_bit(space(role).at(gfn));
         }
     }
 }

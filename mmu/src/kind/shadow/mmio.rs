@@ -74,8 +74,9 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         let note = self.format.mmio(self.value(entry)).filter(|note| note.generation == generation)?;
         let keys = if note.user { RoleFlags::PKE } else { RoleFlags::PKS };
         let by_user = access.agent == Agent::User;
+        let has_users = !role.is_ept() && role.top().is_some();
         let permitted = (access.kind == AccessKind::Read || note.write)
-            && (role.is_ept() || note.user == by_user && !role.flags().contains(keys));
+            && (!has_users || note.user == by_user && !role.flags().contains(keys));
         let inside = address.bits() & 0xfff;
         permitted.then(|| Gpa::new_truncate(note.gfn.gpa().bits() | inside))
     }

@@ -1,7 +1,7 @@
 //! Unsync pages: lowest tables that the guest writes to without exits, and how their shadows catch up.
 use super::compose::caching;
 use super::sites::FlushSite;
-use super::{guest_entry, is_short, number, read_guest, shadows, Kept, ShadowDone, ShadowMmu, NONE};
+use super::{guest_entry, number, read_guest, shadows, space, Kept, ShadowDone, ShadowMmu, NONE};
 use crate::access::Prot;
 use crate::addr::{Address, Gfn, Gpa, Gva};
 use crate::format::{EntryFormat, Writability};
@@ -84,7 +84,8 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
             index = next;
         }
         let memory = Held::<B>::memory(guard);
-        memory.find_slot(gfn.gpa()).is_some_and(|hit| !memory.is_tracked(&hit))
+        // Where it is tracked, it is so in every space.
+        !memory.is_tracked_anywhere(gfn)
     }
 
     /// Syncs what is unsync below `page`, and it itself. Goes down one level each time.
@@ -149,7 +150,7 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         let memory = Held::<B>::memory(guard);
         let at = guest_entry(self.page(page), &role, index);
         let context = PagingContext::<Gva, Gpa>::new(guest);
-        let raw = read_guest(memory, at, is_short(&role));
+        let raw = read_guest(memory, at, &role);
         let same = |found: &LowestEntry| found.accessed && found.page.gfn() == gfn;
         let Some(found) = raw.and_then(|raw| context.lowest_entry(raw)).filter(same) else {
             return self.drop_entry(memory, entry);
@@ -159,7 +160,7 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
             prot.remove(Prot::WRITE);
         }
         if matches!(self.note(entry).kept, Kept::Device(_)) {
-            return match memory.find_slot(gfn.gpa()) {
+            return match memory.find_slot(space(&role), gfn.gpa()) {
                 Some(_) => self.drop_entry(memory, entry),
                 None => self.note_mmio(memory, entry, gfn, prot),
             };

@@ -1,6 +1,6 @@
 //! Operations over ranges of guest frames, in batches of pages of the quota; and taking everything away by generation.
 use super::sites::FlushSite;
-use super::{number, shadows, Kept, ShadowDone, ShadowMmu};
+use super::{number, shadows, space, Kept, ShadowDone, ShadowMmu};
 use crate::addr::{Gfn, GfnRange};
 use crate::format::{EntryFormat, Writability};
 use crate::kind::Sweep;
@@ -23,6 +23,12 @@ impl ZapProgress {
     /// Whether all was looked at.
     pub const fn is_done(&self) -> bool {
         self.done
+    }
+
+    /// The batch ended early, with page `index`.
+    pub(super) const fn go_on_after(&mut self, index: u32) {
+        self.next = index as usize + 1;
+        self.done = false;
     }
 }
 
@@ -93,7 +99,7 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         for index in self.batch(progress) {
             self.each_leaf(index, range, |kind, met| {
                 let watched = kind.format.writability(kind.value(met.entry)) == Some(Writability::Watched);
-                if watched && memory.logged_by(met.gfn).is_none() {
+                if watched && memory.logged_by(space(&met.role).at(met.gfn)).is_none() {
                     let format = kind.format;
                     kind.edit(met.entry, |value| format.with_writability(value, Writability::Writable));
                 }

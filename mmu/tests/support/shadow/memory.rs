@@ -44,8 +44,11 @@ impl Backing for NotedRam {
     }
     fn notes(&self, cookie: u64) -> SlotNotes<'_> {
         let found = self.notes.iter().find(|notes| notes.cookie == cookie);
-        let Notes { dirty, tracks, blocks, .. } = found.expect("a slot's cookie");
-        SlotNotes { dirty, tracks, tracked_in: [&blocks[0][..], &blocks[1][..]] }
+        found.map_or(SlotNotes::default(), |Notes { dirty, tracks, blocks, .. }| SlotNotes {
+            dirty,
+            tracks,
+            tracked_in: [&blocks[0][..], &blocks[1][..]],
+        })
     }
     fn read(&self, at: &RamAddr, buf: &mut [u8]) -> Result<(), NoPage> {
         self.flat.read(at, buf)
@@ -69,7 +72,7 @@ impl Backing for NotedRam {
 
 pub fn slot((first, pages): (u64, u64), flags: SlotFlags) -> Slot {
     let range = GfnRange::new(Gfn::new_truncate(first), pages).unwrap();
-    Slot { range, flags, cookie: first * 512 }
+    Slot::new(range, flags, first * 512)
 }
 
 pub fn memory() -> VmMemory<NotedRam> {

@@ -76,7 +76,8 @@ pub fn walk_shadow(
     loop {
         let index = (va >> (12 + 9 * (at.level - 1)) & 511) as usize;
         let entry = tables.peek(at.table, index).expect("C3: a walk of a table that was freed");
-        if entry & 1 == 0 {
+        // Not present, or a note about device memory: malformed by its highest address bit.
+        if entry & 1 == 0 || entry & (1 << 11 | 1 << 51) == 1 << 51 {
             return (None, stood);
         }
         let pdpte = legacy && at.level == 3;
