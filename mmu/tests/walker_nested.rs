@@ -8,7 +8,7 @@ use mmu::{
 };
 use support::flat::FlatRam;
 use support::manual::guest::{accesses, context, memory, registers, BASE, RAM_BYTES};
-use support::manual::nested::{found, Below};
+use support::manual::nested::{found, Below, End};
 use support::manual::{ept, Machine, What, Who};
 
 /// L1's tables for L2 at 0x1000 to 0x4000, one entry each on the upper levels; L2's own at L2 address 0x10000 on, which are at
@@ -252,6 +252,29 @@ fn g7_l2_without_paging() {
     let Err(WalkError::Fault(fault)) = fetch() else { panic!("only supervisor addresses are executable") };
     let EptExit::Violation(info) = fault.ept_exit() else { panic!("nothing is misconfigured") };
     assert_eq!(info.bits(), 0x7ac, "fetch; readable, executable; linear address, final; user, writable");
+}
+
+/// Outside long mode an exit has a linear address of 32 bits, wherever the walk failed.
+#[test]
+fn exits_of_a_32_bit_l2_have_32_bit_linear_addresses() {
+    let l2 = Machine { cr3: L2_CR3, lma: false, pae: false, ..BASE };
+    for below in belows() {
+        let leaf = kind_of_leaf(&below).1;
+        let read_only = leaf & !2;
+        // L1 permits nothing, or no writes: of the page, of the table, and where the table is marked.
+        for (page, leaf) in [(L2_PAGE, 0), (0x12, 0), (L2_PAGE, read_only), (0x12, read_only)] {
+            let memory = world(kind_of_leaf(&below).0, kind_of_leaf(&below).1);
+            let ram = memory.backing();
+            ram.set_u32(0x5000 + 5 * 4, 0x12007);
+            ram.set_u32(0x7000 + 7 * 4, (L2_PAGE as u32) << 12 | 7);
+            let at = if page == L2_PAGE { L1_PAGE << 12 } else { 0x7000 };
+            ram.set(LEAVES + page * 8, at | leaf);
+            let va = 0xabcd_0000_0000 | 5 << 22 | 7 << 12;
+            let (expected, _) = below.end(ram, &l2, va, What::Write, Who::User);
+            assert_eq!(found(&memory, &below, &l2, va, What::Write, Who::User), expected);
+            assert!(matches!(expected, End::ToL1(..)), "{below:?} {page:#x} {leaf:#x}: {expected:?}");
+        }
+    }
 }
 
 /// What both stages permit, and the smaller of their pages.

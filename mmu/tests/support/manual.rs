@@ -73,8 +73,8 @@ struct Step {
     has_accessed_bit: bool,
 }
 
-/// Where `va` leads, or the error code of the page fault. `word` reads the aligned 8 bytes at an address, `None` outside
-/// RAM, which counts as not present.
+/// Where `va` leads, or the error code of the page fault. `word` reads the aligned 8 bytes that an entry's address is
+/// in, `None` outside RAM, which counts as not present.
 pub fn walk(
     m: &Machine,
     word: &dyn Fn(u64) -> Option<u64>,
@@ -125,7 +125,7 @@ pub fn walk(
     for &(shift, index_bits) in levels {
         let index = (va >> shift) & ((1 << index_bits) - 1);
         let at = table + index * entry_bytes;
-        let Some(bytes) = word(at & !7) else { return Err(code) };
+        let Some(bytes) = word(at) else { return Err(code) };
         let entry = if entry_bytes == 8 { bytes } else { (bytes >> ((at & 4) * 8)) & 0xffff_ffff };
         if entry & 1 == 0 {
             return Err(code);

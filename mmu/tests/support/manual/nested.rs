@@ -75,9 +75,16 @@ impl Below {
             Below::Npt(m) => {
                 let who = if user { Who::User } else { Who::Supervisor };
                 let place = if table_walk { 2u64 << 32 } else { 1 << 32 };
-                // Tables of 32-bit modes have no entry for more than 4 GiB.
+                // There is no entry for an address that the tables have no bits for.
                 let nothing = |_| None;
-                let word = if m.lma || gpa < 1 << 32 { word } else { &nothing };
+                let bits = if !m.lma {
+                    32
+                } else if m.la57 {
+                    57
+                } else {
+                    48
+                };
+                let word = if gpa >> bits == 0 { word } else { &nothing };
                 match walk(m, word, gpa, kind, who) {
                     Ok(reached) => Ok((reached.address, reached.marks)),
                     Err(code) => Err((gpa, Exit::NestedPageFault(place | u64::from(code)))),
@@ -223,7 +230,8 @@ pub fn found(memory: &VmMemory<FlatRam>, below: &Below, l2: &Machine, va: u64, w
             End::PageFault(fault.page_fault_code().bits())
         }
         Err(WalkError::Fault(fault)) => {
-            assert_eq!(fault.linear.unwrap().address, Gva::new(va));
+            let linear = if l2.lma { va } else { va & 0xffff_ffff };
+            assert_eq!(fault.linear.unwrap().address, Gva::new(linear));
             let exit = match (below, fault.ept_exit()) {
                 (Below::Npt(_), _) => Exit::NestedPageFault(fault.npf_info().bits()),
                 (_, EptExit::Misconfiguration) => Exit::Misconfiguration,
