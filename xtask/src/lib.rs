@@ -10,6 +10,7 @@ pub mod cli;
 pub mod elf32;
 pub mod emulator;
 pub mod exec;
+pub mod fuzz;
 pub mod guest;
 pub mod image;
 pub mod paths;
