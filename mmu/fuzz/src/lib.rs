@@ -2,6 +2,7 @@
 //! were kept (`finds/TARGET/`) are run again by every `cargo test`.
 //!
 //! A target compares the crate with the reference models of its own tests, which are included from there.
+#![allow(clippy::duplicate_mod)] // Each test that is included brings its support along.
 
 mod guest;
 mod input;
@@ -31,7 +32,7 @@ macro_rules! targets {
     };
 }
 
-targets! { walk ept_walk nested_walk }
+targets! { direct_ops ept_walk nested_walk walk }
 
 /// The target called `name`.
 pub fn target(name: &str) -> Option<Target> {
