@@ -170,6 +170,8 @@ fn libfuzzer_line(program: &Path, name: &str, seconds: u64, finds: &Path, corpus
     CommandLine::new(program)
         .env("FUZZ_TARGET", name)
         .args([format!("-max_total_time={seconds}"), format!("-max_len={MAX_BYTES}")])
+        // Short inputs have few operations or few tables: no reason to begin with them.
+        .arg("-len_control=0")
         .args([format!("-timeout={LIMIT_SECONDS}"), "-print_final_stats=1".to_owned()])
         .arg(format!("-artifact_prefix={}/", finds.display()))
         .arg(corpus)
