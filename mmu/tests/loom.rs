@@ -37,7 +37,7 @@ mod role;
 #[path = "../src/tables/mod.rs"]
 mod tables;
 #[cfg(loom)]
-#[path = "../src/vcpu.rs"]
+#[path = "../src/vcpu/mod.rs"]
 mod vcpu;
 #[cfg(loom)]
 #[path = "../src/walk/mod.rs"]

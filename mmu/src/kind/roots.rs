@@ -62,6 +62,14 @@ const fn key(role: DirectRole, generation: u64) -> u64 {
 const DEAD: u64 = u64::MAX >> 8;
 
 impl Root {
+    /// No root: of a generation that never comes, so that no vCPU enters on it.
+    pub(crate) const NONE: Self = Self {
+        hpa: Hpa::new_truncate(0),
+        level: Level::L4,
+        index: usize::MAX,
+        key: key(DirectRole::empty(), DEAD),
+    };
+
     /// The generation that the root is of.
     #[inline]
     pub(crate) const fn generation(&self) -> u64 {

@@ -26,8 +26,12 @@ bitflags! {
         const PSE = 1 << 4;
         /// PAE: 64-bit entries.
         const PAE = 1 << 5;
+        /// PGE: global pages.
+        const PGE = 1 << 7;
         /// LA57: five levels in long mode.
         const LA57 = 1 << 12;
+        /// PCIDE: process-context identifiers.
+        const PCIDE = 1 << 17;
         /// SMEP: no supervisor fetch from user pages.
         const SMEP = 1 << 20;
         /// SMAP: no supervisor data access to user pages.

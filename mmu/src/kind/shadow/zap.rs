@@ -43,6 +43,7 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
             let Some(role) = page.role else { continue };
             if shadows(&role) && range.contains(page.gfn) {
                 self.zap_page(guard, index);
+                self.hollow_out(guard, index);
             }
             let pages = role.level.pages();
             for entry in (0..ENTRIES).map(|entry| number(index, entry)) {
