@@ -4,6 +4,7 @@
 pub mod blocks;
 pub mod flat;
 pub mod hardware;
+pub mod lent;
 pub mod machines;
 pub mod manual;
 pub mod shadow;

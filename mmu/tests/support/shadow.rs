@@ -12,6 +12,7 @@ use mmu::{
     TableCache, TagFlush, Tags, VmMemory, WalkError, WalkRegs, ZapProgress,
 };
 
+use memory::{lend, Loan};
 pub use memory::{memory, slot, store, NotedRam, MOVED, PAGES, SLOTS};
 use seen::{page, Seen};
 use tlb::{top, walk_shadow, Tlb};
@@ -75,6 +76,7 @@ pub struct World {
     tlbs: HashMap<(usize, usize, u8), Tlb>,
     /// Whether the second slot is there, and read-only.
     slot: Option<bool>,
+    loan: Loan,
 }
 
 /// How an access ended.
@@ -92,13 +94,13 @@ impl World {
     }
 
     pub fn with(m: Machine, quota: usize, addresses: Vec<u64>, tags: Tags, setup: impl Fn(&FlatRam)) -> Self {
-        let memory: &'static _ = Box::leak(Box::new(memory()));
+        let (loan, memory, store) = lend(quota);
         setup(&memory.backing().flat);
         let tables = HostTables::new(quota + 64);
         let host =
             NptHost { five_level: m.la57, max_phys_addr: 46, no_execute: true, largest: PageSize::Size2M };
         let pae = Pae::new(&PaeHost { max_phys_addr: 46 });
-        let kind = Kind::new(memory, Npt::new(&host), pae, tables.clone(), store(quota)).unwrap();
+        let kind = Kind::new(memory, Npt::new(&host), pae, tables.clone(), store).unwrap();
         let mut world = Self {
             memory,
             kind,
@@ -109,6 +111,7 @@ impl World {
             emulated: 0,
             tlbs: HashMap::new(),
             slot: Some(false),
+            loan,
         };
         for number in 0..2 {
             let state = world.state(&m, 0);
@@ -611,6 +614,7 @@ impl World {
     }
 
     /// C3: no table page is lost.
+    #[allow(unsafe_code)] // Gives back what was lent, at the end of all.
     pub fn finish(mut self) {
         self.check();
         for vcpu in 0..2 {
@@ -622,6 +626,8 @@ impl World {
         self.tables.drain(&mut self.cache);
         self.kind.dismantle(|page| self.tables.release(page));
         assert_eq!(self.tables.in_use(), 0);
+        // SAFETY: the kind is dismantled, and no vCPU is entered.
+        unsafe { self.loan.end() };
     }
 }
 

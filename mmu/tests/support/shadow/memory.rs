@@ -6,7 +6,8 @@ use mmu::{
     ShadowPage, ShadowStore, Slot, SlotFlags, SlotNotes, VmMemory,
 };
 
-use crate::support::flat::FlatRam;
+use super::super::flat::FlatRam;
+use super::super::lent::Lent;
 
 pub const PAGES: u64 = 1024;
 /// Host frames are guest frames plus this.
@@ -89,4 +90,37 @@ pub fn store(pages: usize) -> ShadowStore<'static> {
     let pages: Vec<ShadowPage> = (0..pages).map(|_| ShadowPage::UNUSED).collect();
     let buckets = vec![ShadowBucket::EMPTY; pages.len() / 2 + 1];
     ShadowStore { pages: Vec::leak(pages), buckets: Vec::leak(buckets) }
+}
+
+/// What a world's kind borrows.
+pub struct Loan {
+    memory: Lent<VmMemory<NotedRam>>,
+    pages: Lent<[ShadowPage]>,
+    buckets: Lent<[ShadowBucket]>,
+}
+
+/// Memory with its three slots, and a store of so many pages.
+pub fn lend(pages: usize) -> (Loan, &'static VmMemory<NotedRam>, ShadowStore<'static>) {
+    let (memory, lent_memory) = Lent::new(Box::new(memory()));
+    let (pages, lent_pages) = Lent::new((0..pages).map(|_| ShadowPage::UNUSED).collect::<Box<[_]>>());
+    let (buckets, lent_buckets) =
+        Lent::new(vec![ShadowBucket::EMPTY; lent_pages.len() / 2 + 1].into_boxed_slice());
+    (Loan { memory, pages, buckets }, lent_memory, ShadowStore { pages: lent_pages, buckets: lent_buckets })
+}
+
+impl Loan {
+    /// Frees everything.
+    ///
+    /// # Safety
+    ///
+    /// The kind and all guards are gone.
+    #[allow(unsafe_code)] // See `Lent`.
+    pub unsafe fn end(self) {
+        // SAFETY: nothing but the kind and guards referred to them.
+        unsafe {
+            self.memory.take_back();
+            self.pages.take_back();
+            self.buckets.take_back();
+        }
+    }
 }

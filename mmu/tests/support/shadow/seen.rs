@@ -1,6 +1,6 @@
 //! What a processor without a hypervisor could have in its TLB: every translation that the guest's tables made at some
 //! moment since the guest flushed it last. An access through a shadow may use no other.
-use crate::support::manual::{walk, Machine, What, Who};
+use super::super::manual::{walk, Machine, What, Who};
 
 /// A translation of one page, with the rights of its entries as such: CR0.WP, SMEP and SMAP are applied when it is used
 /// (Intel SDM vol. 3, 4.10.2.2).
@@ -27,7 +27,7 @@ impl Seen {
     ) -> Option<Self> {
         let plain = Machine { smap: false, smep: false, pke: false, pks: false, wp: true, ..*m };
         let marked =
-            |reached: &crate::support::manual::Reached| !reached.marks.iter().all(|&(at, _)| fixed(at));
+            |reached: &super::super::manual::Reached| !reached.marks.iter().all(|&(at, _)| fixed(at));
         let read = walk(&plain, word, va, What::Read, Who::Supervisor).ok().filter(|read| !marked(read))?;
         let is = |what, who| walk(&plain, word, va, what, who).is_ok();
         let write = walk(&Machine { wp: false, ..plain }, word, va, What::Write, Who::Supervisor);
