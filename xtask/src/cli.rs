@@ -7,7 +7,7 @@ use clap::{Parser, Subcommand};
 
 use crate::bench::Bench;
 use crate::setup::{self, Component};
-use crate::{bench, build, check, fuzz, image, run, test};
+use crate::{bench, build, check, fuzz, image, miri, run, test};
 
 /// Umbra's developer commands.
 #[derive(Debug, Parser)]
@@ -35,6 +35,8 @@ enum Command {
     Test(test::Options),
     /// Run the fuzz targets of `mmu`, for ten minutes each (status 1 if there is a finding)
     Fuzz(fuzz::Options),
+    /// Run the tests of `mmu`'s unsafe code and threads under Miri (installs it if need be)
+    Miri,
     /// Count what a guest's operations cost
     #[command(subcommand)]
     Bench(Bench),
@@ -59,6 +61,7 @@ impl Cli {
             Command::Run(options) => run::run(&options),
             Command::Test(options) => test::test(&options),
             Command::Fuzz(options) => fuzz::fuzz(&options),
+            Command::Miri => miri::miri(),
             Command::Bench(which) => bench::bench(&which),
             Command::Check => check::check(),
         }
@@ -85,6 +88,7 @@ mod tests {
             &["test", "--long", "--filter", "boot"],
             &["fuzz"],
             &["fuzz", "walk", "--time", "60", "--random"],
+            &["miri"],
             &["bench", "exits", "--json"],
             &["bench", "exits", "--emulator", "bochs", "--cpu", "ryzen"],
             &["check"],

@@ -13,6 +13,7 @@ pub mod exec;
 pub mod fuzz;
 pub mod guest;
 pub mod image;
+pub mod miri;
 pub mod paths;
 pub mod run;
 pub mod setup;
