@@ -19,7 +19,7 @@ const RUSTUP_LIMIT: Duration = Duration::from_secs(300);
 /// interpreter takes hours for it and cannot find more in it than a run can.
 const RUNS: [(&[&str], &[&str]); 4] = [
     (&["--lib"], &["--skip", "format::"]),
-    (&["--test", "direct"], &["phys_tables_over_real_memory"]),
+    (&["--test", "direct"], &["amd::phys_tables_over_real_memory"]),
     (&["--test", "threads"], &["the_exclusive_guard_excludes", "amd::two_threads_populate_the_same_range"]),
     (&["--test", "shadow"], &["unpaged"]),
 ];
@@ -104,7 +104,7 @@ mod tests {
         let (target, tests) = RUNS[1];
         let text = line(target, tests).to_string();
         let end = "cargo +nightly miri test -p mmu --target-dir target/miri --test direct -- \
-                   phys_tables_over_real_memory";
+                   amd::phys_tables_over_real_memory";
         assert!(text.ends_with(end) && text.contains("MIRIFLAGS=-Zmiri-permissive-provenance "), "{text}");
     }
 
