@@ -31,6 +31,9 @@ mod memory;
 #[path = "loom/models.rs"]
 mod models;
 #[cfg(loom)]
+#[path = "../src/nested/mod.rs"]
+mod nested;
+#[cfg(loom)]
 #[path = "../src/role/mod.rs"]
 mod role;
 #[cfg(loom)]
@@ -48,6 +51,9 @@ mod walk;
 mod sync {
     pub(crate) use loom::hint::spin_loop;
     pub(crate) use loom::sync::atomic::{fence, AtomicBool, AtomicU32, AtomicU64, Ordering};
+    pub(crate) fn fence_after_update() {
+        fence(Ordering::SeqCst);
+    }
 }
 
 #[cfg(not(loom))]

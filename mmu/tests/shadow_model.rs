@@ -303,7 +303,7 @@ fn tags() -> impl Strategy<Value = Tags> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 192, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 128, ..ProptestConfig::default() })]
 
     #[test]
     fn any_sequence_in_long_mode(quota in 16..40usize, tags in tags(), ops in prop::collection::vec(ops(), 1..120)) {

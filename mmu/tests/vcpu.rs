@@ -2,8 +2,8 @@
 mod support;
 
 use mmu::{
-    BadInvpcid, CpuRole, Cr0, Cr4, Efer, GuestCpu, Gva, Invpcid, Level, Mmu, PagingState, Requests, RootSet,
-    Running, Sync, TagFlush, Tags, VcpuMmus, Walk,
+    BadInvpcid, CpuRole, Cr0, Cr4, Efer, GuestCpu, Gva, Invpcid, Level, Mmu, PageFaultCode, PagingState,
+    Requests, RootSet, Running, Sync, TagFlush, Tags, VcpuMmus, Walk,
 };
 use support::flat::FlatRam;
 use support::machines::AMD;
@@ -47,11 +47,18 @@ fn with_pcids(tags: Tags) -> World {
         world.mov_to_cr3(0, cr3, false);
         world.carry_out(0);
     }
+    drop(world.vcpus[0].mmu.enter(world.memory, CPU));
     world
 }
 
+/// A sync of these roots, and the flush of what the tag has of the current one.
 fn sync(how: Sync, roots: RootSet) -> Requests {
-    Requests { sync: Some((how, roots)), ..Requests::NONE }
+    let flush = match how {
+        _ if !roots.contains(RootSet::CURRENT) => TagFlush::None,
+        Sync::Address(address) => TagFlush::Address(address),
+        Sync::All => TagFlush::All,
+    };
+    Requests { sync: Some((how, roots)), flush, ..Requests::NONE }
 }
 
 fn regs_with(world: &World, change: impl Fn(&mut PagingState)) -> PagingState {
@@ -127,6 +134,7 @@ fn c5_invlpg_concerns_every_root_for_its_page_may_be_global() {
     assert_eq!(mmu.invlpg(at), sync(Sync::Address(at), ALL));
     assert_eq!(mmu.invlpg(Gva::new(1 << 50)), Requests::NONE, "not canonical");
     world.carry_out(0);
+    assert_eq!(world.vcpus[0].mmu.enter(world.memory, CPU).flush(), TagFlush::Address(at));
     let done = world.vcpus[0].mmu.mov_to_cr3(0x1002 | NO_FLUSH, [0; 4]);
     assert_eq!(done.sync, None, "previous roots were brought up to date, too");
 }
@@ -260,6 +268,29 @@ fn smm_has_roots_of_its_own() {
     assert_eq!((back.load, back.sync), (false, Some((Sync::All, RootSet::CURRENT))));
     world.carry_out(0);
     assert_eq!(world.vcpus[0].mmu.root(), first);
+    world.finish();
+}
+
+/// Intel SDM vol. 3, 4.10.4.1: a fault by what is present takes the address away by itself, so a guest that changes the entry
+/// in its handler need not flush.
+#[test]
+fn c5_a_delivered_page_fault_takes_its_address_away() {
+    let mut world = world();
+    world.store(ENTRY, 0x1_0000 | 0x65);
+    world.flush(0);
+    assert_eq!(world.access_as(0, VA, What::Read, Who::User, CACHING), Ended::At(VA));
+    world.guest_store(0, 0x4000 + 0x20 * 8, 0x2_0000 | 0x67);
+    assert_eq!(world.access_as(0, VA, What::Write, Who::User, CACHING), Ended::Fault(7));
+    world.guest_store(0, ENTRY, 0x1_1000 | 0x65);
+    let _ = world.access_as(0, VA, What::Read, Who::User, CACHING);
+    assert_eq!(world.access_as(0, VA, What::Write, Who::User, CACHING), Ended::Fault(7));
+    assert_eq!(world.access_as(0, VA, What::Read, Who::User, CACHING), Ended::At(0x1_1008));
+    let mmu = &mut world.vcpus[0].mmu;
+    let at = Gva::new(VA);
+    let absent = mmu.page_fault(at, PageFaultCode::WRITE);
+    assert_eq!(absent, Requests::NONE);
+    assert_eq!(mmu.page_fault(at, PageFaultCode::PRESENT | PageFaultCode::RESERVED), Requests::NONE);
+    assert_eq!(mmu.page_fault(at, PageFaultCode::PRESENT).sync, Some((Sync::Address(at), RootSet::CURRENT)));
     world.finish();
 }
 

@@ -37,7 +37,7 @@ enum Command {
     Fuzz(fuzz::Options),
     /// Run the tests of `mmu`'s unsafe code and threads under Miri (installs it if need be)
     Miri,
-    /// Count what a guest's operations cost
+    /// Measure what operations cost
     #[command(subcommand)]
     Bench(Bench),
     /// Check formatting, lints and documentation
@@ -91,11 +91,20 @@ mod tests {
             &["miri"],
             &["bench", "exits", "--json"],
             &["bench", "exits", "--emulator", "bochs", "--cpu", "ryzen"],
+            &["bench", "mmu-host"],
+            &["bench", "mmu-host", "--json"],
             &["check"],
         ] {
             assert!(Cli::try_parse_from(["cargo xtask"].iter().chain(args)).is_ok(), "{args:?}");
         }
-        for args in [&[][..], &["bench"], &["fly"], &["test", "--what"], &["fuzz", "--time", "long"]] {
+        for args in [
+            &[][..],
+            &["bench"],
+            &["fly"],
+            &["test", "--what"],
+            &["bench", "mmu-host", "--emulator", "qemu"],
+            &["fuzz", "--time", "long"],
+        ] {
             assert!(Cli::try_parse_from(["cargo xtask"].iter().chain(args)).is_err(), "{args:?}");
         }
     }

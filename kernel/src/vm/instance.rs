@@ -7,9 +7,10 @@ use super::guest::{Board, Guest, Parts};
 use super::layout::PCI_HOLE_START;
 use super::load::{self, EntryState};
 use super::memory::{HostMemory, NotEnoughMemory};
+use super::notes::Notes;
 use super::paging::GuestMemory;
 use super::vcpu::Vcpu;
-use crate::cpu::tsc;
+use crate::cpu::{compaction, tsc};
 use crate::devices::apic_bus::ApicBus;
 use crate::devices::chipset::{Chipset, ChipsetConfig};
 use crate::hw::extended::XsaveFacts;
@@ -112,7 +113,8 @@ impl<V: Vendor> Specification<'_, V> {
             ConfiguredPageSize::Size4K => (FrameSize::Size4K, PageSize::Size4K),
             ConfiguredPageSize::Size1G => (FrameSize::Size1G, PageSize::Size1G),
         };
-        let mut ram = HostMemory::reserve(config.memory_bytes, frame_size)?;
+        let notes = if config.mmu == MmuMode::Shadow { Notes::TRACK } else { Notes::empty() };
+        let mut ram = HostMemory::reserve(config.memory_bytes, frame_size, notes)?;
         ram.add_fixed_pages(self.vendor.guest_pages())?;
         let cpuid = CpuidTable::new(
             &ThisCpu,
@@ -121,6 +123,7 @@ impl<V: Vendor> Specification<'_, V> {
                 max_phys_bits: self.machine.features.physical_address_bits.min(48),
                 tsc_hz: tsc::khz() * 1000,
                 shadow_paging: false,
+                sound_compaction: compaction::is_sound(),
             },
         );
         let rsdp = acpi_tables::write_tables(&ram, config.vcpus)

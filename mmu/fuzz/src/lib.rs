@@ -32,7 +32,7 @@ macro_rules! targets {
     };
 }
 
-targets! { direct_ops ept_walk nested_walk shadow_ops walk }
+targets! { direct_ops ept_walk nested_ops nested_walk shadow_ops walk }
 
 /// The target called `name`.
 pub fn target(name: &str) -> Option<Target> {

@@ -7,7 +7,7 @@ use crate::access::AccessKind;
 use crate::addr::{Gfn, Gpa, Pfn};
 use crate::format::{Entry, EntryFormat, Leaf, Writability};
 use crate::level::{Level, PageSize, ENTRIES, INDEX_BITS};
-use crate::memory::{Backing, Held, InvalidationSeq, Resolved, SlotFlags, SlotHit, VmMemory};
+use crate::memory::{Backing, Held, InvalidationSeq, Resolved, SlotFlags, SlotHit, Space, VmMemory};
 use crate::sync::Ordering;
 use crate::tables::{EntryCell, TableCache, TableFrame, TableMemory};
 
@@ -37,6 +37,8 @@ pub enum FaultOutcome {
 /// behind the page has changed in the meantime, it is refused.
 #[derive(Debug)]
 pub struct Resolution {
+    /// The space of the root.
+    space: Space,
     gfn: Gfn,
     /// The root's table. It stays the root's as long as `sequence` is current.
     root: Pfn,
@@ -51,7 +53,7 @@ pub struct Resolution {
 bitflags! {
     /// How a page is mapped, by what its slot and the kind have switched on. Without any: writable, in any size.
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-    struct Policy: u8 {
+    pub(super) struct Policy: u8 {
         /// Never written: the slot is read-only.
         const READ_ONLY = 1 << 0;
         /// Never written: the page is tracked.
@@ -70,7 +72,7 @@ bitflags! {
 }
 
 impl Policy {
-    const fn writability(self) -> Writability {
+    pub(super) const fn writability(self) -> Writability {
         if self.contains(Self::READ_ONLY) {
             Writability::ReadOnly
         } else if self.contains(Self::TRACKED) {
@@ -158,7 +160,7 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
         access: AccessKind,
     ) -> Result<Resolution, FaultOutcome> {
         let root = self.first_root(guard.memory());
-        self.resolve_under(guard, root, gpa, access)
+        self.resolve_under(guard, root, Space::Normal, gpa, access)
     }
 
     /// The same for `root`.
@@ -170,8 +172,8 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
         gpa: Gpa,
         access: AccessKind,
     ) -> Result<Resolution, FaultOutcome> {
-        let root = self.live_table(guard.memory(), root);
-        self.resolve_under(guard, root, gpa, access)
+        let table = self.live_table(guard.memory(), root);
+        self.resolve_under(guard, table, root.space(), gpa, access)
     }
 
     #[inline]
@@ -179,6 +181,7 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
         &self,
         guard: &impl Held<'m, B>,
         root: Option<TableFrame>,
+        space: Space,
         gpa: Gpa,
         access: AccessKind,
     ) -> Result<Resolution, FaultOutcome> {
@@ -187,7 +190,7 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
         }
         let memory = guard.memory();
         let Some(root) = root else { return Err(FaultOutcome::Retry) };
-        let Some(slot) = memory.find_slot(gpa) else {
+        let Some(slot) = memory.find_slot(space, gpa) else {
             return Err(FaultOutcome::Mmio(gpa));
         };
         let mut policy = Policy::empty();
@@ -221,7 +224,8 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
                         size = PageSize::Size4K;
                     }
                 }
-                Ok(Resolution { gfn: gpa.gfn(), root: root.pfn(), access, policy, block, size, sequence })
+                let (gfn, root) = (gpa.gfn(), root.pfn());
+                Ok(Resolution { space, gfn, root, access, policy, block, size, sequence })
             }
             Resolved::Retry => Err(FaultOutcome::Retry),
             Resolved::Absent => Err(FaultOutcome::Mmio(gpa)),
@@ -230,7 +234,7 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
 
     /// How a page of a slot with flags is mapped.
     #[cold]
-    fn policy<B: Backing>(
+    pub(super) fn policy<B: Backing>(
         &self,
         memory: &VmMemory<B>,
         slot: &SlotHit<'_>,
@@ -319,7 +323,7 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
                                 self.count_splits(1);
                             }
                             if resolution.policy.contains(Policy::LOG_WRITE) {
-                                memory.note_write(resolution.gfn);
+                                memory.note_write(resolution.space, resolution.gfn);
                             }
                             return FaultOutcome::Mapped;
                         }
@@ -422,7 +426,7 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
         if let Some(new) = self.upgrade(place.entry, place.level, resolution.access, logged) {
             cell.compare_exchange(place.entry, new).ok()?;
             if logged {
-                memory.note_write(resolution.gfn);
+                memory.note_write(resolution.space, resolution.gfn);
             }
             return Some(FaultOutcome::Mapped);
         }
@@ -430,7 +434,7 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
         // another page: take it away.
         if cell.compare_exchange(place.entry, 0).is_ok() {
             self.counters.leaves(guard.cpu(), place.level, -1);
-            self.note_dirty_leaf(memory, place.entry, place.level, resolution.gfn.number());
+            self.note_dirty_leaf(memory, place.entry, place.level, resolution.space.at(resolution.gfn));
             let mut flush = self.obligation(memory);
             flush.note();
         }
@@ -454,7 +458,7 @@ impl Resolution {
         let inside = self.gfn.number() & (self.size.pages() - 1) & !(size.pages() - 1);
         let pfn = Pfn::new_truncate(self.block.number() + inside);
         let execute = !(self.policy.contains(Policy::NO_HUGE_EXECUTE) && size != PageSize::Size4K);
-        Leaf { execute, ..Leaf::ram(pfn, size, self.policy.writability()) }
+        Leaf::ram(pfn, size, self.policy.writability()).with_execute(execute)
     }
 
     /// The size of the block that was found.
@@ -475,7 +479,7 @@ impl Resolution {
 
 /// The level above; a chain of new tables ends below the root, so there always is one.
 #[inline]
-const fn level_above(level: Level) -> Level {
+pub(super) const fn level_above(level: Level) -> Level {
     match level {
         Level::L1 => Level::L2,
         Level::L2 => Level::L3,

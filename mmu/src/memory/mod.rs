@@ -8,7 +8,9 @@ mod invalidation;
 mod notes;
 mod shootdown;
 mod slots;
+mod space;
 mod tracking;
+mod view;
 
 pub use access::NotRam;
 pub use backing::{Backing, NoPage, Resolved};
@@ -20,8 +22,10 @@ pub use notes::SlotNotes;
 pub(crate) use shootdown::Quiescent;
 pub use shootdown::{Generation, Shootdown};
 pub use slots::{RamAddr, Slot, SlotError, SlotFlags, MAX_SLOTS};
+pub use space::{Space, SpaceGfn, Spaces};
+pub use view::SpaceView;
 
-use crate::addr::{Gfn, Gpa};
+use crate::addr::Gpa;
 use crate::cpu::CpuId;
 use crate::format::MmioGeneration;
 use crate::sync::{AtomicU64, Ordering};
@@ -38,7 +42,7 @@ use slots::Slots;
 pub struct VmMemory<B> {
     id: VmId,
     backing: B,
-    slots: Slots,
+    pub(crate) slots: Slots,
     invalidations: Invalidations,
     shootdown: Shootdown,
     /// Slots that are logged.
@@ -47,6 +51,8 @@ pub struct VmMemory<B> {
     slot_generation: AtomicU64,
     /// Times that all roots were made obsolete.
     root_generation: AtomicU64,
+    /// Direct kinds of the VM, which have to follow what is tracked.
+    direct_kinds: AtomicU64,
 }
 
 impl<B> VmMemory<B> {
@@ -61,6 +67,7 @@ impl<B> VmMemory<B> {
             logged: AtomicU64::new(0),
             slot_generation: AtomicU64::new(0),
             root_generation: AtomicU64::new(0),
+            direct_kinds: AtomicU64::new(0),
         }
     }
 
@@ -88,10 +95,10 @@ impl<B> VmMemory<B> {
         Exclusive::take(self, cpu)
     }
 
-    /// The slot that holds `gpa`. Stable under a guard.
+    /// The slot that holds `gpa` in `space`. Stable under a guard.
     #[inline(always)]
-    pub(crate) fn find_slot(&self, gpa: Gpa) -> Option<SlotHit<'_>> {
-        self.slots.find(gpa)
+    pub(crate) fn find_slot(&self, space: Space, gpa: Gpa) -> Option<SlotHit<'_>> {
+        self.slots.find(space, gpa)
     }
 
     /// Whether any slot is logged.
@@ -102,11 +109,18 @@ impl<B> VmMemory<B> {
 
     /// Changes the flags of the slot that starts at `start`. What was resolved before is stale. The caller has the VM for
     /// itself.
-    fn set_flags(&self, start: Gfn, flags: SlotFlags) -> Result<Slot, SlotError> {
+    fn set_flags(&self, start: SpaceGfn, flags: SlotFlags) -> Result<Slot, SlotError> {
         let slot = self.slots.set_flags(start, flags)?;
         self.count_logged(slot.flags, flags);
         self.invalidations.advance();
         Ok(slot)
+    }
+
+    /// The same of the slot that was found.
+    fn set_flags_of(&self, hit: &SlotHit<'_>, flags: SlotFlags) {
+        self.count_logged(hit.flags(), flags);
+        hit.set_flags(flags);
+        self.invalidations.advance();
     }
 
     /// A slot's flags change. The caller has the VM for itself.
@@ -132,6 +146,16 @@ impl<B> VmMemory<B> {
     #[inline]
     pub(crate) fn root_generation(&self) -> u64 {
         self.root_generation.load(Ordering::Relaxed)
+    }
+
+    /// A direct kind is made for the VM.
+    pub(crate) fn count_direct_kind(&self) {
+        self.direct_kinds.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Direct kinds that the VM has.
+    pub(crate) fn direct_kinds(&self) -> u64 {
+        self.direct_kinds.load(Ordering::Relaxed)
     }
 
     #[inline]

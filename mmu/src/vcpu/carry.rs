@@ -3,12 +3,16 @@ use super::requests::{Requests, Sync};
 use super::roots::Cached;
 use super::{Mmu, Tag};
 use crate::access::Access;
-use crate::addr::{Address, Gpa};
+use crate::addr::{Address, Gfn, Gpa};
 use crate::format::EntryFormat;
 use crate::kind::{DirectMmu, DirectRole, Issued, NoRoot, NoShadowRoot, ShadowDone, ShadowFault, ShadowMmu};
-use crate::memory::{Backing, Exclusive, Held};
+use crate::memory::{Backing, Exclusive, Held, Space};
 use crate::tables::{TableCache, TableMemory};
 use crate::walk::GuestWalk;
+
+fn is_ram<'m, B: Backing + 'm>(guard: &Exclusive<'m, B>, gfn: Gfn) -> bool {
+    Space::ALL.iter().any(|&space| Held::<B>::memory(guard).find_slot(space, gfn.gpa()).is_some())
+}
 
 /// The flush of several operations: the last one covers those before, for generations only grow.
 fn later(issued: &mut Option<Issued>, new: Option<Issued>) {
@@ -76,13 +80,23 @@ impl Mmu {
             later(issued, done.issued);
             match done.outcome {
                 Err(NoShadowRoot::Full) if self.shed_root(kind, guard) => {}
+                // A root table outside RAM is legal: each access is a fault then, which the walk finds.
+                Err(NoShadowRoot::Unreachable(gfn)) if !is_ram(guard, gfn) => {
+                    let role = key.role();
+                    let empty = kind.get_empty_root(guard, cache, role.level(), role.base().vcpu());
+                    later(issued, empty.issued);
+                    match empty.outcome {
+                        Err(NoShadowRoot::Full) if self.shed_root(kind, guard) => {}
+                        outcome => break outcome?,
+                    }
+                }
                 outcome => break outcome?,
             }
         };
         let slot = self.roots.free_slot();
         self.roots.push(Cached { key, root, held: true, behind: None, slot, tag: Tag::UNKNOWN });
         // Remembered until the entry.
-        let _ = self.run_on(root);
+        let _ = self.run_on();
         Ok(())
     }
 
@@ -170,7 +184,7 @@ impl Mmu {
             let root = kind.get_root(guard, cache, role)?;
             let slot = self.roots.free_slot();
             self.roots.push(Cached { key, root, held: true, behind: None, slot, tag: Tag::UNKNOWN });
-            let _ = self.run_on(root);
+            let _ = self.run_on();
         }
         self.settle_root();
         Ok(())

@@ -3,10 +3,11 @@
 //! Scopes are those of Intel SDM vol. 3, 4.10.4.1 and AMD APM vol. 2, 5.5.2, both together where they differ. Global pages
 //! are not told apart: what spares them covers them, too. With a direct kind the processor does all of this by itself.
 use super::key::{GuestTag, PagingState};
-use super::requests::{Requests, Sync};
+use super::requests::{Requests, Sync, TagFlush};
 use super::Mmu;
 use crate::addr::{Gva, NonCanonical};
 use crate::role::{CpuRole, Cr0, Cr4, Efer, GuestCpu, PagingRegs};
+use crate::walk::PageFaultCode;
 
 /// Bit 63 of the operand of MOV to CR3: keep the translations of the PCID.
 const NO_FLUSH: u64 = 1 << 63;
@@ -126,6 +127,14 @@ impl Mmu {
         }
     }
 
+    /// A page fault is delivered to the guest: by itself it takes away what the TLB has of the address, so the guest may change
+    /// the entry in any way without another word (Intel SDM vol. 3, 4.10.4.1). Of an entry that is not present, or has reserved
+    /// bits set, no TLB has anything.
+    pub fn page_fault(&mut self, address: Gva, code: PageFaultCode) -> Requests {
+        let cached = code.contains(PageFaultCode::PRESENT) && !code.contains(PageFaultCode::RESERVED);
+        self.then(Sync::Address(address), |_| cached)
+    }
+
     /// All translations of whoever runs go: whatever else has that effect, like a flush that the guest asked another vCPU
     /// for.
     pub fn flush_guest(&mut self) -> Requests {
@@ -187,10 +196,10 @@ impl Mmu {
 
     fn and_then(&mut self, how: Sync, covers: impl Fn(GuestTag) -> bool) -> Requests {
         let key = self.key_of_now();
-        let (load, flush) = self.select(key);
-        let marked = self.roots.mark(how, |key| covers(key.tag()));
+        let (load, switch) = self.select(key);
+        let (marked, flush) = self.fall_behind(how, |key| covers(key.tag()));
         self.settle_root();
         let sync = (!marked.is_empty()).then_some((how, marked));
-        Requests { load, sync, flush }
+        Requests { load, sync, flush: if switch == TagFlush::All { switch } else { flush } }
     }
 }

@@ -62,8 +62,6 @@ pub struct Mmu {
     /// What is entered on: [`Root::NONE`] while there is work.
     root: Root,
     tag: Tag,
-    /// The root that the tag's translations are of.
-    tagged: Root,
     role: CpuRole,
     serves: Serves,
     tags: Tags,
@@ -109,7 +107,6 @@ impl Mmu {
         Self {
             root: Root::NONE,
             tag: Tag::UNKNOWN,
-            tagged: Root::NONE,
             role: CpuRole::new(&state.regs, &guest_cpu),
             serves,
             tags,
@@ -160,6 +157,9 @@ impl Mmu {
     /// Switches to `root` of the direct kind, of which the caller holds the share. A flush that follows is also remembered
     /// until the next entry.
     pub fn set_root(&mut self, root: Root) -> TagFlush {
+        if root == self.root {
+            return TagFlush::None;
+        }
         let key = self.key_of_now();
         // It takes the place of the one with the same key, if that is not another's to give back.
         let _ = self.roots.take(|cached| !cached.held);
@@ -168,16 +168,18 @@ impl Mmu {
         }
         let slot = self.roots.free_slot();
         self.roots.push(Cached { key, root, held: false, behind: None, slot, tag: Tag::UNKNOWN });
-        let flush = self.run_on(root);
+        let flush = self.run_on();
         self.settle_root();
         flush
     }
 
     /// The tag must be flushed at the next entry: the guest asked for it, or the tag was another vCPU's before.
+    /// With a tag for each root, all of them.
     pub fn flush(&mut self) -> TagFlush {
-        self.tag.cpu = None;
-        self.address = None;
-        TagFlush::All
+        for cached in self.roots.iter_mut() {
+            cached.tag = Tag::UNKNOWN;
+        }
+        self.flush_current()
     }
 
     /// The translations of `address` must go from the tag at the next entry: for a guest whose translations are the
@@ -191,7 +193,7 @@ impl Mmu {
                 TagFlush::Address(address)
             }
             (None, Some((_, same))) if same == address => TagFlush::Address(address),
-            _ => self.flush(),
+            _ => self.flush_current(),
         }
     }
 
@@ -252,9 +254,9 @@ impl Mmu {
         }
         self.park_tag();
         if self.roots.select(&key) {
-            let root = self.roots.current().map_or(Root::NONE, |current| current.root);
-            (false, self.run_on(root))
+            (false, self.run_on())
         } else {
+            // The tag of a root that is not there yet is fresh, or flushed when it is.
             (true, if self.tags == Tags::One { TagFlush::All } else { TagFlush::None })
         }
     }
@@ -262,6 +264,7 @@ impl Mmu {
     /// Puts the state of the current root's own tag away.
     fn park_tag(&mut self) {
         if self.tags == Tags::PerRoot {
+            // An address that is due is due in a tag that is not known, so it need not be kept.
             let tag = self.tag;
             if let Some(current) = self.roots.current_mut() {
                 current.tag = tag;
@@ -269,17 +272,34 @@ impl Mmu {
         }
     }
 
-    /// The current root is this one from now on.
-    fn run_on(&mut self, root: Root) -> TagFlush {
-        if self.tags == Tags::PerRoot {
-            self.tag = self.roots.current().map_or(Tag::UNKNOWN, |current| current.tag);
-            return TagFlush::None;
+    /// The root that has become the current one is run on from now on, by its tag or by the one for all.
+    fn run_on(&mut self) -> TagFlush {
+        match (self.tags, self.roots.current()) {
+            (Tags::PerRoot, Some(current)) => {
+                self.tag = current.tag;
+                self.address = None;
+                TagFlush::None
+            }
+            _ => self.flush(),
         }
-        if core::mem::replace(&mut self.tagged, root) == root {
-            TagFlush::None
-        } else {
-            self.flush()
-        }
+    }
+
+    /// Roots that `covers` are behind by `how`: which those are, and what has to be flushed. Tags of their own that are not
+    /// the current one are flushed when they are next used.
+    fn fall_behind(&mut self, how: Sync, covers: impl Fn(&RootKey) -> bool) -> (RootSet, TagFlush) {
+        let marked = self.roots.mark(how, covers);
+        let flush = match how {
+            _ if !marked.contains(RootSet::CURRENT) => TagFlush::None,
+            Sync::Address(address) => self.flush_address(address),
+            Sync::All => self.flush_current(),
+        };
+        (marked, flush)
+    }
+
+    fn flush_current(&mut self) -> TagFlush {
+        self.tag.cpu = None;
+        self.address = None;
+        TagFlush::All
     }
 
     /// The vCPU may be entered on the current root if nothing has to be done with it.

@@ -1,8 +1,11 @@
 //! A vCPU's two [`Mmu`]s and its walks: which of them counts depends on whether L1 or L2 runs.
 use super::key::{GuestTag, RootKey};
-use super::requests::{Requests, TagFlush};
+use super::requests::{Requests, Sync, TagFlush};
+use super::roots::ROOTS;
 use super::{Mmu, Serves};
 use crate::addr::{Gpa, Gva, NGpa};
+use crate::kind::Root;
+use crate::nested::TableAddress;
 use crate::role::{CpuRole, RootRole, VcpuMode};
 use crate::walk::PagingContext;
 
@@ -120,5 +123,25 @@ impl Mmu {
         let flush = if load { TagFlush::All } else { flush };
         let behind = self.roots.current().and_then(|current| current.behind);
         Requests { load, sync: behind.map(|how| (how, super::RootSet::CURRENT)), flush }
+    }
+
+    /// PAE's pointers of L1's nested tables have changed: they are memory and not registers, and part of the key.
+    pub(crate) fn set_nested_pointers(&mut self, pdptes: [u64; 4]) {
+        if let Some(key) = self.nested {
+            self.nested = Some(RootKey::new(key.role(), key.pointer(), pdptes, key.tag()));
+        }
+    }
+
+    /// Roots that `covers` are behind L1's nested tables.
+    pub(crate) fn roots_behind(&mut self, covers: impl Fn(&RootKey) -> bool) -> Requests {
+        let (marked, flush) = self.fall_behind(Sync::All, covers);
+        self.settle_root();
+        let sync = (!marked.is_empty()).then_some((Sync::All, marked));
+        Requests { load: self.roots.current().is_none(), sync, flush }
+    }
+
+    /// The roots that are kept for L1's table at this address, the current one first.
+    pub(crate) fn roots_for(&self, table: TableAddress) -> [Option<Root>; ROOTS] {
+        self.roots.roots(|key| TableAddress::new(key.pointer()) == table)
     }
 }

@@ -49,8 +49,8 @@ pub struct Requests {
     pub load: bool,
     /// Roots that have to be synced, and how much of them.
     pub sync: Option<(Sync, RootSet)>,
-    /// What has to be flushed from the hardware's TLB because the root is another one. What a sync takes away is flushed by
-    /// the kind, on every CPU: a TLB never holds more than the shadow says.
+    /// What has to be flushed from the hardware's TLB: the root is another one, or the guest's flush covers the current root.
+    /// (A kind need not flush when the guest makes an entry say less: not before the guest does.)
     pub flush: TagFlush,
 }
 

@@ -83,6 +83,11 @@ impl RootCache {
         taken
     }
 
+    /// The roots whose key `covers`, most recently used first.
+    pub(super) fn roots(&self, covers: impl Fn(&RootKey) -> bool) -> [Option<Root>; ROOTS] {
+        self.entries.map(|entry| entry.filter(|cached| covers(&cached.key)).map(|cached| cached.root))
+    }
+
     /// A number that no root here has.
     pub(super) fn free_slot(&self) -> u8 {
         let used = |slot: &u8| self.entries.iter().flatten().any(|entry| entry.slot == *slot);
@@ -97,6 +102,8 @@ impl RootCache {
         for (index, entry) in self.entries.iter_mut().enumerate() {
             let Some(entry) = entry.as_mut().filter(|entry| !entry.key.role().is_direct()) else { continue };
             if covers(&entry.key) {
+                // That of the current root is kept elsewhere.
+                entry.tag = Tag::UNKNOWN;
                 entry.behind = match entry.behind {
                     None => Some(how),
                     same if same == Some(how) => same,

@@ -4,9 +4,12 @@
 pub mod blocks;
 pub mod flat;
 pub mod hardware;
+pub mod l1;
 pub mod lent;
 pub mod machines;
 pub mod manual;
+pub mod nested;
 pub mod shadow;
 pub mod tables;
+pub mod two_stage;
 pub mod vm;

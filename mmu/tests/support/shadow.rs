@@ -4,20 +4,20 @@ mod memory;
 mod seen;
 mod tlb;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 
 use mmu::{
-    CpuId, CpuRole, Cr4, Entered, Gfn, Gpa, Gva, Invpcid, Issued, Level, Mmu, NoShadowRoot, Npt, NptHost,
-    Pae, PaeHost, PageSize, PagingContext, PagingState, Requests, Root, ShadowFault, ShadowMmu, SlotFlags,
-    TableCache, TagFlush, Tags, VmMemory, WalkError, WalkRegs, ZapProgress,
+    CpuId, CpuRole, Cr4, Entered, Gfn, GfnRange, Gpa, Gva, Invpcid, Issued, Level, Mmu, NoShadowRoot, Npt,
+    NptHost, Pae, PaeHost, PageFaultCode, PageSize, PagingContext, PagingState, Requests, Root, ShadowFault,
+    ShadowMmu, SlotFlags, TableCache, TagFlush, Tags, VmMemory, WalkError, WalkRegs, ZapProgress,
 };
 
-use memory::{lend, Loan};
-pub use memory::{memory, slot, store, NotedRam, MOVED, PAGES, SLOTS};
-use seen::{page, Seen};
+pub use memory::{memory, memory_of, slot, store, NotedRam, MOVED, ONE_SLOT, PAGES, SLOTS};
+use seen::{page, Remembered};
 use tlb::{top, walk_shadow, Tlb};
 
 use super::flat::FlatRam;
+use super::lent::{Lent, LentStore};
 use super::manual::guest::{access, registers, regs};
 use super::manual::{walk, Machine, What, Who};
 use super::tables::HostTables;
@@ -38,7 +38,7 @@ pub struct Vcpu {
     pdptes: [u64; 4],
     on: CpuId,
     entered: Option<Entered<'static, NotedRam>>,
-    seen: HashSet<Seen>,
+    seen: Remembered,
 }
 
 impl Vcpu {
@@ -76,7 +76,20 @@ pub struct World {
     tlbs: HashMap<(usize, usize, u8), Tlb>,
     /// Whether the second slot is there, and read-only.
     slot: Option<bool>,
-    loan: Loan,
+    /// Addresses that no other slot has at the moment, and those that are read-only.
+    pub hidden: std::ops::Range<u64>,
+    pub fixed: std::ops::Range<u64>,
+    lent_memory: Lent<VmMemory<NotedRam>>,
+    lent_store: LentStore,
+}
+
+/// What an architectural TLB loses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Loses {
+    Nothing,
+    Pcid(u16),
+    Page(u16, u64),
+    All,
 }
 
 /// How an access ended.
@@ -88,13 +101,37 @@ pub enum Ended {
     Emulated(u64),
 }
 
+/// Accesses by what a page permits.
+const ALL: [(What, Who); 6] = [
+    (What::Read, Who::User),
+    (What::Write, Who::User),
+    (What::Fetch, Who::User),
+    (What::Read, Who::Supervisor),
+    (What::Write, Who::Supervisor),
+    (What::Fetch, Who::Supervisor),
+];
+
 impl World {
     pub fn new(m: Machine, quota: usize, addresses: Vec<u64>, setup: impl Fn(&FlatRam)) -> Self {
-        Self::with(m, quota, addresses, Tags::One, setup)
+        Self::over(ONE_SLOT, m, quota, addresses, Tags::One, setup)
     }
 
+    /// A world with a slot that comes and goes.
     pub fn with(m: Machine, quota: usize, addresses: Vec<u64>, tags: Tags, setup: impl Fn(&FlatRam)) -> Self {
-        let (loan, memory, store) = lend(quota);
+        Self::over(SLOTS, m, quota, addresses, tags, setup)
+    }
+
+    pub fn over(
+        slots: &[(u64, u64)],
+        m: Machine,
+        quota: usize,
+        addresses: Vec<u64>,
+        tags: Tags,
+        setup: impl Fn(&FlatRam),
+    ) -> Self {
+        let (lent_memory, memory) = Lent::new(Box::new(memory_of(slots)));
+        let memory: &'static _ = memory;
+        let (lent_store, store) = LentStore::new(quota);
         setup(&memory.backing().flat);
         let tables = HostTables::new(quota + 64);
         let host =
@@ -111,14 +148,17 @@ impl World {
             emulated: 0,
             tlbs: HashMap::new(),
             slot: Some(false),
-            loan,
+            hidden: 0..0,
+            fixed: 0..0,
+            lent_memory,
+            lent_store,
         };
         for number in 0..2 {
             let state = world.state(&m, 0);
             let mmu = Mmu::shadow(state, registers(&m).1, Level::L4, true, tags);
             let root = mmu.root();
             let on = CpuId::new(number).unwrap();
-            let (pdptes, seen) = (state.pdptes, HashSet::new());
+            let (pdptes, seen) = (state.pdptes, Remembered::default());
             world.vcpus.push(Vcpu { m, root, mmu, cr4: 0, pdptes, on, entered: None, seen });
             world.carry_out(number);
         }
@@ -146,7 +186,7 @@ impl World {
     fn word(&self) -> impl Fn(u64) -> Option<u64> + use<'_> {
         move |at| {
             let hole = self.slot.is_none() && (16..32).contains(&(at >> 12));
-            self.ram().get(at).filter(|_| !hole)
+            self.ram().get(at).filter(|_| !hole && !self.hidden.contains(&at))
         }
     }
 
@@ -230,8 +270,7 @@ impl World {
         self.tlbs.entry(tag).or_default()
     }
 
-    /// Something happens to the vCPU's registers or translations: `act` tells the crate, `flushed` says what an
-    /// architectural TLB loses. Some events load PDPTEs.
+    /// Something happens to the vCPU's registers or translations: `act` tells the crate. Some events load PDPTEs.
     pub fn event(
         &mut self,
         vcpu: usize,
@@ -239,7 +278,7 @@ impl World {
         cr4: u64,
         loads: bool,
         act: impl FnOnce(&mut Mmu, &PagingState) -> Requests,
-        flushed: impl Fn(&Seen) -> bool,
+        loses: Loses,
     ) {
         let mut state = self.state(&m, cr4);
         if !loads {
@@ -249,21 +288,33 @@ impl World {
         vcpu.entered = None;
         (vcpu.m, vcpu.cr4, vcpu.pdptes) = (m, cr4, state.pdptes);
         let _ = act(&mut vcpu.mmu, &state);
-        vcpu.seen.retain(|seen| !flushed(seen));
+        match loses {
+            Loses::Nothing => {}
+            Loses::Pcid(pcid) => vcpu.seen.flush(|of| of == pcid),
+            Loses::Page(pcid, page) => vcpu.seen.flush_page(pcid, page),
+            Loses::All => vcpu.seen.flush(|_| true),
+        }
         self.remember();
     }
 
     /// Other registers, set from outside: all translations go.
     pub fn switch(&mut self, vcpu: usize, m: Machine) {
         let cr4 = self.vcpus[vcpu].cr4;
-        self.event(vcpu, m, cr4, true, |mmu, state| mmu.set_from_outside(*state, registers(&m).1), |_| true);
+        self.event(
+            vcpu,
+            m,
+            cr4,
+            true,
+            |mmu, state| mmu.set_from_outside(*state, registers(&m).1),
+            Loses::All,
+        );
         self.carry_out(vcpu);
     }
 
     /// All of the guest's translations go.
     pub fn flush(&mut self, vcpu: usize) {
         let Vcpu { m, cr4, .. } = self.vcpus[vcpu];
-        self.event(vcpu, m, cr4, false, |mmu, _| mmu.flush_guest(), |_| true);
+        self.event(vcpu, m, cr4, false, |mmu, _| mmu.flush_guest(), Loses::All);
         self.carry_out(vcpu);
     }
 
@@ -279,7 +330,7 @@ impl World {
             cr4,
             true,
             |mmu, state| mmu.mov_to_cr3(value, state.pdptes),
-            |seen| !keep && seen.pcid == pcid,
+            if keep { Loses::Nothing } else { Loses::Pcid(pcid) },
         );
     }
 
@@ -293,7 +344,7 @@ impl World {
             cr4,
             all,
             |mmu, state| mmu.mov_to_cr0(state.regs.cr0, state.regs.efer, state.pdptes),
-            |_| all,
+            if all { Loses::All } else { Loses::Nothing },
         );
     }
 
@@ -313,7 +364,13 @@ impl World {
             cr4,
             all || current,
             |mmu, state| mmu.mov_to_cr4(state.regs.cr4, state.pdptes),
-            |seen| all || current && seen.pcid == old.2,
+            if all {
+                Loses::All
+            } else if current {
+                Loses::Pcid(old.2)
+            } else {
+                Loses::Nothing
+            },
         );
     }
 
@@ -321,25 +378,32 @@ impl World {
     pub fn wrmsr_efer(&mut self, vcpu: usize, nxe: bool) {
         let Vcpu { m, cr4, .. } = self.vcpus[vcpu];
         let new = Machine { nxe, ..m };
-        self.event(vcpu, new, cr4, false, |mmu, state| mmu.wrmsr_efer(state.regs.efer), |_| false);
+        self.event(vcpu, new, cr4, false, |mmu, state| mmu.wrmsr_efer(state.regs.efer), Loses::Nothing);
     }
 
     pub fn invlpg(&mut self, vcpu: usize, va: u64) {
         let Vcpu { m, cr4, .. } = self.vcpus[vcpu];
         let pcid = self.vcpus[vcpu].pcid();
         let at = page(&m, va);
-        let flushed = |seen: &Seen| seen.page == at && seen.pcid == pcid;
-        self.event(vcpu, m, cr4, false, |mmu, _| mmu.invlpg(Gva::new(va)), flushed);
+        self.event(vcpu, m, cr4, false, |mmu, _| mmu.invlpg(Gva::new(va)), Loses::Page(pcid, at));
     }
 
     pub fn invpcid(&mut self, vcpu: usize, what: Invpcid) {
         let Vcpu { m, cr4, .. } = self.vcpus[vcpu];
-        let flushed = |seen: &Seen| match what {
-            Invpcid::Address { pcid, address } => seen.pcid == pcid && seen.page == page(&m, address.bits()),
-            Invpcid::Single { pcid } => seen.pcid == pcid,
-            Invpcid::All | Invpcid::AllButGlobal => true,
+        let loses = match what {
+            Invpcid::Address { pcid, address } => Loses::Page(pcid, page(&m, address.bits())),
+            Invpcid::Single { pcid } => Loses::Pcid(pcid),
+            Invpcid::All | Invpcid::AllButGlobal => Loses::All,
         };
-        self.event(vcpu, m, cr4, false, |mmu, _| mmu.invpcid(what), flushed);
+        self.event(vcpu, m, cr4, false, |mmu, _| mmu.invpcid(what), loses);
+    }
+
+    /// A page fault is delivered.
+    fn page_fault(&mut self, vcpu: usize, va: u64, code: PageFaultCode) {
+        let Vcpu { m, cr4, .. } = self.vcpus[vcpu];
+        let lost = Loses::Page(self.vcpus[vcpu].pcid(), page(&m, va));
+        let loses = if code.bits() & 9 == 1 { lost } else { Loses::Nothing };
+        self.event(vcpu, m, cr4, false, |mmu, _| mmu.page_fault(Gva::new(va), code), loses);
     }
 
     /// INIT: CR0.PG is clear, and so is everything else.
@@ -360,7 +424,7 @@ impl World {
             cr3: 0,
             ..old
         };
-        self.event(vcpu, m, 0, true, |mmu, _| mmu.init(), |_| true);
+        self.event(vcpu, m, 0, true, |mmu, _| mmu.init(), Loses::All);
     }
 
     /// The vCPU runs on another CPU.
@@ -371,16 +435,20 @@ impl World {
 
     /// Notes where every access leads now, for every vCPU.
     pub fn remember(&mut self) {
-        let fixed = |at: u64| self.slot == Some(true) && (16..32).contains(&(at >> 12));
-        let mut found = vec![];
-        for vcpu in &self.vcpus {
-            let word = self.word();
-            let word = loaded(&vcpu.m, &vcpu.pdptes, &word);
-            let look = |&va: &u64| Seen::look(&vcpu.m, &word, &fixed, vcpu.pcid(), va);
-            found.push(self.addresses.iter().filter_map(look).collect::<Vec<_>>());
-        }
-        for (vcpu, found) in self.vcpus.iter_mut().zip(found) {
-            vcpu.seen.extend(found);
+        let read_only = self.slot == Some(true);
+        let range = self.fixed.clone();
+        let fixed = move |at: u64| range.contains(&at) || read_only && (16..32).contains(&(at >> 12));
+        for number in 0..self.vcpus.len() {
+            let mut seen = std::mem::take(&mut self.vcpus[number].seen);
+            {
+                let vcpu = &self.vcpus[number];
+                let word = self.word();
+                let word = loaded(&vcpu.m, &vcpu.pdptes, &word);
+                for &va in &self.addresses {
+                    seen.look(&vcpu.m, &word, &fixed, vcpu.pcid(), va);
+                }
+            }
+            self.vcpus[number].seen = seen;
         }
     }
 
@@ -400,7 +468,7 @@ impl World {
     }
 
     /// Zaps a range, in batches.
-    pub fn zap(&mut self, range: mmu::GfnRange) {
+    pub fn zap(&mut self, range: GfnRange) {
         let mut progress = ZapProgress::default();
         while !progress.is_done() {
             let done = self.kind.zap(&mut self.memory.exclusive(CPU), range, &mut progress);
@@ -426,7 +494,7 @@ impl World {
     pub fn change_slot(&mut self, slot: Option<bool>) {
         let before = std::mem::replace(&mut self.slot, slot);
         let flags = |read_only| if read_only { SlotFlags::READ_ONLY } else { SlotFlags::empty() };
-        let range = memory::slot(1, SlotFlags::empty()).range;
+        let range = memory::slot(SLOTS[1], SlotFlags::empty()).range;
         let start = Gfn::new_truncate(SLOTS[1].0);
         let memory = self.memory;
         let mut guard = memory.exclusive(CPU);
@@ -434,7 +502,7 @@ impl World {
             (None, None) => {}
             (None, Some(read_only)) => {
                 memory.backing().clear_notes(1);
-                guard.insert_slot(&memory::slot(1, flags(read_only))).unwrap();
+                guard.insert_slot(&memory::slot(SLOTS[1], flags(read_only))).unwrap();
             }
             (Some(_), None) => drop(guard.remove_slot(start).unwrap()),
             (Some(_), Some(read_only)) => {
@@ -498,6 +566,8 @@ impl World {
 
     /// A1 to A4: an access as the guest makes it, by a processor without a TLB.
     pub fn access(&mut self, vcpu: usize, va: u64, what: What, who: Who) -> Ended {
+        // Tests that change something by hand kick nobody.
+        self.vcpus[vcpu].entered = None;
         self.access_as(vcpu, va, what, who, How::default())
     }
 
@@ -525,7 +595,9 @@ impl World {
                     walked
                 }
                 (Err(WalkError::Fault(fault)), Err(code)) => {
-                    assert_eq!(fault.page_fault_code().bits(), code, "A2");
+                    let delivered = fault.page_fault_code();
+                    assert_eq!(delivered.bits(), code, "A2");
+                    self.page_fault(vcpu, va, delivered);
                     return Ended::Fault(code);
                 }
                 (found, expected) => panic!("A2: {found:?} where {expected:x?} is expected"),
@@ -563,8 +635,7 @@ impl World {
     fn assert_seen(&self, vcpu: usize, va: u64, what: What, who: Who, at: u64) {
         let Vcpu { m, seen, .. } = &self.vcpus[vcpu];
         let pcid = self.vcpus[vcpu].pcid();
-        let fits = |seen: &&Seen| seen.pcid == pcid && seen.page == page(m, va) && seen.frame == at >> 12;
-        let known = seen.iter().filter(fits).any(|seen| seen.permits(m, what, who));
+        let known = seen.permit(m, pcid, page(m, va), at >> 12, what, who);
         assert!(
             known,
             "A3, C1: {what:?} {who:?} at {va:#x} reaches {at:#x}; now: {:x?}",
@@ -573,6 +644,12 @@ impl World {
         let second = (16..32).contains(&(at >> 12));
         assert!(!second || self.slot.is_some(), "C3: memory that was taken away");
         assert!(!second || what != What::Write || self.slot == Some(false), "C2: read-only memory");
+    }
+
+    /// Whether the guest's tables have allowed the access to frame `gfn` since they were flushed.
+    pub fn is_seen(&self, vcpu: usize, va: u64, what: What, who: Who, gfn: u64) -> bool {
+        let Vcpu { m, seen, .. } = &self.vcpus[vcpu];
+        seen.permit(m, self.vcpus[vcpu].pcid(), page(m, va), gfn, what, who)
     }
 
     /// A guest's store of an entry through its own map of memory at `va`.
@@ -594,13 +671,20 @@ impl World {
         ended
     }
 
-    /// C1 to C3: a tag that a guest runs with holds nothing but what its tables say.
+    /// C1 to C3: a tag that a guest runs with holds nothing but what the guest may use, and no table that is gone.
     fn check_tlbs(&self) {
-        for (number, vcpu) in self.vcpus.iter().enumerate() {
-            if vcpu.entered.is_some() {
-                if let Some(tlb) = self.tlbs.get(&(vcpu.on.number(), number, vcpu.mmu.slot())) {
-                    tlb.check(&self.tables, !vcpu.m.lma, vcpu.root);
+        for (number, vcpu) in self.vcpus.iter().enumerate().filter(|(_, vcpu)| vcpu.entered.is_some()) {
+            let tag = (vcpu.on.number(), number, vcpu.mmu.slot());
+            let Some(tlb) = self.tlbs.get(&tag) else { continue };
+            tlb.check(&self.tables);
+            for cached in tlb.pages() {
+                let accesses = ALL.iter().filter(|&&(what, who)| cached.rights.permit(&vcpu.m, what, who));
+                for &(what, who) in accesses {
+                    self.assert_seen(number, cached.page << 12, what, who, cached.frame << 12);
                 }
+                let gfn = Gfn::new_truncate(cached.frame);
+                let tracked = self.memory.shared(CPU).is_write_tracked(gfn);
+                assert!(!tracked || !cached.rights.writable, "C2: a TLB can write to the table in {gfn:?}");
             }
         }
     }
@@ -627,7 +711,10 @@ impl World {
         self.kind.dismantle(|page| self.tables.release(page));
         assert_eq!(self.tables.in_use(), 0);
         // SAFETY: the kind is dismantled, and no vCPU is entered.
-        unsafe { self.loan.end() };
+        unsafe {
+            self.lent_store.take_back();
+            drop(self.lent_memory.take_back());
+        }
     }
 }
 
@@ -645,5 +732,73 @@ fn loaded<'a>(
         } else {
             word(at)
         }
+    }
+}
+/// What operations over ranges need: a batch after the other, to the end.
+pub fn sweep(mut batch: impl FnMut(&mut mmu::ZapProgress)) {
+    let mut progress = mmu::ZapProgress::default();
+    while !progress.is_done() {
+        batch(&mut progress);
+    }
+}
+
+impl World {
+    /// The table and the index of the leaf that the processor finds for `va`, and the leaf.
+    pub fn leaf(&self, vcpu: usize, va: u64) -> Option<(u64, usize, u64)> {
+        let root = self.vcpus[vcpu].root;
+        let (mut table, mut level) = (root.hpa.pfn().number(), root.level as u32);
+        loop {
+            let index = (va >> (12 + 9 * (level - 1)) & 511) as usize;
+            let entry = self.tables.peek(table, index).expect("C3");
+            if entry & 1 == 0 {
+                return None;
+            }
+            if level == 1 || (level < 4 && entry >> 7 & 1 == 1) {
+                return Some((table, index, entry));
+            }
+            (table, level) = ((entry & 0x000f_ffff_ffff_f000) >> 12, level - 1);
+        }
+    }
+
+    /// An access as the guest makes it, with the marks that the processor leaves in the shadow.
+    pub fn use_page(&mut self, vcpu: usize, va: u64, what: What, who: Who) -> Ended {
+        let ended = self.access(vcpu, va, what, who);
+        if let (Ended::At(_), Some((table, index, _))) = (ended, self.leaf(vcpu, va)) {
+            self.tables.mark(table, index, if what == What::Write { 0x60 } else { 0x20 });
+        }
+        ended
+    }
+
+    /// Begins the log of the slot at frame 0.
+    pub fn start_log(&mut self, by: mmu::LogBy) {
+        let slot = self.memory.exclusive(CPU).start_dirty_log(Gfn::default(), by).unwrap();
+        sweep(|progress| {
+            let _ = self.kind.rearm(&mut self.memory.exclusive(CPU), &slot, progress);
+        });
+        self.check();
+    }
+
+    /// The frames that the log of the slot at frame 0 has, and takes them out.
+    pub fn harvest(&mut self, by: mmu::LogBy) -> Vec<u64> {
+        let all = GfnRange::new(Gfn::default(), PAGES).unwrap();
+        if by == mmu::LogBy::DirtyBits {
+            sweep(|progress| {
+                let _ = self.kind.collect_dirty(&mut self.memory.exclusive(CPU), all, progress);
+            });
+        }
+        let mut found = vec![];
+        for index in 0..PAGES as usize / 64 {
+            let mask = self.memory.shared(CPU).dirty_log(Gfn::default()).unwrap().clear(index, u64::MAX);
+            let first = index as u64 * 64;
+            let mut guard = self.memory.exclusive(CPU);
+            let _ = self.kind.rearm_pages(&mut guard, Gfn::new_truncate(first), mask);
+            found.extend((0..64).filter(|bit| mask >> bit & 1 != 0).map(|bit| first + bit));
+        }
+        self.check();
+        found
+    }
+
+    pub fn zap_range(&mut self, range: GfnRange) {
+        self.zap(range);
     }
 }

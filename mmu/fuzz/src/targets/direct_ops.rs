@@ -1,6 +1,6 @@
 //! Sequences of operations on the direct kind, under the checks of its model.
 use direct_model::support::machines::{AMD, INTEL, PLAIN_INTEL};
-use direct_model::{run as run_model, Op, CPUS, GIB, SLOTS, VCPUS};
+use direct_model::{run as run_model, Op, CPUS, GIB, LOGGED, SLOTS, VCPUS};
 use mmu::{AccessKind, PageSize};
 
 use crate::input::Input;
@@ -14,8 +14,6 @@ const MAX_OPS: usize = 120;
 
 const KINDS: [AccessKind; 3] = [AccessKind::Read, AccessKind::Write, AccessKind::Execute];
 const SIZES: [PageSize; 3] = [PageSize::Size4K, PageSize::Size2M, PageSize::Size1G];
-/// The slots without a gigabyte, so that splitting them is quick.
-const SMALL_SLOTS: usize = 3;
 
 pub(crate) fn run(data: &[u8]) {
     let mut input = Input::new(data);
@@ -57,7 +55,7 @@ fn span(input: &mut Input<'_>) -> u64 {
 fn op(input: &mut Input<'_>) -> Op {
     let (vcpu, cpu) = (input.index(VCPUS), input.index(CPUS));
     let slot = input.index(SLOTS.len());
-    match input.below(34) {
+    match input.below(35) {
         0..=2 => Op::Enter { vcpu, cpu },
         3 => Op::Exit { vcpu },
         4..=9 => Op::Access { vcpu, gfn: gfn(input), kind: input.pick(&KINDS), use_tlb: input.any() },
@@ -73,13 +71,13 @@ fn op(input: &mut Input<'_>) -> Op {
         19 => Op::LateInstall { gfn: gfn(input), invalidate: input.any() },
         20 => Op::Reclaim { limit: 1 + input.index(20) },
         21 => Op::StartLog {
-            slot: slot % SMALL_SLOTS,
+            slot: LOGGED[slot % LOGGED.len()],
             dirty_bits: input.any(),
             all_set: input.any(),
             split: input.any(),
         },
         22 => Op::StopLog { slot },
-        23 | 24 => Op::Harvest { slot: slot % SMALL_SLOTS },
+        23 | 24 => Op::Harvest { slot: LOGGED[slot % LOGGED.len()] },
         25 => Op::Age { gfn: gfn(input), pages: span(input) },
         26 => Op::Collapse { gfn: gfn(input), pages: span(input) },
         27 => Op::Track { gfn: gfn(input) },
@@ -88,6 +86,7 @@ fn op(input: &mut Input<'_>) -> Op {
         30 => Op::Recover { ratio: 1 + input.below(3) },
         31 => Op::InvalidateAll,
         32 => Op::ZapObsolete { batches: 1 + input.index(2) },
+        33 => Op::Populate { vcpu, gfn: gfn(input), pages: 1 + input.below(2000) },
         _ => Op::CacheMmio { on: input.any() },
     }
 }

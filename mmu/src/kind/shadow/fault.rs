@@ -1,12 +1,14 @@
 //! Faults: a walk of the guest's tables goes in, its shadow comes out.
-use super::{guest_entry, is_above, is_short, number, read_guest, Kept, ShadowDone, ShadowMmu, Stop};
+use super::compose::caching;
+use super::sites::FlushSite;
+use super::{guest_entry, is_above, is_nested, number, read_guest, space, Kept, ShadowDone, ShadowMmu, Stop};
 use crate::access::{Access, AccessKind, Agent, Prot};
 use crate::addr::{Address, Gfn, Gpa, Gva, Pfn};
-use crate::format::{EntryFormat, Leaf, Writability};
+use crate::format::{EntryFormat, Writability};
 use crate::kind::Root;
 use crate::level::{Level, PageSize};
 use crate::memory::{Backing, Exclusive, Held, Resolved, SlotFlags, VmMemory};
-use crate::role::{PageRole, RoleFlags};
+use crate::role::{Caching, CpuRole, PageRole, RoleFlags};
 use crate::tables::{TableCache, TableMemory};
 use crate::walk::{GuestWalk, PagingContext};
 
@@ -26,7 +28,7 @@ pub enum ShadowFault {
     Mmio(Gpa),
     /// A write to a read-only slot: emulate the access.
     ReadOnly(Gpa),
-    /// A write to a table that is shadowed: emulate it, then [say so](ShadowMmu::track_write).
+    /// A write to a table that is shadowed, or one that no shadow can permit: emulate it, then [say so](ShadowMmu::track_write).
     WriteTracked(Gpa),
     /// The cache has too few table pages: fill it and fault again.
     NeedTables,
@@ -56,8 +58,12 @@ struct Goal {
     block_size: PageSize,
     size: PageSize,
     prot: Prot,
+    caching: Caching,
     writability: Writability,
-    user: bool,
+    /// The access is a write.
+    write: bool,
+    /// The page could be huge, but is to be executable.
+    split: bool,
 }
 
 impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
@@ -92,7 +98,7 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         if !self.settle(guard) {
             return Err(ShadowFault::Wait);
         }
-        let root_role = self.role(page).ok_or(ShadowFault::NoRoot)?;
+        let root_role = self.role(page).filter(|_| !self.is_empty_root(page)).ok_or(ShadowFault::NoRoot)?;
         let gpa = walk.translation.address;
         let prot = shadow_prot(&root_role, walk, access);
         let frame = address.bits() >> 12;
@@ -109,14 +115,78 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
             let child = role.child(index, access, false).ok_or(ShadowFault::Retry)?;
             page = self.descend_to(guard, cache, walk, page, index, gfn, &child)?;
         }
-        let goal = self.goal(guard, page, gpa, prot, walk, access.kind)?;
-        while let Some(role) = self.role(page).filter(|role| role.level > goal.size.level()) {
+        if cannot_be_shadowed(&root_role, walk, access) {
+            let ram = Held::<B>::memory(guard).find_slot(space(&root_role), gpa).is_some();
+            return Err(if ram { ShadowFault::WriteTracked(gpa) } else { ShadowFault::Mmio(gpa) });
+        }
+        let mut goal = match self.goal(guard, page, gpa, prot, walk, access.kind) {
+            Err(ShadowFault::Mmio(gpa)) => {
+                self.make_note(guard, cache, walk, page, frame, gpa);
+                return Err(ShadowFault::Mmio(gpa));
+            }
+            goal => goal?,
+        };
+        while let Some(role) = self.role(page) {
             let index = role.level.index(frame);
-            let first = Gfn::new_truncate(goal.gfn.number() & !(role.level.pages() - 1));
-            let child = role.child(index, goal.prot, true).ok_or(ShadowFault::Retry)?;
-            page = self.descend_to(guard, cache, walk, page, index, first, &child)?;
+            if role.level <= goal.size.level() {
+                match goal.size.smaller().filter(|_| self.is_split(number(page, index))) {
+                    Some(smaller) => (goal.size, goal.split) = (smaller, true),
+                    None => break,
+                }
+            }
+            page =
+                self.descend_direct(guard, cache, walk, page, index, goal.gfn, (goal.prot, goal.caching))?;
+            if goal.split && self.block_of(page).is_some_and(|size| size <= goal.block_size) {
+                self.mark_split(page);
+            }
         }
         self.install(guard, walk, page, frame, &goal)
+    }
+
+    /// Goes down through the entry at `index` to the direct page for the part of the guest's huge page with `gfn`.
+    #[expect(clippy::too_many_arguments, reason = "one step of a fault, which carries all of these")]
+    fn descend_direct<'m, B: Backing + 'm>(
+        &mut self,
+        guard: &mut Exclusive<'m, B>,
+        cache: &mut TableCache,
+        walk: &GuestWalk<Gpa>,
+        page: u32,
+        index: usize,
+        gfn: Gfn,
+        (prot, caching): (Prot, Caching),
+    ) -> Result<u32, ShadowFault> {
+        let role = self.role(page).ok_or(ShadowFault::Retry)?;
+        let first = Gfn::new_truncate(gfn.number() & !(role.level.pages() - 1));
+        let child = role.child(index, prot, true).ok_or(ShadowFault::Retry)?.cached(caching);
+        self.descend_to(guard, cache, walk, page, index, first, &child)
+    }
+
+    /// Notes that there is no RAM at `gpa`, if notes are made. What it takes may be missing: then it is noted another time.
+    fn make_note<'m, B: Backing + 'm>(
+        &mut self,
+        guard: &mut Exclusive<'m, B>,
+        cache: &mut TableCache,
+        walk: &GuestWalk<Gpa>,
+        mut page: u32,
+        frame: u64,
+        gpa: Gpa,
+    ) {
+        let memory = Held::<B>::memory(guard);
+        while self.caches_mmio(memory) {
+            let Some(role) = self.role(page) else { return };
+            let index = role.level.index(frame);
+            if role.level == Level::L1 {
+                if self.unchanged(memory, walk, page, index).is_ok() {
+                    self.note_mmio(memory, number(page, index), gpa.gfn(), walk.shadow_prot);
+                }
+                return;
+            }
+            let says = (walk.shadow_prot, walk_caching(role.base.guest().as_ref(), walk));
+            match self.descend_direct(guard, cache, walk, page, index, gpa.gfn(), says) {
+                Ok(below) => page = below,
+                Err(_) => return,
+            }
+        }
     }
 
     /// The guest's table below the entry at `index`, and what the guest permits down to it.
@@ -135,7 +205,8 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
             if let Some(pdpte) = walk.pdpte {
                 let kept = self.page(page).pdptes.get(index).copied();
                 let gfn = Gpa::new_truncate(pdpte).gfn();
-                return if kept == Some(pdpte) { Ok((gfn, role.access)) } else { Err(ShadowFault::Retry) };
+                // Without registers for them the guest changes its pointers by a store: another root stands for them then.
+                return if kept == Some(pdpte) { Ok((gfn, role.access)) } else { Err(ShadowFault::NoRoot) };
             }
         }
         Ok((self.page(page).gfn, role.access))
@@ -168,7 +239,7 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
             self.unchanged(memory, walk, page, index)?;
             return Ok(found);
         }
-        self.drop_entry(entry);
+        self.drop_entry(memory, entry);
         // The guest need not flush when an entry becomes present, so what is linked has to be up to date.
         self.sync_tree(guard, found);
         // Only now: the table is protected, or known to be unsync.
@@ -191,7 +262,7 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         }
         let at = guest_entry(self.page(page), &role, index);
         let step = walk.step(role.level).filter(|step| step.at == at);
-        match (step, read_guest(memory, at, is_short(&role))) {
+        match (step, read_guest(memory, at, &role)) {
             (Some(step), Some(entry)) if step.entry == entry => Ok(()),
             _ => Err(ShadowFault::Retry),
         }
@@ -208,7 +279,9 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         kind: AccessKind,
     ) -> Result<Goal, ShadowFault> {
         let memory = Held::<B>::memory(guard);
-        let hit = memory.find_slot(gpa).ok_or(ShadowFault::Mmio(gpa))?;
+        let role = self.role(page).ok_or(ShadowFault::NoRoot)?;
+        let space = space(&role);
+        let hit = memory.find_slot(space, gpa).ok_or(ShadowFault::Mmio(gpa))?;
         let write = kind == AccessKind::Write;
         let read_only = hit.flags().contains(SlotFlags::READ_ONLY);
         if write && read_only {
@@ -221,9 +294,8 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
                 return Err(ShadowFault::WriteTracked(gpa));
             }
         }
-        let role = self.role(page).ok_or(ShadowFault::NoRoot)?;
         // The counts may have changed, and the slot's flags with them.
-        let hit = memory.find_slot(gpa).ok_or(ShadowFault::Mmio(gpa))?;
+        let hit = memory.find_slot(space, gpa).ok_or(ShadowFault::Mmio(gpa))?;
         let sequence = memory.invalidations().sequence();
         let fits = |size: PageSize| {
             size.bytes() <= walk.translation.page_bytes
@@ -243,36 +315,31 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
             return Err(ShadowFault::Retry);
         }
         let mut size = block_size;
+        let split = self.ops.no_huge_execute && kind == AccessKind::Execute && size != PageSize::Size4K;
+        if split {
+            size = PageSize::Size4K;
+        }
         while let Some(smaller) =
             size.smaller().filter(|_| !fits(size) || !block.number().is_multiple_of(size.pages()))
         {
             size = smaller;
         }
-        // A page that is logged is writable from its first write on.
-        let watched = hit.flags().contains(SlotFlags::DIRTY_LOG) && !write;
         let writability = if read_only {
             Writability::ReadOnly
-        } else if tracked || watched || !prot.contains(Prot::WRITE) {
+        } else if tracked || !prot.contains(Prot::WRITE) {
             Writability::Tracked
         } else {
             Writability::Writable
         };
-        if write {
-            memory.note_write(gpa.gfn());
-        }
-        let user = prot.contains(Prot::USER) || role.base.guest().is_some_and(|guest| guest.is_ept());
-        Ok(Goal { gfn: gpa.gfn(), block, block_size, size, prot, writability, user })
+        let caching = walk_caching(role.base.guest().as_ref(), walk);
+        Ok(Goal { gfn: gpa.gfn(), block, block_size, size, prot, caching, writability, write, split })
     }
 
     /// Whether the page belongs to a tree of three levels.
-    fn is_legacy(&self, page: u32) -> bool {
+    pub(super) fn is_legacy(&self, page: u32) -> bool {
         self.role(page).is_some_and(|role| {
-            let nested = role
-                .base
-                .guest()
-                .is_some_and(|guest| guest.is_ept() || guest.flags().contains(RoleFlags::NESTED));
             let short = role.base.guest().is_none_or(|guest| guest.va_width().is_none());
-            short && !nested
+            short && !is_nested(&role)
         })
     }
 
@@ -289,71 +356,119 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         let entry = number(page, index);
         let inside = goal.gfn.number() & (goal.block_size.pages() - 1) & !(goal.size.pages() - 1);
         let first = Gfn::new_truncate(goal.gfn.number() & !(goal.size.pages() - 1));
-        let leaf = Leaf {
-            user: goal.user,
-            read: goal.prot.contains(Prot::READ),
-            execute: goal.prot.contains(Prot::EXECUTE),
-            ..Leaf::ram(Pfn::new_truncate(goal.block.number() + inside), goal.size, goal.writability)
-        };
-        self.unchanged(Held::<B>::memory(guard), walk, page, index)?;
-        if self.note(entry).kept == Kept::Leaf(first) {
-            let found = self.format.leaf(self.value(entry), level);
-            if found == self.format.leaf(self.format.make_leaf(&leaf), level) {
+        let pfn = Pfn::new_truncate(goal.block.number() + inside);
+        let Some(role) = self.role(page) else { return Err(ShadowFault::Retry) };
+        let guest = role.base.guest();
+        let says = (goal.prot, goal.caching);
+        let mut leaf = self.compose(guest.as_ref(), says, (pfn, goal.size), goal.writability);
+        if level != Level::L1 && self.ops.no_huge_execute {
+            leaf = leaf.with_execute(false);
+        }
+        if !self.can_say(&leaf) {
+            return Err(ShadowFault::Retry);
+        }
+        let memory = Held::<B>::memory(guard);
+        self.unchanged(memory, walk, page, index)?;
+        let mut value = self.format.make_leaf(&leaf);
+        if !goal.write {
+            value = self.armed(memory, &role, first, value);
+        }
+        let mapped = (self.note(entry).kept == Kept::Leaf(first)).then(|| self.value(entry));
+        match mapped
+            .and_then(|old| Some((old, self.format.leaf(old, level)?, self.format.leaf(value, level)?)))
+        {
+            Some((old, found, wanted)) if found == wanted && !self.format.is_access_tracked(old) => {
                 return Ok(ShadowFault::Spurious);
             }
+            Some((_, found, wanted))
+                if found.pfn == wanted.pfn
+                    && (found.memory_type, found.ignore_pat) == (wanted.memory_type, wanted.ignore_pat) =>
+            {
+                self.replace(memory, entry, first, value, FlushSite::Replace);
+            }
+            // Another page, if anything: take it away, never change it into this.
+            _ => {
+                self.drop_entry(memory, entry);
+                self.map(entry, first, value);
+            }
         }
-        // Something else, if anything: take it away, never change it into this.
-        self.drop_entry(entry);
-        self.map(entry, first, &leaf);
+        if goal.write {
+            memory.note_write(space(&role), goal.gfn);
+        }
         if level == Level::L1 {
-            self.prefetch(Held::<B>::memory(guard), page, index);
+            self.prefetch(memory, page, index);
         }
         Ok(ShadowFault::Mapped)
     }
 
-    /// Maps what the guest has used before of the entries around the one at `index`, as not accessed.
+    /// Maps what the guest has used before of the entries around the one at `index`.
     fn prefetch<B: Backing>(&mut self, memory: &VmMemory<B>, page: u32, index: usize) {
-        let Some(role) = self.role(page).filter(|role| !role.direct) else { return };
-        let (Some(guest), Some(_)) = (role.base.guest(), memory.invalidations().settled()) else { return };
-        let context = PagingContext::<Gva, Gpa>::new(guest);
         let first = index & !(AROUND - 1);
         for at in (first..first + AROUND).filter(|&at| at != index) {
-            let entry = number(page, at);
-            if self.note(entry).kept != Kept::Nothing {
-                continue;
-            }
-            let raw = read_guest(memory, guest_entry(self.page(page), &role, at), is_short(&role));
-            let Some(found) = raw.and_then(|raw| context.lowest_entry(raw)) else { continue };
-            let prot = role.access & found.prot;
-            let Some(hit) = memory.find_slot(found.page) else { continue };
-            if !found.accessed || prot.is_empty() || hit.flags().contains(SlotFlags::DIRTY_LOG) {
-                continue;
-            }
-            let resolved = memory.backing().resolve(&hit.ram(), PageSize::Size4K, AccessKind::Read);
-            let Resolved::Ram { pfn, .. } = resolved else { continue };
-            let writes = prot.contains(Prot::WRITE) && found.dirty && !memory.is_tracked(&hit);
-            let writability = if hit.flags().contains(SlotFlags::READ_ONLY) {
-                Writability::ReadOnly
-            } else if writes {
-                Writability::Writable
-            } else {
-                Writability::Tracked
-            };
-            let leaf = Leaf {
-                user: guest.is_ept() || prot.contains(Prot::USER),
-                read: prot.contains(Prot::READ),
-                execute: prot.contains(Prot::EXECUTE),
-                ..Leaf::ram(pfn, PageSize::Size4K, writability)
-            };
-            self.map(entry, found.page.gfn(), &leaf);
-            let old = self.format.make_old(self.value(entry));
-            self.write(entry, old);
+            self.prefetch_entry(memory, page, at);
         }
     }
+
+    /// Maps what the guest's entry at `index` of a lowest table leads to, as not accessed, if the guest has used it before and
+    /// nothing is there. In a logged slot, the first write is still to come.
+    pub(super) fn prefetch_entry<B: Backing>(&mut self, memory: &VmMemory<B>, page: u32, index: usize) {
+        let Some(role) = self.role(page).filter(|role| role.level == Level::L1 && !role.direct) else {
+            return;
+        };
+        let (Some(guest), Some(_)) = (role.base.guest(), memory.invalidations().settled()) else { return };
+        let entry = number(page, index);
+        if self.note(entry).kept != Kept::Nothing {
+            return;
+        }
+        let context = PagingContext::<Gva, Gpa>::new(guest);
+        let raw = read_guest(memory, guest_entry(self.page(page), &role, index), &role);
+        let Some(found) = raw.and_then(|raw| context.lowest_entry(raw)) else { return };
+        let prot = role.access & found.prot;
+        let Some(hit) =
+            memory.find_slot(space(&role), found.page).filter(|_| found.accessed && !prot.is_empty())
+        else {
+            return;
+        };
+        let resolved = memory.backing().resolve(&hit.ram(), PageSize::Size4K, AccessKind::Read);
+        let Resolved::Ram { pfn, .. } = resolved else { return };
+        let writes = prot.contains(Prot::WRITE) && found.dirty && !memory.is_tracked(&hit);
+        let writability = if hit.flags().contains(SlotFlags::READ_ONLY) {
+            Writability::ReadOnly
+        } else if writes {
+            Writability::Writable
+        } else {
+            Writability::Tracked
+        };
+        let says = (prot, caching(Some(&guest), raw.unwrap_or(0), Level::L1));
+        let leaf = self.compose(Some(&guest), says, (pfn, PageSize::Size4K), writability);
+        if !self.can_say(&leaf) {
+            return;
+        }
+        let gfn = found.page.gfn();
+        let value = self.armed(memory, &role, gfn, self.format.make_leaf(&leaf));
+        self.map(entry, gfn, self.aged(&role, value));
+    }
+}
+
+/// How the leaf of a walk wants its page cached.
+fn walk_caching(guest: Option<&CpuRole>, walk: &GuestWalk<Gpa>) -> Caching {
+    caching(guest, walk.steps().last().map_or(0, |step| step.entry), walk.level)
 }
 
 /// Entries of which a fault maps those that the guest has used.
 const AROUND: usize = 8;
+
+/// Whether the access is one that no entry can permit without permitting too much: a supervisor's write, with SMAP suspended
+/// and CR0.WP clear, to a read-only page of the user. As a supervisor's page it would be out of SMAP's reach.
+fn cannot_be_shadowed(root: &PageRole, walk: &GuestWalk<Gpa>, access: Access) -> bool {
+    let flags = root.base.guest().map_or(RoleFlags::empty(), |guest| guest.flags());
+    let forced = access.kind == AccessKind::Write && access.agent != Agent::User;
+    forced
+        && !flags.contains(RoleFlags::WP)
+        && flags.contains(RoleFlags::SMAP)
+        && walk.shadow_prot.contains(Prot::USER)
+        && !walk.shadow_prot.contains(Prot::WRITE)
+}
 
 /// What the leaf for an access permits.
 ///
@@ -364,6 +479,9 @@ fn shadow_prot(root: &PageRole, walk: &GuestWalk<Gpa>, access: Access) -> Prot {
     let mut prot = walk.shadow_prot;
     let Some(guest) = root.base.guest() else { return prot };
     let by_supervisor = access.kind == AccessKind::Write && access.agent != Agent::User;
+    if guest.is_ept() {
+        return prot;
+    }
     if by_supervisor && !prot.contains(Prot::WRITE) && !guest.flags().contains(RoleFlags::WP) {
         if prot.contains(Prot::USER) && guest.flags().contains(RoleFlags::SMEP) {
             prot.remove(Prot::EXECUTE);

@@ -4,9 +4,15 @@
 //! below a guest's huge page. Every operation takes the VM's exclusive guard and the kind by unique reference, so nothing
 //! here runs beside anything else of the VM but its guests.
 mod check;
+mod compose;
 mod fault;
+mod huge;
+mod log;
+mod mmio;
+mod nested;
 mod pages;
 mod roots;
+mod sites;
 mod sync;
 mod write;
 mod zap;
@@ -14,6 +20,7 @@ mod zap;
 pub use check::ShadowCheck;
 pub use fault::ShadowFault;
 pub use roots::NoShadowRoot;
+pub use write::WalkMarks;
 pub use zap::ZapProgress;
 
 use super::counters::Counters;
@@ -23,8 +30,8 @@ use crate::addr::{Gfn, Gpa, Pfn};
 use crate::cpu::CpuId;
 use crate::format::{EntryFormat, Pae};
 use crate::level::{Level, ENTRIES};
-use crate::memory::{Backing, Exclusive, Generation, Held, Quiescent, VmMemory};
-use crate::role::{PageRole, PagingMode};
+use crate::memory::{Backing, Exclusive, Generation, Held, Quiescent, Space, VmMemory};
+use crate::role::{PageRole, PagingMode, RoleFlags};
 use crate::tables::{TableFrame, TableMemory, TablePage};
 
 /// No page, no entry: the end of a chain.
@@ -38,6 +45,8 @@ enum Kept {
     Leaf(Gfn),
     /// A link to this shadow page, among the page's parents.
     Link(u32),
+    /// A note that this frame is device memory, in no chain.
+    Device(Gfn),
 }
 
 /// The note of one entry, a member of one chain.
@@ -71,8 +80,13 @@ pub struct ShadowPage {
     next: u32,
     /// The operation that used it last.
     used: u64,
+    /// Writes to its table are tracked on its behalf. Of a page that shadows a table neither this nor the next is so only if
+    /// it is a root whose slot was taken away.
+    tracked: bool,
     /// The guest writes to its table without an exit.
     unsync: bool,
+    /// It is there because a huge page must not be executable.
+    split: bool,
     /// Entries below which something may be unsync.
     stale: [u64; 8],
     /// Emulated writes since it was last used.
@@ -92,7 +106,9 @@ impl ShadowPage {
         parents: NONE,
         next: NONE,
         used: 0,
+        tracked: false,
         unsync: false,
+        split: false,
         stale: [0; 8],
         writes: 0,
         notes: [Note::EMPTY; ENTRIES],
@@ -130,6 +146,12 @@ pub struct Shadow<'s> {
     /// Pages that were zapped and whose flush is not requested yet.
     dying: u32,
     unsync: usize,
+    /// Pages that are there for their fetches.
+    splits: u64,
+    /// Huge pages are not executable.
+    no_huge_execute: bool,
+    /// The epoch that notes about device memory are of, plus one; zero while none are made.
+    mmio_epoch: u64,
     /// A translation was taken away since the last flush was requested.
     pending: bool,
     /// What this operation requested.
@@ -191,6 +213,9 @@ impl<'s, F: EntryFormat, M: TableMemory> ShadowMmu<'s, F, M> {
             free: 0,
             dying: NONE,
             unsync: 0,
+            splits: 0,
+            no_huge_execute: false,
+            mmio_epoch: 0,
             pending: false,
             issued: None,
             barrier: Generation(0),
@@ -218,6 +243,7 @@ impl<'s, F: EntryFormat, M: TableMemory> ShadowMmu<'s, F, M> {
     /// Every operation starts here.
     fn begin<'m, B: Backing + 'm>(&mut self, guard: &Exclusive<'m, B>) {
         self.ops.cpu = self.admit(guard);
+        assert!(guard.is_complete(), "a guard that does not name the direct kind of its VM");
         self.ops.now += 1;
     }
 
@@ -225,6 +251,16 @@ impl<'s, F: EntryFormat, M: TableMemory> ShadowMmu<'s, F, M> {
     fn done<'m, T, B: Backing + 'm>(&mut self, guard: &Exclusive<'m, B>, outcome: T) -> ShadowDone<T> {
         let _ = self.settle(guard);
         ShadowDone { outcome, issued: self.ops.issued.take() }
+    }
+
+    /// Ends an operation whose caller relies on nothing of the kind being left: it is told of what others took away, too,
+    /// while some CPU may still have it.
+    fn done_surely<'m, T, B: Backing + 'm>(&mut self, guard: &Exclusive<'m, B>, outcome: T) -> ShadowDone<T> {
+        let settled = self.settle(guard);
+        let issued = self.ops.issued.take();
+        let generation = self.ops.barrier;
+        let owed = || Issued { generation, kick: Held::<B>::memory(guard).shootdown().laggards(generation) };
+        ShadowDone { outcome, issued: issued.or_else(|| (!settled).then(owed)) }
     }
 
     /// Requests the flush of all that was taken away; whether every CPU has acknowledged it.
@@ -281,6 +317,11 @@ fn is_above(role: &PageRole) -> bool {
     }
 }
 
+/// Whether the page belongs to a shadow of nested tables.
+fn is_nested(role: &PageRole) -> bool {
+    role.base.guest().is_some_and(|guest| guest.is_ept() || guest.flags().contains(RoleFlags::NESTED))
+}
+
 /// Whether the guest's entries have four bytes.
 fn is_short(role: &PageRole) -> bool {
     role.base.guest().is_some_and(|guest| guest.mode() == PagingMode::TwoLevel)
@@ -298,10 +339,15 @@ fn guest_entry(page: &ShadowPage, role: &PageRole, index: usize) -> Gpa {
     Gpa::new_truncate(page.gfn.gpa().bits() + offset as u64 % 4096)
 }
 
-/// The guest's entry at `at`.
-fn read_guest<B: Backing>(memory: &VmMemory<B>, at: Gpa, short: bool) -> Option<u64> {
-    let ram = memory.find_slot(at)?.ram();
-    if short {
+/// Whose memory the pages of the role map, and shadow.
+const fn space(role: &PageRole) -> Space {
+    Space::of(role.base.vcpu().smm)
+}
+
+/// The guest's entry at `at`, in a table that a page of this role shadows.
+fn read_guest<B: Backing>(memory: &VmMemory<B>, at: Gpa, role: &PageRole) -> Option<u64> {
+    let ram = memory.find_slot(space(role), at)?.ram();
+    if is_short(role) {
         memory.backing().load_u32(&ram).ok().map(u64::from)
     } else {
         memory.backing().load_u64(&ram).ok()

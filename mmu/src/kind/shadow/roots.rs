@@ -1,10 +1,10 @@
 //! Roots: ordinary shadow pages that somebody holds, of every kind, PAE's and unpaged ones included.
-use super::{is_above, shadows, ShadowDone, ShadowMmu, Stop};
+use super::{is_above, ShadowDone, ShadowMmu, Stop};
 use crate::addr::{Gfn, Gpa};
 use crate::format::EntryFormat;
 use crate::kind::Root;
 use crate::memory::{Backing, Exclusive, Held};
-use crate::role::{PageRole, PagingMode, RootRole};
+use crate::role::{PagingMode, RootRole};
 use crate::tables::{TableCache, TableMemory};
 
 /// Why there is no root.
@@ -16,7 +16,8 @@ pub enum NoShadowRoot {
     Wait,
     /// The page quota is used up by roots.
     Full,
-    /// The guest's root table lies where its writes cannot be tracked: its slot has no memory for notes.
+    /// The guest's root table lies outside RAM, and [an empty root](ShadowMmu::get_empty_root) serves; or where its writes
+    /// cannot be tracked, for its slot has no memory for notes.
     Unreachable(Gfn),
 }
 
@@ -25,9 +26,6 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
     ///
     /// With PAE the four pointers are the key, for the processor loads them once: a guest that changes them in memory gets
     /// another root by its next MOV to CR3.
-    ///
-    /// A root table outside RAM is legal: each access of the guest is a page fault then, which its walk finds. What such a
-    /// vCPU runs on maps nothing, and [`fault`](Self::fault) refuses it, so the tables are looked for again when a walk succeeds.
     pub fn get_root<'m, B: Backing + 'm>(
         &mut self,
         guard: &mut Exclusive<'m, B>,
@@ -48,12 +46,7 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         } else {
             (Gpa::new_truncate(cr3).gfn(), [0; 4])
         };
-        let mut got = self.get_page(guard, cache, gfn, &page_role, &pdptes);
-        if matches!(got, Err(Stop::Untrackable(_))) && Held::<B>::memory(guard).find_slot(gfn.gpa()).is_none()
-        {
-            got = self.get_page(guard, cache, gfn, &hollow(&page_role), &pdptes);
-        }
-        let outcome = match got {
+        let outcome = match self.get_page(guard, cache, gfn, &page_role, &pdptes) {
             Ok(page) => {
                 self.sync_tree(guard, page);
                 let generation = Held::<B>::memory(guard).root_generation();
@@ -76,17 +69,6 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         }
     }
 
-    /// A root that was emptied because the slot of its table changed stands for nothing from now on, and its holders
-    /// [put](Self::put_root) it when they find out: the table may be another one, or none.
-    pub(super) fn hollow_out<'m, B: Backing + 'm>(&mut self, guard: &mut Exclusive<'m, B>, index: u32) {
-        let page = self.page_mut(index);
-        if let Some(role) = page.role.filter(|role| page.roots != 0 && shadows(role)) {
-            page.role = Some(hollow(&role));
-            // The slot may be gone, and its counts with it.
-            let _ = guard.untrack_writes(self.page(index).gfn);
-        }
-    }
-
     /// The page that `root` names, of whatever generation.
     fn holder(&self, root: Root) -> Option<u32> {
         let index = u32::try_from(root.index()).ok()?;
@@ -97,17 +79,7 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
 
     /// The page of a root that may be run on.
     pub(super) fn root_page<'m, B: Backing + 'm>(&self, guard: &Exclusive<'m, B>, root: Root) -> Option<u32> {
-        let page = self.holder(root)?;
-        let now = root.generation() == Held::<B>::memory(guard).root_generation();
-        (now && !self.page(page).role.is_some_and(|role| is_hollow(&role))).then_some(page)
+        let generation = Held::<B>::memory(guard).root_generation();
+        self.holder(root).filter(|&page| root.generation() == generation && !self.is_lost(page))
     }
-}
-
-/// The role of a root that maps nothing, in the place of one with this role: no page that maps anything has both flags.
-fn hollow(role: &PageRole) -> PageRole {
-    PageRole { direct: true, passthrough: true, ..*role }
-}
-
-fn is_hollow(role: &PageRole) -> bool {
-    role.direct && role.passthrough
 }

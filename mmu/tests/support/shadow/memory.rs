@@ -1,4 +1,4 @@
-//! Guest memory of the shadow tests: three slots, each with notes of its own.
+//! Guest memory of the shadow tests: one slot, or several, each with notes of its own.
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use mmu::{
@@ -7,15 +7,16 @@ use mmu::{
 };
 
 use super::super::flat::FlatRam;
-use super::super::lent::Lent;
 
 pub const PAGES: u64 = 1024;
 /// Host frames are guest frames plus this.
 pub const MOVED: u64 = 1 << 20;
-/// First page and number of pages of each slot. The second is what comes and goes.
-pub const SLOTS: [(u64, u64); 3] = [(0, 16), (16, 16), (32, PAGES - 32)];
+/// First page and number of pages of each slot. One for all, or three, of which the second comes and goes.
+pub const ONE_SLOT: &[(u64, u64)] = &[(0, PAGES)];
+pub const SLOTS: &[(u64, u64)] = &[(0, 16), (16, 16), (32, PAGES - 32)];
 
 struct Notes {
+    cookie: u64,
     dirty: Vec<AtomicU64>,
     tracks: Vec<AtomicU32>,
     blocks: [Vec<AtomicU32>; 2],
@@ -23,13 +24,13 @@ struct Notes {
 
 pub struct NotedRam {
     pub flat: FlatRam,
-    notes: [Notes; 3],
+    notes: Vec<Notes>,
 }
 
 impl NotedRam {
     /// A slot's notes are all zero when it is inserted.
     pub fn clear_notes(&self, slot: usize) {
-        let Notes { dirty, tracks, blocks } = &self.notes[slot];
+        let Notes { dirty, tracks, blocks, .. } = &self.notes[slot];
         dirty.iter().for_each(|word| word.store(0, Ordering::SeqCst));
         tracks.iter().chain(blocks.iter().flatten()).for_each(|count| count.store(0, Ordering::SeqCst));
     }
@@ -42,9 +43,12 @@ impl Backing for NotedRam {
         Resolved::Ram { pfn: Pfn::new_truncate(gfn + MOVED), size }
     }
     fn notes(&self, cookie: u64) -> SlotNotes<'_> {
-        let slot = SLOTS.iter().position(|&(first, _)| first * 512 == cookie).expect("a slot's cookie");
-        let Notes { dirty, tracks, blocks } = &self.notes[slot];
-        SlotNotes { dirty, tracks, tracked_in: [&blocks[0][..], &blocks[1][..]] }
+        let found = self.notes.iter().find(|notes| notes.cookie == cookie);
+        found.map_or(SlotNotes::default(), |Notes { dirty, tracks, blocks, .. }| SlotNotes {
+            dirty,
+            tracks,
+            tracked_in: [&blocks[0][..], &blocks[1][..]],
+        })
     }
     fn read(&self, at: &RamAddr, buf: &mut [u8]) -> Result<(), NoPage> {
         self.flat.read(at, buf)
@@ -66,22 +70,27 @@ impl Backing for NotedRam {
     }
 }
 
-pub fn slot(number: usize, flags: SlotFlags) -> Slot {
-    let (first, pages) = SLOTS[number];
+pub fn slot((first, pages): (u64, u64), flags: SlotFlags) -> Slot {
     let range = GfnRange::new(Gfn::new_truncate(first), pages).unwrap();
-    Slot { range, flags, cookie: first * 512 }
+    Slot::new(range, flags, first * 512)
 }
 
 pub fn memory() -> VmMemory<NotedRam> {
+    memory_of(ONE_SLOT)
+}
+
+pub fn memory_of(slots: &[(u64, u64)]) -> VmMemory<NotedRam> {
     let counts = |count| (0..count).map(|_| AtomicU32::new(0)).collect::<Vec<_>>();
-    let notes = SLOTS.map(|(_, pages)| Notes {
+    let notes = |&(first, pages): &(u64, u64)| Notes {
+        cookie: first * 512,
         dirty: (0..pages.div_ceil(64)).map(|_| AtomicU64::new(0)).collect(),
         tracks: counts(pages),
         blocks: [counts(PAGES / 512), counts(1)],
-    });
+    };
+    let notes = slots.iter().map(notes).collect();
     let memory = VmMemory::new(NotedRam { flat: FlatRam::new(PAGES as usize * 4096), notes });
-    for number in 0..SLOTS.len() {
-        memory.exclusive(CpuId::BOOT).insert_slot(&slot(number, SlotFlags::empty())).unwrap();
+    for &at in slots {
+        memory.exclusive(CpuId::BOOT).insert_slot(&slot(at, SlotFlags::empty())).unwrap();
     }
     memory
 }
@@ -90,37 +99,4 @@ pub fn store(pages: usize) -> ShadowStore<'static> {
     let pages: Vec<ShadowPage> = (0..pages).map(|_| ShadowPage::UNUSED).collect();
     let buckets = vec![ShadowBucket::EMPTY; pages.len() / 2 + 1];
     ShadowStore { pages: Vec::leak(pages), buckets: Vec::leak(buckets) }
-}
-
-/// What a world's kind borrows.
-pub struct Loan {
-    memory: Lent<VmMemory<NotedRam>>,
-    pages: Lent<[ShadowPage]>,
-    buckets: Lent<[ShadowBucket]>,
-}
-
-/// Memory with its three slots, and a store of so many pages.
-pub fn lend(pages: usize) -> (Loan, &'static VmMemory<NotedRam>, ShadowStore<'static>) {
-    let (memory, lent_memory) = Lent::new(Box::new(memory()));
-    let (pages, lent_pages) = Lent::new((0..pages).map(|_| ShadowPage::UNUSED).collect::<Box<[_]>>());
-    let (buckets, lent_buckets) =
-        Lent::new(vec![ShadowBucket::EMPTY; lent_pages.len() / 2 + 1].into_boxed_slice());
-    (Loan { memory, pages, buckets }, lent_memory, ShadowStore { pages: lent_pages, buckets: lent_buckets })
-}
-
-impl Loan {
-    /// Frees everything.
-    ///
-    /// # Safety
-    ///
-    /// The kind and all guards are gone.
-    #[allow(unsafe_code)] // See `Lent`.
-    pub unsafe fn end(self) {
-        // SAFETY: nothing but the kind and guards referred to them.
-        unsafe {
-            self.memory.take_back();
-            self.pages.take_back();
-            self.buckets.take_back();
-        }
-    }
 }

@@ -29,12 +29,6 @@ impl Rights {
             What::Fetch => self.executable && !(self.user && smep),
         }
     }
-
-    fn within(self, other: Self) -> bool {
-        (!self.writable || other.writable)
-            && (!self.user || other.user)
-            && (!self.executable || other.executable)
-    }
 }
 
 /// Where a walk stands: about to read a table.
@@ -48,7 +42,7 @@ pub struct Stand {
 /// A translation of one page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Cached {
-    page: u64,
+    pub page: u64,
     /// The guest's frame.
     pub frame: u64,
     pub rights: Rights,
@@ -82,7 +76,8 @@ pub fn walk_shadow(
     loop {
         let index = (va >> (12 + 9 * (at.level - 1)) & 511) as usize;
         let entry = tables.peek(at.table, index).expect("C3: a walk of a table that was freed");
-        if entry & 1 == 0 {
+        // Not present, or a note about device memory: malformed by its highest address bit.
+        if entry & 1 == 0 || entry & (1 << 11 | 1 << 51) == 1 << 51 {
             return (None, stood);
         }
         let pdpte = legacy && at.level == 3;
@@ -156,19 +151,14 @@ impl Tlb {
         }
     }
 
-    /// C1 to C3: whatever a tag holds that a guest runs with, the tables say now.
-    pub fn check(&self, tables: &HostTables, legacy: bool, root: Root) {
-        for cached in &self.pages {
-            let (now, _) = walk_shadow(tables, legacy, top(root), cached.page << 12, None);
-            let fits = now.is_some_and(|now| now.frame == cached.frame && cached.rights.within(now.rights));
-            assert!(fits, "C2, C3: the TLB has {cached:x?}, the tables say {now:x?}");
+    /// C3: no paging-structure cache names a table that is gone.
+    pub fn check(&self, tables: &HostTables) {
+        for (_, stand) in &self.structures {
+            assert!(tables.peek(stand.table, 0).is_some(), "C3: {stand:x?} is of a table that was freed");
         }
-        for &(at, stand) in &self.structures {
-            let va = at << (12 + 9 * stand.level);
-            let (_, stood) = walk_shadow(tables, legacy, top(root), va, None);
-            let now = stood.iter().find(|now| now.level == stand.level);
-            let fits = now.is_some_and(|now| now.table == stand.table && stand.rights.within(now.rights));
-            assert!(fits, "C3: a paging-structure cache has {stand:x?}, the tables say {now:x?}");
-        }
+    }
+
+    pub fn pages(&self) -> &[Cached] {
+        &self.pages
     }
 }
