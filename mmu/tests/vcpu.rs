@@ -126,12 +126,15 @@ fn c5_a_previous_root_that_was_flushed_has_its_own_tag_flushed() {
 fn c2_a_right_that_a_sync_takes_away_is_flushed_on_every_cpu() {
     let mut world = world();
     let (page, entry) = (0x9000, 0x4000 + 9 * 8);
+    world.ram().set(page, 0x20_0000 | 0xe7);
+    world.addresses.extend([page, 0x4000_0008]);
     assert_eq!(world.access_as(1, page, What::Write, Who::Supervisor, CACHING), Ended::At(page));
     assert_eq!(world.access_as(0, page, What::Write, Who::Supervisor, CACHING), Ended::At(page));
     assert_eq!(world.guest_store(0, entry, page | 0x65), Ended::At(entry));
     world.access_as(1, page, What::Read, Who::Supervisor, CACHING);
     world.access_as(1, page, What::Write, Who::Supervisor, CACHING);
-    world.flush(0);
+    world.invlpg(0, page);
+    world.carry_out(0);
     // Now it becomes a directory, while the other vCPU runs.
     world.guest_store(0, 0x2008, page | 0x67);
     world.access_as(0, 0x4000_0008, What::Read, Who::User, CACHING);
