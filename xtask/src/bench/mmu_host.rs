@@ -90,7 +90,7 @@ pub(super) fn bench(options: &Options) -> Result<ExitCode> {
         println!("{}", to_json(&measured, &machine));
     } else {
         print!("{}", table(&measured, &machine));
-        say!("instructions are exact; times are medians, and depend on what else the machine does");
+        say!("instructions are exact; times depend on what else the machine does");
     }
     Ok(ExitCode::SUCCESS)
 }
