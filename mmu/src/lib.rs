@@ -154,7 +154,7 @@
 //! | `nested_mmu`, `walk_mmu` | do not exist |
 //! | `shadow_zero_check` | [`EntryFormat::shadow_zero_check`]: of a format value, so per kind; no vCPU |
 //! | `kvm_mmu_reset_context` on CR0.WP | [`Mmu::set_role`], an assignment, and another [`PagingContext`] |
-#![cfg_attr(not(test), no_std)]
+#![cfg_attr(not(any(test, mutants)), no_std)]
 #![deny(unsafe_code)]
 
 mod access;
@@ -164,6 +164,7 @@ mod format;
 mod kind;
 mod level;
 mod memory;
+mod mutant;
 mod role;
 mod sync;
 mod tables;
@@ -190,6 +191,8 @@ pub use memory::{
     Backing, DirtyLog, Exclusive, Generation, Held, Invalidation, InvalidationSeq, LogBy, NoPage, NotRam,
     RamAddr, Resolved, Shared, Shootdown, Slot, SlotError, SlotFlags, SlotNotes, VmMemory, MAX_SLOTS,
 };
+#[cfg(mutants)]
+pub use mutant::{MUTANTS, VARIABLE};
 pub use role::{
     BadEptPointer, BaseRole, CpuRole, Cr0, Cr4, Efer, GuestCpu, GuestEpt, PageRole, PagingMode, PagingRegs,
     RoleFlags, RootRole, VcpuMode,

@@ -31,6 +31,9 @@ mod memory;
 #[path = "loom/models.rs"]
 mod models;
 #[cfg(loom)]
+#[path = "../src/mutant.rs"]
+mod mutant;
+#[cfg(loom)]
 #[path = "../src/role/mod.rs"]
 mod role;
 #[cfg(loom)]

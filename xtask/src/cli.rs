@@ -80,6 +80,7 @@ mod tests {
             &["image", "--bundle", "umbra.toml", "-o", "umbra.iso"],
             &["run", "--vm", "umbra.toml", "--until", "login:", "--timeout", "60"],
             &["test", "--long", "--filter", "boot"],
+            &["test", "--mutants"],
             &["bench", "exits", "--json"],
             &["bench", "exits", "--emulator", "bochs", "--cpu", "ryzen"],
             &["check"],

@@ -12,6 +12,7 @@ pub mod emulator;
 pub mod exec;
 pub mod guest;
 pub mod image;
+pub mod mutants;
 pub mod paths;
 pub mod run;
 pub mod setup;

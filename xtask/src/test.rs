@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 
 use crate::exec::CommandLine;
 use crate::setup::{self, Component};
-use crate::{build, paths, say};
+use crate::{build, mutants, paths, say};
 
 /// The crates with tests that run on the host.
 const HOST_CRATES: [&str; 5] = ["mmu", "boot", "kernel", "xtask", "tests"];
@@ -21,6 +21,9 @@ pub struct Options {
     /// Run only the tests whose name contains this
     #[arg(long, value_name = "TEXT")]
     pub filter: Option<String>,
+    /// Run only the mutants of `mmu` (those whose name contains the filter); the last line is `N mutants, N caught, N missed`
+    #[arg(long, conflicts_with = "long")]
+    pub mutants: bool,
 }
 
 /// What a part of the tests came to.
@@ -34,6 +37,9 @@ struct Tally {
 
 /// Sets up and builds what is missing, runs everything, and prints `N passed, N failed` as the last line.
 pub fn test(options: &Options) -> Result<ExitCode> {
+    if options.mutants {
+        return mutants::run(options.filter.as_deref());
+    }
     let ready = setup::ensure(&Component::ALL)?;
     build::build(ready.compiler()?)?;
     let mut tally = host_tests(options)?;

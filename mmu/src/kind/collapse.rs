@@ -7,6 +7,7 @@ use crate::addr::Gfn;
 use crate::format::{Entry, EntryFormat, Leaf, Writability};
 use crate::level::{Level, ENTRIES};
 use crate::memory::{Backing, Exclusive, Held};
+use crate::mutant::FlushSite;
 use crate::tables::{EntryCell, TableFrame, TableMemory};
 
 /// Tables that one batch looks at before it returns.
@@ -125,7 +126,7 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
         }
         self.counters.tables(cpu, -1);
         // The table is owed, and with it a flush that also covers a W that went, where one of the pages is watched.
-        flush.adopt(below);
+        flush.adopt(below, FlushSite::Collapse);
     }
 
     /// What the leaves of a table permit about writes, if all of them are parts of `huge`; `None` if one is not, or none

@@ -8,6 +8,7 @@ use crate::addr::{Gfn, Gpa, Pfn};
 use crate::format::{Entry, EntryFormat, Leaf, Writability};
 use crate::level::{Level, PageSize, ENTRIES, INDEX_BITS};
 use crate::memory::{Backing, Held, InvalidationSeq, Resolved, SlotFlags, SlotHit, VmMemory};
+use crate::mutant::FlushSite;
 use crate::sync::Ordering;
 use crate::tables::{EntryCell, TableCache, TableFrame, TableMemory};
 
@@ -432,7 +433,7 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
             self.counters.leaves(guard.cpu(), place.level, -1);
             self.note_dirty_leaf(memory, place.entry, place.level, resolution.gfn.number());
             let mut flush = self.obligation(memory);
-            flush.note();
+            flush.note(FlushSite::Disagreement);
         }
         None
     }

@@ -11,6 +11,7 @@ use crate::addr::{Hpa, Pfn};
 use crate::format::EntryFormat;
 use crate::level::Level;
 use crate::memory::{Backing, Exclusive, Held, VmMemory};
+use crate::mutant::FlushSite;
 use crate::sync::{AtomicU64, Ordering};
 use crate::tables::{TableCache, TableFrame, TableMemory, TablePage};
 
@@ -239,7 +240,7 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
         roots.set(0, root.into_frame(), key(DirectRole::empty(), memory.root_generation()), 1);
         self.counters.tables(cpu, 1);
         let mut flush = self.obligation(memory);
-        flush.note();
+        flush.note(FlushSite::InvalidateAll);
         Ok(flush)
     }
 

@@ -7,6 +7,7 @@ use crate::cpu::CpuId;
 use crate::format::{Entry, EntryFormat, Writability};
 use crate::level::{Level, ENTRIES};
 use crate::memory::{Backing, Held, LogBy, Pages};
+use crate::mutant::FlushSite;
 use crate::sync::Ordering;
 use crate::tables::{EntryCell, TableFrame, TableMemory};
 
@@ -364,46 +365,50 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
         let format = &self.format;
         let writability = format.writability(entry);
         let as_writable = |new| format.with_writability(entry, new);
-        // What becomes of the leaf, and whether TLBs must hear of it.
+        // What becomes of the leaf, and for what TLBs must hear of it.
         let (new, flush) = match (visit.operation, writability) {
-            (Operation::Zap | Operation::Dismantle, _) => (0, true),
+            (Operation::Zap | Operation::Dismantle, _) => (0, Some(FlushSite::Zap)),
             (Operation::Protect, Some(Writability::Writable | Writability::Watched)) => {
                 let stale = format.may_be_cached_writable(entry);
-                (if stale { as_writable(Writability::Watched) } else { entry }, stale)
+                match stale {
+                    true => (as_writable(Writability::Watched), Some(FlushSite::Protect)),
+                    false => (entry, None),
+                }
             }
             (Operation::Unprotect, Some(Writability::Watched)) => {
                 let logged = visit.pages.logged_by(Gfn::new_truncate(first)).is_some();
-                (if logged { entry } else { as_writable(Writability::Writable) }, false)
+                (if logged { entry } else { as_writable(Writability::Writable) }, None)
             }
             // From here on, whoever asks wants to be sure, also of what somebody else protected and has not flushed yet.
             (Operation::Track, Some(Writability::Writable | Writability::Watched)) => match level {
-                Level::L1 => (as_writable(Writability::Tracked), true),
-                _ => (0, true),
+                Level::L1 => (as_writable(Writability::Tracked), Some(FlushSite::Track)),
+                _ => (0, Some(FlushSite::TrackHuge)),
             },
-            (Operation::Untrack, Some(Writability::Tracked)) => (as_writable(Writability::Watched), false),
+            (Operation::Untrack, Some(Writability::Tracked)) => (as_writable(Writability::Watched), None),
             (Operation::Rearm(LogBy::DirtyBits), Some(Writability::Writable)) if level == Level::L1 => {
-                (format.without_dirty(entry), true)
+                (format.without_dirty(entry), Some(FlushSite::RearmClean))
             }
             (Operation::Rearm(by), Some(Writability::Writable | Writability::Watched)) => {
                 let watched = as_writable(Writability::Watched);
                 let clean = by == LogBy::DirtyBits;
-                (if clean { format.without_dirty(watched) } else { watched }, true)
+                let new = if clean { format.without_dirty(watched) } else { watched };
+                (new, Some(FlushSite::RearmProtect))
             }
             (Operation::Collect, _) if level == Level::L1 && format.is_dirty(entry) => {
                 match visit.pages.logged_by(Gfn::new_truncate(first)) {
-                    Some(LogBy::DirtyBits) => (format.without_dirty(entry), true),
-                    _ => (entry, false),
+                    Some(LogBy::DirtyBits) => (format.without_dirty(entry), Some(FlushSite::Collect)),
+                    _ => (entry, None),
                 }
             }
             (Operation::Age, _) => {
                 visit.young |= format.is_young(entry);
-                (format.make_old(entry), false)
+                (format.make_old(entry), None)
             }
             (Operation::TestYoung, _) => {
                 visit.young |= format.is_young(entry);
-                (entry, false)
+                (entry, None)
             }
-            _ => (entry, false),
+            _ => (entry, None),
         };
         if new != entry && cell.compare_exchange(entry, new).is_err() {
             return false;
@@ -414,8 +419,8 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
         if new == 0 || visit.operation == Operation::Collect && new != entry {
             self.note_dirty_leaf(visit.pages, entry, level, first);
         }
-        if flush {
-            visit.flush.note();
+        if let Some(site) = flush {
+            visit.flush.note(site);
         }
         true
     }
@@ -456,6 +461,6 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
         }
         visit.budget = visit.budget.saturating_sub(ENTRIES);
         self.counters.tables(visit.cpu, -1);
-        visit.flush.adopt(table);
+        visit.flush.adopt(table, FlushSite::Unlink);
     }
 }

@@ -24,6 +24,7 @@ use crate::cpu::CpuId;
 use crate::format::{EntryFormat, Pae};
 use crate::level::{Level, ENTRIES};
 use crate::memory::{Backing, Exclusive, Generation, Held, Quiescent, VmMemory};
+use crate::mutant::FlushSite;
 use crate::role::{PageRole, PagingMode};
 use crate::tables::{TableFrame, TableMemory, TablePage};
 
@@ -232,10 +233,10 @@ impl<'s, F: EntryFormat, M: TableMemory> ShadowMmu<'s, F, M> {
         let shootdown = Held::<B>::memory(guard).shootdown();
         let mut flush = Flush::new(&self.format, &self.tables, &self.freed, shootdown);
         if core::mem::take(&mut self.ops.pending) {
-            flush.note();
+            flush.note(FlushSite::Shadow);
         }
         while let Some(page) = self.ops.store.pages.get_mut(self.ops.dying as usize) {
-            flush.adopt(TableFrame::linked(page.frame));
+            flush.adopt(TableFrame::linked(page.frame), FlushSite::ShadowPage);
             let index = core::mem::replace(&mut self.ops.dying, page.next);
             page.next = core::mem::replace(&mut self.ops.free, index);
         }
