@@ -105,7 +105,7 @@ fn machine() -> VmMemory<Flat> {
     let flat = Flat { start: cookie, bytes: words.len() as u64 * 8, _words: words };
     let memory = VmMemory::new(flat);
     let range = GfnRange::new(Gfn::default(), PAGES).expect("fits");
-    let slot = Slot { range, flags: SlotFlags::empty(), cookie };
+    let slot = Slot::new(range, SlotFlags::empty(), cookie);
     memory.exclusive(CpuId::BOOT).insert_slot(&slot).expect("the first slot");
     memory
 }

@@ -189,7 +189,8 @@ pub use kind::{
 pub use level::{Level, PageSize, ENTRIES};
 pub use memory::{
     Backing, DirtyLog, Exclusive, Generation, Held, Invalidation, InvalidationSeq, LogBy, NoPage, NotRam,
-    RamAddr, Resolved, Shared, Shootdown, Slot, SlotError, SlotFlags, SlotNotes, VmMemory, MAX_SLOTS,
+    RamAddr, Resolved, Shared, Shootdown, Slot, SlotError, SlotFlags, SlotNotes, Space, SpaceGfn, SpaceView,
+    Spaces, VmMemory, MAX_SLOTS,
 };
 #[cfg(mutants)]
 pub use mutant::{MUTANTS, VARIABLE};

@@ -103,7 +103,7 @@ fn five_levels_map_what_four_cannot_reach<M: Machine>(machine: M) {
     {
         let memory = VmMemory::new(Blocks::default());
         let (start, pages, flags, cookie) = slots[0];
-        memory.exclusive(CPU).insert_slot(&Slot { range: range(start, pages), flags, cookie }).unwrap();
+        memory.exclusive(CPU).insert_slot(&Slot::new(range(start, pages), flags, cookie)).unwrap();
         let tables = HostTables::new(16);
         let machine = machine.on(Host { five_level, max_phys_addr: 52, ..HOST });
         let format = machine.format();
@@ -389,7 +389,7 @@ fn cve_2026_23401_mmio_where_a_slot_was<M: Machine>(machine: M) {
     assert_eq!(vm.kind.install(&vm.memory.shared(CPU), &mut vm.cache, &resolution), FaultOutcome::Retry);
     assert_eq!(vm.fault(GIB + 5, AccessKind::Read), FaultOutcome::Mmio(gpa(GIB + 5)));
     assert_eq!(vm.check(), PageCounts { leaves: [0; 3], tables: vm.check().tables });
-    let slot = Slot { range: range(GIB, 512), flags: SlotFlags::READ_ONLY, cookie: 64 * GIB };
+    let slot = Slot::new(range(GIB, 512), SlotFlags::READ_ONLY, 64 * GIB);
     vm.memory.exclusive(CPU).insert_slot(&slot).unwrap();
     assert_eq!(vm.fault(GIB + 5, AccessKind::Read), FaultOutcome::Mapped);
     assert_eq!(vm.walker().walk(GIB + 5, false, false).unwrap().pfn, 64 * GIB + 5);
@@ -488,7 +488,7 @@ fn phys_tables_over_real_memory<M: Machine>(machine: M) {
         unsafe { dealloc(std::ptr::with_exposed_provenance_mut(address), layout) }
     };
     let memory = VmMemory::new(Blocks::default());
-    memory.exclusive(CPU).insert_slot(&Slot { range: range(0, GIB), flags: RW, cookie: 8 * GIB }).unwrap();
+    memory.exclusive(CPU).insert_slot(&Slot::new(range(0, GIB), RW, 8 * GIB)).unwrap();
     memory.backing().set_largest(PageSize::Size4K);
     let format = machine.on(Host { max_phys_addr: 52, ..HOST }).format();
     // SAFETY: the frames are the addresses that the allocator gave.

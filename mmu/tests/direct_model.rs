@@ -654,7 +654,7 @@ impl<'m, M: Machine> World<'m, M> {
 
     fn insert_slot(&mut self, slot: usize, read_only: bool) {
         let (start, pages, cookie) = SLOTS[slot];
-        let new = Slot { range: range(start, pages), flags: flags(read_only), cookie };
+        let new = Slot::new(range(start, pages), flags(read_only), cookie);
         if self.slots[slot].is_none() {
             self.memory.backing().provide_notes(cookie, start, pages);
         }

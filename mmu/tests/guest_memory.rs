@@ -13,7 +13,7 @@ fn memory() -> VmMemory<FlatRam> {
     for (start, pages, at, read_only) in SLOTS {
         let range = GfnRange::new(Gfn::new_truncate(start), pages).unwrap();
         let flags = if read_only { SlotFlags::READ_ONLY } else { SlotFlags::empty() };
-        memory.exclusive(CpuId::BOOT).insert_slot(&Slot { range, flags, cookie: at * 512 }).unwrap();
+        memory.exclusive(CpuId::BOOT).insert_slot(&Slot::new(range, flags, at * 512)).unwrap();
     }
     memory
 }

@@ -336,7 +336,7 @@ fn roots_come_to_an_end_without_harm<M: Machine>(machine: M) {
 }
 
 fn slot(start: u64, pages: u64) -> Slot {
-    Slot { range: range(start, pages), flags: RW, cookie: 16 * GIB }
+    Slot::new(range(start, pages), RW, 16 * GIB)
 }
 
 fn i1_a_note_holds_for_its_generation<M: Machine>(machine: M) {

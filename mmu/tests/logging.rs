@@ -231,7 +231,7 @@ fn a_log_needs_memory_and_is_not_the_callers_flag<M: Machine>(machine: M) {
         exclusive.start_dirty_log(Gfn::new_truncate(5), WAYS[0]),
         Err(SlotError::NotFound(Gfn::new_truncate(5)))
     );
-    let slot = mmu::Slot { range: range(1024, 512), flags: RW, cookie: 16 * GIB };
+    let slot = mmu::Slot::new(range(1024, 512), RW, 16 * GIB);
     exclusive.insert_slot(&slot).unwrap();
     assert_eq!(exclusive.start_dirty_log(Gfn::new_truncate(1024), WAYS[0]), Err(SlotError::NoNotes(slot)));
     let _ = exclusive.start_dirty_log(Gfn::default(), WAYS[1]).unwrap();

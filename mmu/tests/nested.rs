@@ -37,7 +37,7 @@ impl World {
     fn new(l1: PagingRegs) -> Self {
         let memory = VmMemory::new(FlatRam::new(0x40000));
         let range = GfnRange::new(Gfn::default(), 0x40).unwrap();
-        let slot = Slot { range, flags: SlotFlags::empty(), cookie: 0 };
+        let slot = Slot::new(range, SlotFlags::empty(), 0);
         memory.exclusive(CpuId::BOOT).insert_slot(&slot).unwrap();
         let ram = memory.backing();
         for table in [0x1000, 0x2000, 0x3000] {

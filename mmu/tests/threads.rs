@@ -32,7 +32,7 @@ impl<M: Machine> Vm<M> {
     fn new(machine: M, largest: PageSize) -> Self {
         let memory = VmMemory::new(Blocks::default());
         let range = GfnRange::new(Gfn::default(), 4 * GIB).unwrap();
-        let slot = Slot { range, flags: SlotFlags::empty(), cookie: 8 * GIB };
+        let slot = Slot::new(range, SlotFlags::empty(), 8 * GIB);
         memory.exclusive(CpuId::BOOT).insert_slot(&slot).unwrap();
         let tables = HostTables::new(2048);
         let kind = DirectMmu::new(&memory, machine.format(), tables.clone(), tables.allocate(), 46, largest);
@@ -201,7 +201,7 @@ fn slots_change_under_faulting_threads<M: Machine>(machine: M) {
         let start = Gfn::new_truncate(4 * GIB);
         let range = GfnRange::new(start, 2000).unwrap();
         for _ in 0..300 {
-            let slot = Slot { range, flags: SlotFlags::empty(), cookie: 12 * GIB };
+            let slot = Slot::new(range, SlotFlags::empty(), 12 * GIB);
             vm.memory.exclusive(cpu).insert_slot(&slot).unwrap();
             std::thread::yield_now();
             let mut exclusive = vm.memory.exclusive(cpu);

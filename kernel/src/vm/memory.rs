@@ -294,11 +294,11 @@ impl HostMemory {
     pub fn slots(&self) -> impl Iterator<Item = Slot> + '_ {
         let ram = self.ranges.iter().enumerate().filter_map(|(index, range)| {
             let frames = GfnRange::new(Gpa::new(range.start).ok()?.gfn(), range.bytes / PAGE_SIZE).ok()?;
-            Some(Slot { range: frames, flags: SlotFlags::empty(), cookie: index as u64 })
+            Some(Slot::new(frames, SlotFlags::empty(), index as u64))
         });
         let fixed = self.fixed.iter().enumerate().filter_map(|(index, page)| {
             let frames = GfnRange::new(Gpa::new(page.gpa).ok()?.gfn(), 1).ok()?;
-            Some(Slot { range: frames, flags: SlotFlags::READ_ONLY, cookie: FIXED + index as u64 })
+            Some(Slot::new(frames, SlotFlags::READ_ONLY, FIXED + index as u64))
         });
         ram.chain(fixed)
     }

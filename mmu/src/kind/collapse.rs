@@ -33,7 +33,7 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
             }
             let beyond = sweep.at_end() || sweep.next() >> (self.format.input_bits() - 12) != 0;
             let index = sweep.root();
-            if beyond || self.ops.roots.table(index).is_none() {
+            if beyond || self.swept_table(sweep).is_none() {
                 sweep.next_root();
                 continue;
             }

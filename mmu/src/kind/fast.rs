@@ -34,8 +34,8 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
             return None;
         }
         let index = self.live(memory, root)?;
-        let logged =
-            access == AccessKind::Write && memory.is_logging() && memory.logged_by(gpa.gfn()).is_some();
+        let at = root.space().at(gpa.gfn());
+        let logged = access == AccessKind::Write && memory.is_logging() && memory.logged_by(at).is_some();
         for _ in 0..TRIES {
             let place = self.find(self.ops.roots.table(index)?, gpa.gfn().number());
             if place.kind != Entry::Leaf {
@@ -50,7 +50,7 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
             let cell = self.cell(&place.table, place.level.index(gpa.gfn().number()));
             if cell.compare_exchange(place.entry, new).is_ok() {
                 if logged {
-                    memory.note_write(gpa.gfn());
+                    memory.note_write(at.space, at.gfn);
                 }
                 cache.stats.mapped += 1;
                 cache.stats.fast += 1;

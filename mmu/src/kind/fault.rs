@@ -7,7 +7,7 @@ use crate::access::AccessKind;
 use crate::addr::{Gfn, Gpa, Pfn};
 use crate::format::{Entry, EntryFormat, Leaf, Writability};
 use crate::level::{Level, PageSize, ENTRIES, INDEX_BITS};
-use crate::memory::{Backing, Held, InvalidationSeq, Resolved, SlotFlags, SlotHit, VmMemory};
+use crate::memory::{Backing, Held, InvalidationSeq, Resolved, SlotFlags, SlotHit, Space, VmMemory};
 use crate::mutant::FlushSite;
 use crate::sync::Ordering;
 use crate::tables::{EntryCell, TableCache, TableFrame, TableMemory};
@@ -38,6 +38,8 @@ pub enum FaultOutcome {
 /// behind the page has changed in the meantime, it is refused.
 #[derive(Debug)]
 pub struct Resolution {
+    /// The space of the root.
+    space: Space,
     gfn: Gfn,
     /// The root's table. It stays the root's as long as `sequence` is current.
     root: Pfn,
@@ -159,7 +161,7 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
         access: AccessKind,
     ) -> Result<Resolution, FaultOutcome> {
         let root = self.first_root(guard.memory());
-        self.resolve_under(guard, root, gpa, access)
+        self.resolve_under(guard, root, Space::Normal, gpa, access)
     }
 
     /// The same for `root`.
@@ -171,8 +173,8 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
         gpa: Gpa,
         access: AccessKind,
     ) -> Result<Resolution, FaultOutcome> {
-        let root = self.live_table(guard.memory(), root);
-        self.resolve_under(guard, root, gpa, access)
+        let table = self.live_table(guard.memory(), root);
+        self.resolve_under(guard, table, root.space(), gpa, access)
     }
 
     #[inline]
@@ -180,6 +182,7 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
         &self,
         guard: &impl Held<'m, B>,
         root: Option<TableFrame>,
+        space: Space,
         gpa: Gpa,
         access: AccessKind,
     ) -> Result<Resolution, FaultOutcome> {
@@ -188,7 +191,7 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
         }
         let memory = guard.memory();
         let Some(root) = root else { return Err(FaultOutcome::Retry) };
-        let Some(slot) = memory.find_slot(gpa) else {
+        let Some(slot) = memory.find_slot(space, gpa) else {
             return Err(FaultOutcome::Mmio(gpa));
         };
         let mut policy = Policy::empty();
@@ -222,7 +225,8 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
                         size = PageSize::Size4K;
                     }
                 }
-                Ok(Resolution { gfn: gpa.gfn(), root: root.pfn(), access, policy, block, size, sequence })
+                let (gfn, root) = (gpa.gfn(), root.pfn());
+                Ok(Resolution { space, gfn, root, access, policy, block, size, sequence })
             }
             Resolved::Retry => Err(FaultOutcome::Retry),
             Resolved::Absent => Err(FaultOutcome::Mmio(gpa)),
@@ -320,7 +324,7 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
                                 self.count_splits(1);
                             }
                             if resolution.policy.contains(Policy::LOG_WRITE) {
-                                memory.note_write(resolution.gfn);
+                                memory.note_write(resolution.space, resolution.gfn);
                             }
                             return FaultOutcome::Mapped;
                         }
@@ -423,7 +427,7 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
         if let Some(new) = self.upgrade(place.entry, place.level, resolution.access, logged) {
             cell.compare_exchange(place.entry, new).ok()?;
             if logged {
-                memory.note_write(resolution.gfn);
+                memory.note_write(resolution.space, resolution.gfn);
             }
             return Some(FaultOutcome::Mapped);
         }
@@ -431,7 +435,7 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
         // another page: take it away.
         if cell.compare_exchange(place.entry, 0).is_ok() {
             self.counters.leaves(guard.cpu(), place.level, -1);
-            self.note_dirty_leaf(memory, place.entry, place.level, resolution.gfn.number());
+            self.note_dirty_leaf(memory, place.entry, place.level, resolution.space.at(resolution.gfn));
             let mut flush = self.obligation(memory);
             flush.note(FlushSite::Disagreement);
         }

@@ -10,7 +10,7 @@ use super::sweep::{Operation, Sweep};
 use crate::addr::{Hpa, Pfn};
 use crate::format::EntryFormat;
 use crate::level::Level;
-use crate::memory::{Backing, Exclusive, Held, VmMemory};
+use crate::memory::{Backing, Exclusive, Held, Space, VmMemory};
 use crate::mutant::FlushSite;
 use crate::sync::{AtomicU64, Ordering};
 use crate::tables::{TableCache, TableFrame, TableMemory, TablePage};
@@ -54,9 +54,23 @@ pub enum NoRoot {
     Full,
 }
 
+impl DirectRole {
+    /// The space whose slots a root of this role maps.
+    #[inline]
+    pub const fn space(self) -> Space {
+        Space::of(self.contains(Self::SMM))
+    }
+}
+
 /// Role in bits 7:0, generation above.
 const fn key(role: DirectRole, generation: u64) -> u64 {
     generation << 8 | role.bits() as u64
+}
+
+/// The role in a key.
+#[inline]
+const fn role_of(key: u64) -> DirectRole {
+    DirectRole::from_bits_retain(key as u8)
 }
 
 /// A generation that never comes: of a root that was put for the last time.
@@ -67,6 +81,12 @@ impl Root {
     #[inline]
     pub(crate) const fn generation(&self) -> u64 {
         self.key >> 8
+    }
+
+    /// The space whose slots it maps, if it is one of the direct kind.
+    #[inline]
+    pub(super) const fn space(&self) -> Space {
+        role_of(self.key).space()
     }
 
     /// A root of the shadow kind, which keeps it at `index`.
@@ -123,6 +143,12 @@ impl Roots {
     pub(super) fn table(&self, index: usize) -> Option<TableFrame> {
         let number = self.cells.get(index)?.table.load(Ordering::Acquire).checked_sub(1)?;
         Some(TableFrame::linked(Pfn::new_truncate(number)))
+    }
+
+    /// The space whose slots root `index` maps: also when the root is obsolete.
+    pub(super) fn space(&self, index: usize) -> Space {
+        let cell = self.cells.get(index);
+        cell.map_or(Space::Normal, |cell| role_of(cell.key.load(Ordering::Relaxed)).space())
     }
 
     fn get(&self, index: usize, level: Level) -> Option<Root> {
@@ -213,7 +239,8 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
         let count = cell.count.load(Ordering::Relaxed).saturating_sub(1);
         cell.count.store(count, Ordering::Relaxed);
         if count == 0 && root.generation() == Held::<B>::memory(guard).root_generation() {
-            cell.key.store(key(DirectRole::empty(), DEAD), Ordering::Relaxed);
+            // What is left of it still is of its space.
+            cell.key.store(key(role_of(root.key), DEAD), Ordering::Relaxed);
             guard.make_stale();
         }
     }

@@ -36,7 +36,7 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
             if sweep.is_done() {
                 return SplitProgress::Batch;
             }
-            let root = self.ops.roots.table(sweep.root());
+            let root = self.swept_table(sweep);
             let beyond = sweep.at_end() || sweep.next() >> (self.format.input_bits() - 12) != 0;
             let Some(root) = root.filter(|_| !beyond) else {
                 sweep.next_root();

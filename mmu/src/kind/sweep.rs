@@ -6,7 +6,7 @@ use crate::addr::{Gfn, GfnRange};
 use crate::cpu::CpuId;
 use crate::format::{Entry, EntryFormat, Writability};
 use crate::level::{Level, ENTRIES};
-use crate::memory::{Backing, Held, LogBy, Pages};
+use crate::memory::{Backing, Held, LogBy, Pages, Slot, Space, SpaceGfn, Spaces};
 use crate::mutant::FlushSite;
 use crate::sync::Ordering;
 use crate::tables::{EntryCell, TableFrame, TableMemory};
@@ -22,14 +22,26 @@ const BATCH: usize = 4096;
 #[must_use = "a sweep does nothing until it is passed to an operation"]
 pub struct Sweep {
     range: GfnRange,
+    /// Whose roots.
+    spaces: Spaces,
     root: usize,
     next: u64,
 }
 
 impl Sweep {
-    /// A sweep that has all of `range` before it.
+    /// A sweep that has all of `range` before it, under the roots of every space.
     pub const fn over(range: GfnRange) -> Self {
-        Self { range, root: 0, next: range.start() }
+        Self { range, spaces: Spaces::all(), root: 0, next: range.start() }
+    }
+
+    /// The same, under the roots of `spaces` alone.
+    pub const fn within(self, spaces: Spaces) -> Self {
+        Self { spaces, ..self }
+    }
+
+    /// A sweep over what can be mapped of a slot.
+    pub(crate) const fn over_slot(slot: &Slot) -> Self {
+        Self::over(slot.range).within(slot.spaces)
     }
 
     /// The whole range.
@@ -103,10 +115,19 @@ struct Visit<'v, 'a, F: EntryFormat, M: TableMemory> {
     sweep: &'v mut Sweep,
     flush: &'v mut Flush<'a, F, M>,
     pages: &'v dyn Pages,
+    /// That of the root.
+    space: Space,
     cpu: CpuId,
     budget: usize,
     /// Whether a leaf was young.
     young: bool,
+}
+
+impl<F: EntryFormat, M: TableMemory> Visit<'_, '_, F, M> {
+    /// The frame as the root has it.
+    fn at(&self, gfn: u64) -> SpaceGfn {
+        self.space.at(Gfn::new_truncate(gfn))
+    }
 }
 
 impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
@@ -164,12 +185,22 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
 
     /// Arms the pages of the range, all of one slot, so that the next write to each is logged: by write protection, or
     /// by taking D away. Huge pages are write-protected in any case. After the flush no write goes unnoticed.
+    ///
+    /// It is the slot that the first of the sweep's spaces has there, and only roots of spaces that see it are swept: what
+    /// another slot has noted of the same frames in its leaves is not to be lost.
     pub fn rearm<'a, B: Backing + 'a>(
         &'a self,
         guard: &impl Held<'a, B>,
         sweep: &mut Sweep,
     ) -> Flush<'a, F, M> {
-        let by = self.log_by(guard, sweep.range().start());
+        let start = Gfn::new_truncate(sweep.range().start());
+        let found = Space::ALL.into_iter().filter(|&space| sweep.spaces.contains(space.into()));
+        let found = found.map(|space| space.at(start)).find_map(|at| Some((at, self.spaces_of(guard, at)?)));
+        let mut by = LogBy::WriteProtection;
+        if let Some((at, spaces)) = found {
+            by = self.log_by(guard, at);
+            sweep.spaces &= spaces;
+        }
         self.sweep(guard, sweep, Operation::Rearm(by))
     }
 
@@ -178,14 +209,16 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
     pub fn rearm_pages<'a, B: Backing + 'a>(
         &'a self,
         guard: &impl Held<'a, B>,
-        first: Gfn,
+        first: impl Into<SpaceGfn>,
         mask: u64,
     ) -> Flush<'a, F, M> {
-        let by = self.log_by(guard, first.number());
+        let first = first.into();
+        let by = self.log_by(guard, first);
         let mut flush = self.obligation(guard.memory());
+        let spaces = self.spaces_of(guard, first).unwrap_or(first.space.into());
         for bit in (0..u64::BITS).filter(|bit| mask >> bit & 1 != 0) {
-            let Ok(gfn) = Gfn::new(first.number() + u64::from(bit)) else { break };
-            let mut sweep = Sweep::over(GfnRange::of(gfn));
+            let Ok(gfn) = Gfn::new(first.gfn.number() + u64::from(bit)) else { break };
+            let mut sweep = Sweep::over(GfnRange::of(gfn)).within(spaces);
             while !sweep.is_done() {
                 self.sweep_into(guard, &mut sweep, Operation::Rearm(by), &mut flush);
             }
@@ -219,12 +252,23 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
         self.sweep_into(guard, sweep, Operation::TestYoung, &mut flush)
     }
 
-    /// How writes to the slot of `gfn` are noticed by these tables.
-    fn log_by<'a, B: Backing + 'a>(&self, guard: &impl Held<'a, B>, gfn: u64) -> LogBy {
-        match guard.memory().logged_by(Gfn::new_truncate(gfn)) {
+    /// How writes to the slot of the frame are noticed by these tables.
+    fn log_by<'a, B: Backing + 'a>(&self, guard: &impl Held<'a, B>, at: SpaceGfn) -> LogBy {
+        match guard.memory().logged_by(at) {
             Some(LogBy::DirtyBits) if self.format.has_dirty_bits() => LogBy::DirtyBits,
             _ => LogBy::WriteProtection,
         }
+    }
+
+    /// Who sees the slot of the frame.
+    fn spaces_of<'a, B: Backing + 'a>(&self, guard: &impl Held<'a, B>, at: SpaceGfn) -> Option<Spaces> {
+        guard.memory().find_slot(at.space, at.gfn.gpa()).map(|hit| hit.spaces())
+    }
+
+    /// The table of the root that `sweep` is at, if that is one to be swept.
+    pub(super) fn swept_table(&self, sweep: &Sweep) -> Option<TableFrame> {
+        let wanted = sweep.spaces.contains(self.ops.roots.space(sweep.root()).into());
+        self.ops.roots.table(sweep.root()).filter(|_| wanted)
     }
 
     pub(super) fn sweep<'a, B: Backing + 'a>(
@@ -247,11 +291,14 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
     ) -> bool {
         let cpu = self.admit(guard);
         let memory = guard.memory();
-        let mut visit = Visit { operation, sweep, flush, pages: memory, cpu, budget: BATCH, young: false };
+        let space = Space::Normal;
+        let mut visit =
+            Visit { operation, sweep, flush, pages: memory, space, cpu, budget: BATCH, young: false };
         while !visit.sweep.is_done() {
             let index = visit.sweep.root();
+            visit.space = self.ops.roots.space(index);
             let wanted = operation != Operation::Dismantle || self.is_obsolete(memory, index);
-            if let Some(root) = self.ops.roots.table(index).filter(|_| wanted) {
+            if let Some(root) = self.swept_table(visit.sweep).filter(|_| wanted) {
                 self.visit(&root, self.format.top(), 0, &mut visit);
                 if visit.budget == 0 {
                     break;
@@ -350,7 +397,7 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
     /// Whether the link `entry` is one to take away for huge pages to come back.
     fn may_recover(&self, entry: u64, first: u64, visit: &Visit<'_, '_, F, M>) -> bool {
         let left = matches!(visit.operation, Operation::Recover { limit } if limit > 0);
-        left && self.format.has_split_note(entry) && visit.pages.logged_by(Gfn::new_truncate(first)).is_none()
+        left && self.format.has_split_note(entry) && visit.pages.logged_by(visit.at(first)).is_none()
     }
 
     /// `false`: the entry changed, look again.
@@ -376,7 +423,7 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
                 }
             }
             (Operation::Unprotect, Some(Writability::Watched)) => {
-                let logged = visit.pages.logged_by(Gfn::new_truncate(first)).is_some();
+                let logged = visit.pages.logged_by(visit.at(first)).is_some();
                 (if logged { entry } else { as_writable(Writability::Writable) }, None)
             }
             // From here on, whoever asks wants to be sure, also of what somebody else protected and has not flushed yet.
@@ -395,7 +442,7 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
                 (new, Some(FlushSite::RearmProtect))
             }
             (Operation::Collect, _) if level == Level::L1 && format.is_dirty(entry) => {
-                match visit.pages.logged_by(Gfn::new_truncate(first)) {
+                match visit.pages.logged_by(visit.at(first)) {
                     Some(LogBy::DirtyBits) => (format.without_dirty(entry), Some(FlushSite::Collect)),
                     _ => (entry, None),
                 }
@@ -417,7 +464,7 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
             self.counters.leaves(visit.cpu, level, -1);
         }
         if new == 0 || visit.operation == Operation::Collect && new != entry {
-            self.note_dirty_leaf(visit.pages, entry, level, first);
+            self.note_dirty_leaf(visit.pages, entry, level, visit.at(first));
         }
         if let Some(site) = flush {
             visit.flush.note(site);
@@ -425,10 +472,10 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
         true
     }
 
-    /// The leaf `entry` for `gfn` is gone, or its D: if that is how the slot is logged, the log takes the place of D.
-    pub(super) fn note_dirty_leaf(&self, pages: &dyn Pages, entry: u64, level: Level, gfn: u64) {
+    /// The leaf `entry` for a frame is gone, or its D: if that is how the slot is logged, the log takes the place of D.
+    pub(super) fn note_dirty_leaf(&self, pages: &dyn Pages, entry: u64, level: Level, at: SpaceGfn) {
         if level == Level::L1 && self.format.is_dirty(entry) {
-            pages.note_dirty_bit(Gfn::new_truncate(gfn));
+            pages.note_dirty_bit(at);
         }
     }
 
@@ -450,7 +497,7 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
             match (self.format.entry(entry, level), level.down()) {
                 (Entry::Leaf, _) => {
                     self.counters.leaves(visit.cpu, level, -1);
-                    self.note_dirty_leaf(visit.pages, entry, level, first);
+                    self.note_dirty_leaf(visit.pages, entry, level, visit.at(first));
                 }
                 (Entry::Table(child), Some(below)) => {
                     self.forget_link(entry);

@@ -1,7 +1,7 @@
 //! Access to guest memory by guest-physical address: by copy and by atomic operation.
 use core::fmt;
 
-use super::{Backing, Held, NoPage, RamAddr, Shared, SlotFlags};
+use super::{Backing, NoPage, RamAddr, Shared, SlotFlags, Space, SpaceView};
 use crate::addr::{Gpa, PAGE_SIZE};
 
 /// An access to guest-physical memory that is not, or not wholly, RAM that permits it.
@@ -26,7 +26,7 @@ enum Store<'a> {
     Exchange64 { current: u64, new: u64 },
 }
 
-impl<B: Backing> Shared<'_, B> {
+impl<B: Backing> SpaceView<'_, B> {
     /// Copies guest memory at `gpa` into `buf`; all of it is RAM, or nothing is copied.
     pub fn read(&self, gpa: Gpa, buf: &mut [u8]) -> Result<(), NotRam> {
         let refused = NotRam { gpa, len: buf.len() };
@@ -100,13 +100,13 @@ impl<B: Backing> Shared<'_, B> {
             }
             Store::Exchange64 { current, new } => backing.compare_exchange_u64(at, current, new),
         };
-        self.memory().note_write(at.gfn());
+        self.memory().note_write(self.space(), at.gfn());
         found
     }
 
     /// The place in writable RAM that `gpa` names.
     pub fn writable(&self, gpa: Gpa) -> Option<RamAddr> {
-        let found = self.memory().find_slot(gpa)?;
+        let found = self.memory().find_slot(self.space(), gpa)?;
         (!found.flags().contains(SlotFlags::READ_ONLY)).then(|| found.ram())
     }
 
@@ -115,7 +115,7 @@ impl<B: Backing> Shared<'_, B> {
         let last = gpa.checked_add((len as u64).saturating_sub(1))?;
         let mut at = gpa;
         loop {
-            let found = self.memory().find_slot(at)?;
+            let found = self.memory().find_slot(self.space(), at)?;
             if found.flags().intersects(without) {
                 return None;
             }
@@ -124,6 +124,46 @@ impl<B: Backing> Shared<'_, B> {
             }
             at = Gpa::new(found.slot_end()).ok()?;
         }
+    }
+}
+
+/// The same in the normal space.
+impl<B: Backing> Shared<'_, B> {
+    /// [`SpaceView::read`].
+    pub fn read(&self, gpa: Gpa, buf: &mut [u8]) -> Result<(), NotRam> {
+        self.in_space(Space::Normal).read(gpa, buf)
+    }
+
+    /// [`SpaceView::write`].
+    pub fn write(&self, gpa: Gpa, data: &[u8]) -> Result<(), NotRam> {
+        self.in_space(Space::Normal).write(gpa, data)
+    }
+
+    /// [`SpaceView::load_u32`].
+    #[inline]
+    pub fn load_u32(&self, gpa: Gpa) -> Result<u32, NotRam> {
+        self.in_space(Space::Normal).load_u32(gpa)
+    }
+
+    /// [`SpaceView::load_u64`].
+    #[inline(always)]
+    pub fn load_u64(&self, gpa: Gpa) -> Result<u64, NotRam> {
+        self.in_space(Space::Normal).load_u64(gpa)
+    }
+
+    /// [`SpaceView::compare_exchange_u32`].
+    pub fn compare_exchange_u32(&self, gpa: Gpa, current: u32, new: u32) -> Result<u32, NotRam> {
+        self.in_space(Space::Normal).compare_exchange_u32(gpa, current, new)
+    }
+
+    /// [`SpaceView::compare_exchange_u64`].
+    pub fn compare_exchange_u64(&self, gpa: Gpa, current: u64, new: u64) -> Result<u64, NotRam> {
+        self.in_space(Space::Normal).compare_exchange_u64(gpa, current, new)
+    }
+
+    /// [`SpaceView::writable`].
+    pub fn writable(&self, gpa: Gpa) -> Option<RamAddr> {
+        self.in_space(Space::Normal).writable(gpa)
     }
 }
 

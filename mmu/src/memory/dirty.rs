@@ -5,7 +5,9 @@
 //! modification log. Reading and clearing are separate: a bit is cleared *before* the page is armed again
 //! ([`rearm`](crate::DirectMmu::rearm)), and whoever copies the page does so after that, so no write is lost.
 use super::notes::PAGES_PER_WORD;
-use super::{Backing, Exclusive, Held, Shared, SlotError, SlotFlags, SlotNotes, VmMemory};
+use super::{
+    Backing, Exclusive, Held, Shared, SlotError, SlotFlags, SlotNotes, Space, SpaceGfn, SpaceView, VmMemory,
+};
 use crate::addr::{Gfn, GfnRange};
 use crate::kind::Sweep;
 use crate::sync::{AtomicU64, Ordering};
@@ -61,17 +63,21 @@ impl<'m, B: Backing> Exclusive<'m, B> {
     ///
     /// Returns what to split to 4 KiB (if that is not left to the faults) and to
     /// [`rearm`](crate::DirectMmu::rearm), in every kind; the flush of that is the moment the log begins.
-    pub fn start_dirty_log(&mut self, start: Gfn, by: LogBy) -> Result<Sweep, SlotError> {
-        self.start_log(start, by, 0)
+    pub fn start_dirty_log(&mut self, start: impl Into<SpaceGfn>, by: LogBy) -> Result<Sweep, SlotError> {
+        self.start_log(start.into(), by, 0)
     }
 
     /// The same with every page logged: nothing has to be armed before it is cleared for the first time. (The sweep may
     /// be used to split beforehand.)
-    pub fn start_dirty_log_all_set(&mut self, start: Gfn, by: LogBy) -> Result<Sweep, SlotError> {
-        self.start_log(start, by, u64::MAX)
+    pub fn start_dirty_log_all_set(
+        &mut self,
+        start: impl Into<SpaceGfn>,
+        by: LogBy,
+    ) -> Result<Sweep, SlotError> {
+        self.start_log(start.into(), by, u64::MAX)
     }
 
-    fn start_log(&mut self, start: Gfn, by: LogBy, fill: u64) -> Result<Sweep, SlotError> {
+    fn start_log(&mut self, start: SpaceGfn, by: LogBy, fill: u64) -> Result<Sweep, SlotError> {
         let memory = Held::<B>::memory(self);
         let slot = memory.slots.get(start)?;
         let notes = memory.backing().notes(slot.cookie);
@@ -89,56 +95,64 @@ impl<'m, B: Backing> Exclusive<'m, B> {
             flags |= SlotFlags::DIRTY_BITS;
         }
         memory.set_flags(start, flags)?;
-        Ok(Sweep::over(slot.range))
+        Ok(Sweep::over_slot(&slot))
     }
 
     /// Ends the log of the slot that starts at `start`; what it says stays readable nowhere. Returns what may be made
     /// writable again and [collapsed](crate::DirectMmu::collapse) into huge pages.
-    pub fn stop_dirty_log(&mut self, start: Gfn) -> Result<Sweep, SlotError> {
+    pub fn stop_dirty_log(&mut self, start: impl Into<SpaceGfn>) -> Result<Sweep, SlotError> {
+        let start = start.into();
         let memory = Held::<B>::memory(self);
         let slot = memory.slots.get(start)?;
         memory.set_flags(start, slot.flags.difference(SlotFlags::DIRTY_LOG | SlotFlags::DIRTY_BITS))?;
-        Ok(Sweep::over(slot.range))
+        Ok(Sweep::over_slot(&slot))
     }
 }
 
 impl<'m, B: Backing> Shared<'m, B> {
     /// The log of the slot that starts at `start`, if it is logged. It is read under the guard it came from: when that is
     /// gone, the slot may be.
-    pub fn dirty_log(&self, start: Gfn) -> Option<DirtyLog<'_>> {
+    pub fn dirty_log(&self, start: impl Into<SpaceGfn>) -> Option<DirtyLog<'_>> {
         let memory: &'m VmMemory<B> = self.memory();
-        let slot = memory.slots.get(start).ok()?;
+        let slot = memory.slots.get(start.into()).ok()?;
         let SlotNotes { dirty, .. } = memory.backing().notes(slot.cookie);
         let words = dirty.get(..slot.range.pages().div_ceil(PAGES_PER_WORD) as usize)?;
         slot.flags.contains(SlotFlags::DIRTY_LOG).then_some(DirtyLog { range: slot.range, words })
     }
 
+    /// [`SpaceView::log_dirty`] in the normal space.
+    pub fn log_dirty(&self, frames: impl IntoIterator<Item = Gfn>) {
+        self.in_space(Space::Normal).log_dirty(frames);
+    }
+}
+
+impl<B: Backing> SpaceView<'_, B> {
     /// Notes that the frames were written: what the processor put into its page-modification log, for instance. Frames
     /// that no logged slot has are ignored.
     pub fn log_dirty(&self, frames: impl IntoIterator<Item = Gfn>) {
         for gfn in frames {
-            self.memory().note_write(gfn);
+            self.memory().note_write(self.space(), gfn);
         }
     }
 }
 
 /// What operations on tables ask about pages, whatever the backing is.
 pub(crate) trait Pages {
-    /// The leaf of `gfn` loses a dirty bit: notes the write, if that is how the slot is logged.
-    fn note_dirty_bit(&self, gfn: Gfn);
-    /// Whether the slot of `gfn` is logged, and whether by dirty bits.
-    fn logged_by(&self, gfn: Gfn) -> Option<LogBy>;
+    /// The leaf of the frame loses a dirty bit: notes the write, if that is how the slot is logged.
+    fn note_dirty_bit(&self, at: SpaceGfn);
+    /// Whether the slot of the frame is logged, and whether by dirty bits.
+    fn logged_by(&self, at: SpaceGfn) -> Option<LogBy>;
 }
 
 impl<B: Backing> Pages for VmMemory<B> {
-    fn note_dirty_bit(&self, gfn: Gfn) {
-        if self.is_logging() && self.logged_by(gfn) == Some(LogBy::DirtyBits) {
-            self.note_logged_write(gfn);
+    fn note_dirty_bit(&self, at: SpaceGfn) {
+        if self.is_logging() && self.logged_by(at) == Some(LogBy::DirtyBits) {
+            self.note_logged_write(at.space, at.gfn);
         }
     }
 
-    fn logged_by(&self, gfn: Gfn) -> Option<LogBy> {
-        let flags = self.find_slot(gfn.gpa())?.flags();
+    fn logged_by(&self, at: SpaceGfn) -> Option<LogBy> {
+        let flags = self.find_slot(at.space, at.gfn.gpa())?.flags();
         match (flags.contains(SlotFlags::DIRTY_LOG), flags.contains(SlotFlags::DIRTY_BITS)) {
             (false, _) => None,
             (true, false) => Some(LogBy::WriteProtection),
@@ -148,18 +162,18 @@ impl<B: Backing> Pages for VmMemory<B> {
 }
 
 impl<B: Backing> VmMemory<B> {
-    /// Notes that `gfn` was written, or may be from now on: after the fact, so that whoever clears the bit first and arms
+    /// Notes that `gfn` of `space` was written, or may be from now on: after the fact, so that whoever clears the bit first and arms
     /// the page then cannot miss it.
     #[inline]
-    pub(crate) fn note_write(&self, gfn: Gfn) {
+    pub(crate) fn note_write(&self, space: Space, gfn: Gfn) {
         if self.is_logging() {
-            self.note_logged_write(gfn);
+            self.note_logged_write(space, gfn);
         }
     }
 
     #[inline(never)]
-    fn note_logged_write(&self, gfn: Gfn) {
-        let Some(hit) = self.find_slot(gfn.gpa()) else { return };
+    fn note_logged_write(&self, space: Space, gfn: Gfn) {
+        let Some(hit) = self.find_slot(space, gfn.gpa()) else { return };
         if hit.flags().contains(SlotFlags::DIRTY_LOG) {
             let at = hit.ram();
             if let Some((word, bit)) = self.backing().notes(at.cookie).dirty_word(at.slot_page()) {

@@ -1,8 +1,11 @@
 //! Lock modes as types: what may run beside what is in each function's signature.
 use core::marker::PhantomData;
 
-use super::{Invalidation, InvalidationSeq, RamAddr, Slot, SlotError, SlotFlags, VmMemory};
-use crate::addr::{Gfn, GfnRange, Gpa};
+use super::{
+    Backing, Invalidation, InvalidationSeq, RamAddr, Slot, SlotError, SlotFlags, Space, SpaceGfn, SpaceView,
+    VmMemory,
+};
+use crate::addr::{GfnRange, Gpa};
 use crate::cpu::CpuId;
 use crate::kind::Sweep;
 use crate::sync::Ordering;
@@ -21,6 +24,8 @@ mod sealed {
 
 /// The shared guard: any number of CPUs walk, fault and sweep. While it lives, no slot changes, no invalidation begins,
 /// and no table page that its CPU could have seen is given back.
+///
+/// What takes an address and no space means the normal one; [`in_space`](Self::in_space) says another.
 #[derive(Debug)]
 pub struct Shared<'m, B> {
     memory: &'m VmMemory<B>,
@@ -36,10 +41,16 @@ impl<'m, B> Shared<'m, B> {
         Self { memory, cpu, _not_send: PhantomData }
     }
 
+    /// Guest memory as `space` sees it.
+    #[inline(always)]
+    pub const fn in_space(&self, space: Space) -> SpaceView<'_, B> {
+        SpaceView::of(self.memory, space)
+    }
+
     /// The place in RAM that `gpa` names.
     #[inline(always)]
     pub fn ram(&self, gpa: Gpa) -> Option<RamAddr> {
-        Some(self.memory.find_slot(gpa)?.ram())
+        self.in_space(Space::Normal).ram(gpa)
     }
 
     /// The moment that slots and backing are in, if nothing is being invalidated: while it stays the same, what the
@@ -55,7 +66,7 @@ impl<'m, B> Shared<'m, B> {
         self.memory.backing()
     }
 
-    /// All slots, lowest first.
+    /// All slots: those that the normal space sees, lowest first, then the others.
     pub fn slots(&self) -> impl Iterator<Item = Slot> + '_ {
         self.memory.slots.iter()
     }
@@ -95,29 +106,43 @@ impl<'m, B> Exclusive<'m, B> {
     }
 
     /// Adds a slot. Nothing is mapped there yet, so nothing has to be zapped. Its flags are what the caller may choose:
-    /// logging and tracking have their own functions.
-    pub fn insert_slot(&mut self, slot: &Slot) -> Result<(), SlotError> {
-        self.memory.slots.insert(&Slot { flags: slot.flags.intersection(SlotFlags::CHOICE), ..*slot })?;
+    /// logging has its own functions, and so has tracking, except that pages which are tracked in another space are so in
+    /// the new slot, too.
+    pub fn insert_slot(&mut self, slot: &Slot) -> Result<(), SlotError>
+    where
+        B: Backing,
+    {
+        self.memory.slots.check(slot)?;
+        let mut flags = slot.flags.intersection(SlotFlags::CHOICE);
+        if self.memory.inherit_tracks(slot)? {
+            flags |= SlotFlags::TRACKED;
+        }
+        self.memory.slots.insert(&Slot { flags, ..*slot })?;
         self.memory.advance_slots();
         Ok(())
     }
 
     /// Removes the slot that starts at `start`, and says what to zap in every kind before this guard is given up.
-    pub fn remove_slot(&mut self, start: Gfn) -> Result<Sweep, SlotError> {
-        let slot = self.memory.slots.remove(start)?;
+    pub fn remove_slot(&mut self, start: impl Into<SpaceGfn>) -> Result<Sweep, SlotError> {
+        let slot = self.memory.slots.remove(start.into())?;
         self.memory.count_logged(slot.flags, SlotFlags::empty());
         self.memory.advance_slots();
-        Ok(Sweep::over(slot.range))
+        Ok(Sweep::over_slot(&slot))
     }
 
     /// Changes the flags of the slot that starts at `start`, and says what to zap in every kind before this guard is
     /// given up. Logging and tracking go on.
-    pub fn set_slot_flags(&mut self, start: Gfn, flags: SlotFlags) -> Result<Sweep, SlotError> {
+    pub fn set_slot_flags(
+        &mut self,
+        start: impl Into<SpaceGfn>,
+        flags: SlotFlags,
+    ) -> Result<Sweep, SlotError> {
+        let start = start.into();
         let slot = self.memory.slots.get(start)?;
         let flags = slot.flags.difference(SlotFlags::CHOICE) | flags.intersection(SlotFlags::CHOICE);
         self.memory.set_flags(start, flags)?;
         self.memory.advance_slots();
-        Ok(Sweep::over(slot.range))
+        Ok(Sweep::over_slot(&slot))
     }
 
     /// Makes every root of every kind obsolete: no vCPU enters on one, no fault maps into one. See

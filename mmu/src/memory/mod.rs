@@ -8,7 +8,9 @@ mod invalidation;
 mod notes;
 mod shootdown;
 mod slots;
+mod space;
 mod tracking;
+mod view;
 
 pub use access::NotRam;
 pub use backing::{Backing, NoPage, Resolved};
@@ -20,8 +22,10 @@ pub use notes::SlotNotes;
 pub(crate) use shootdown::Quiescent;
 pub use shootdown::{Generation, Shootdown};
 pub use slots::{RamAddr, Slot, SlotError, SlotFlags, MAX_SLOTS};
+pub use space::{Space, SpaceGfn, Spaces};
+pub use view::SpaceView;
 
-use crate::addr::{Gfn, Gpa};
+use crate::addr::Gpa;
 use crate::cpu::CpuId;
 use crate::format::MmioGeneration;
 use crate::sync::{AtomicU64, Ordering};
@@ -88,10 +92,10 @@ impl<B> VmMemory<B> {
         Exclusive::take(self, cpu)
     }
 
-    /// The slot that holds `gpa`. Stable under a guard.
+    /// The slot that holds `gpa` in `space`. Stable under a guard.
     #[inline(always)]
-    pub(crate) fn find_slot(&self, gpa: Gpa) -> Option<SlotHit<'_>> {
-        self.slots.find(gpa)
+    pub(crate) fn find_slot(&self, space: Space, gpa: Gpa) -> Option<SlotHit<'_>> {
+        self.slots.find(space, gpa)
     }
 
     /// Whether any slot is logged.
@@ -102,11 +106,18 @@ impl<B> VmMemory<B> {
 
     /// Changes the flags of the slot that starts at `start`. What was resolved before is stale. The caller has the VM for
     /// itself.
-    fn set_flags(&self, start: Gfn, flags: SlotFlags) -> Result<Slot, SlotError> {
+    fn set_flags(&self, start: SpaceGfn, flags: SlotFlags) -> Result<Slot, SlotError> {
         let slot = self.slots.set_flags(start, flags)?;
         self.count_logged(slot.flags, flags);
         self.invalidations.advance();
         Ok(slot)
+    }
+
+    /// The same of the slot that was found.
+    fn set_flags_of(&self, hit: &SlotHit<'_>, flags: SlotFlags) {
+        self.count_logged(hit.flags(), flags);
+        hit.set_flags(flags);
+        self.invalidations.advance();
     }
 
     /// A slot's flags change. The caller has the VM for itself.

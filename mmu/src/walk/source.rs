@@ -3,7 +3,7 @@ use super::context::{PagingContext, Translation, WalkRegs};
 use super::fault::{Cause, FaultInfo, Linear, Place, WalkError};
 use crate::access::{Access, AccessKind, Prot};
 use crate::addr::{Address, Gpa, Gva, NGpa};
-use crate::memory::{Backing, NotRam, Shared};
+use crate::memory::{Backing, NotRam, Shared, Space, SpaceView};
 use crate::role::RoleFlags;
 
 /// Why an entry cannot be reached.
@@ -57,8 +57,8 @@ pub trait TableSource<A: Address> {
     }
 }
 
-/// L1's tables, and those of an L2 without nested paging: straight from the slots.
-impl<B: Backing> TableSource<Gpa> for Shared<'_, B> {
+/// L1's tables, and those of an L2 without nested paging: straight from the slots that the space sees.
+impl<B: Backing> TableSource<Gpa> for SpaceView<'_, B> {
     #[inline(always)]
     fn read_u64(&self, at: Gpa) -> Result<u64, BelowError> {
         self.load_u64(at).map_err(|NotRam { .. }| BelowError::NotRam)
@@ -81,6 +81,27 @@ impl<B: Backing> TableSource<Gpa> for Shared<'_, B> {
             Ok(found) => Ok(Update::after(found == current)),
             Err(NotRam { .. }) => self.read_u32(at).map(|found| Update::refused(found == current)),
         }
+    }
+}
+
+/// The same in the normal space.
+impl<B: Backing> TableSource<Gpa> for Shared<'_, B> {
+    #[inline(always)]
+    fn read_u64(&self, at: Gpa) -> Result<u64, BelowError> {
+        self.in_space(Space::Normal).read_u64(at)
+    }
+
+    #[inline]
+    fn read_u32(&self, at: Gpa) -> Result<u32, BelowError> {
+        self.in_space(Space::Normal).read_u32(at)
+    }
+
+    fn update_u64(&self, at: Gpa, current: u64, new: u64) -> Result<Update, BelowError> {
+        self.in_space(Space::Normal).update_u64(at, current, new)
+    }
+
+    fn update_u32(&self, at: Gpa, current: u32, new: u32) -> Result<Update, BelowError> {
+        self.in_space(Space::Normal).update_u32(at, current, new)
     }
 }
 

@@ -204,7 +204,7 @@ impl Vm {
     fn new(pages: usize) -> Arc<Self> {
         let ram = Ram { frame: Plain::new(FRAME), dirty: [AtomicU64::new(0)] };
         let memory = VmMemory::new(ram);
-        let slot = Slot { range: range(0, 64), flags: SlotFlags::empty(), cookie: 0 };
+        let slot = Slot::new(range(0, 64), SlotFlags::empty(), 0);
         memory.exclusive(cpu(0)).insert_slot(&slot).unwrap();
         let host =
             NptHost { five_level: false, max_phys_addr: 46, no_execute: true, largest: PageSize::Size4K };

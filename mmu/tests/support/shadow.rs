@@ -64,7 +64,7 @@ pub fn memory() -> VmMemory<NotedRam> {
         blocks: [counts(PAGES / 512), counts(1)],
     });
     let range = GfnRange::new(Gfn::default(), PAGES).unwrap();
-    memory.exclusive(CPU).insert_slot(&Slot { range, flags: SlotFlags::empty(), cookie: 0 }).unwrap();
+    memory.exclusive(CPU).insert_slot(&Slot::new(range, SlotFlags::empty(), 0)).unwrap();
     memory
 }
 

@@ -26,7 +26,7 @@ impl<M: Machine> Vm<M> {
     pub fn new(machine: M, slots: &[(u64, u64, SlotFlags, u64)]) -> Self {
         let memory = VmMemory::new(Blocks::default());
         for &(start, pages, flags, cookie) in slots {
-            let slot = Slot { range: range(start, pages), flags, cookie };
+            let slot = Slot::new(range(start, pages), flags, cookie);
             memory.backing().provide_notes(cookie, start, pages);
             memory.exclusive(CPU).insert_slot(&slot).unwrap();
         }

@@ -1,5 +1,5 @@
 //! A check of everything a shadow kind holds, for tests: nothing is taken from what it maintains that can be counted anew.
-use super::{guest_entry, is_above, is_short, number, read_guest, shadows, split, Kept, ShadowMmu, NONE};
+use super::{guest_entry, is_above, number, read_guest, shadows, space, split, Kept, ShadowMmu, NONE};
 use crate::access::{AccessKind, Prot};
 use crate::addr::{Gpa, Gva};
 use crate::format::{Entry, EntryFormat};
@@ -53,11 +53,8 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
                 chained += 1;
                 parent = self.note(parent).next;
             }
-            if let (true, false, Some(hit)) = (shadows(&role), page.unsync, memory.find_slot(page.gfn.gpa()))
-            {
-                if !memory.is_tracked(&hit) {
-                    return Err("D6: a shadowed table is not tracked");
-                }
+            if shadows(&role) && !page.unsync && !memory.is_tracked_everywhere(page.gfn) {
+                return Err("D6: a shadowed table is not tracked");
             }
             for at in 0..ENTRIES {
                 let entry = number(index, at);
@@ -88,7 +85,8 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
                             return Err("B1");
                         }
                         self.format.writability(value).ok_or("B2")?;
-                        let hit = memory.find_slot(gfn.gpa()).ok_or("I2: a leaf without a slot")?;
+                        let hit =
+                            memory.find_slot(space(&role), gfn.gpa()).ok_or("I2: a leaf without a slot")?;
                         if self.format.permits(value, AccessKind::Write) && memory.is_tracked(&hit) {
                             return Err("D6: a tracked page can be written");
                         }
@@ -128,7 +126,7 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
             return Ok(());
         };
         let Some(guest) = role.base.guest() else { return Ok(()) };
-        let raw = read_guest(memory, guest_entry(page, &role, at), is_short(&role));
+        let raw = read_guest(memory, guest_entry(page, &role, at), &role);
         let context = PagingContext::<Gva, Gpa>::new(guest);
         let found = raw.and_then(|raw| context.lowest_entry(raw)).ok_or("A3: a leaf for an absent entry")?;
         let leaf = self.format.leaf(value, Level::L1).ok_or("B1")?;

@@ -1,5 +1,5 @@
 //! Faults: a walk of the guest's tables goes in, its shadow comes out.
-use super::{guest_entry, is_above, is_short, number, read_guest, Kept, ShadowDone, ShadowMmu, Stop};
+use super::{guest_entry, is_above, number, read_guest, space, Kept, ShadowDone, ShadowMmu, Stop};
 use crate::access::{Access, AccessKind, Agent, Prot};
 use crate::addr::{Address, Gfn, Gpa, Gva, Pfn};
 use crate::format::{EntryFormat, Leaf, Writability};
@@ -191,7 +191,7 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         }
         let at = guest_entry(self.page(page), &role, index);
         let step = walk.step(role.level).filter(|step| step.at == at);
-        match (step, read_guest(memory, at, is_short(&role))) {
+        match (step, read_guest(memory, at, &role)) {
             (Some(step), Some(entry)) if step.entry == entry => Ok(()),
             _ => Err(ShadowFault::Retry),
         }
@@ -208,7 +208,9 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         kind: AccessKind,
     ) -> Result<Goal, ShadowFault> {
         let memory = Held::<B>::memory(guard);
-        let hit = memory.find_slot(gpa).ok_or(ShadowFault::Mmio(gpa))?;
+        let role = self.role(page).ok_or(ShadowFault::NoRoot)?;
+        let space = space(&role);
+        let hit = memory.find_slot(space, gpa).ok_or(ShadowFault::Mmio(gpa))?;
         let write = kind == AccessKind::Write;
         let read_only = hit.flags().contains(SlotFlags::READ_ONLY);
         if write && read_only {
@@ -221,9 +223,8 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
                 return Err(ShadowFault::WriteTracked(gpa));
             }
         }
-        let role = self.role(page).ok_or(ShadowFault::NoRoot)?;
         // The counts may have changed, and the slot's flags with them.
-        let hit = memory.find_slot(gpa).ok_or(ShadowFault::Mmio(gpa))?;
+        let hit = memory.find_slot(space, gpa).ok_or(ShadowFault::Mmio(gpa))?;
         let sequence = memory.invalidations().sequence();
         let fits = |size: PageSize| {
             size.bytes() <= walk.translation.page_bytes
@@ -258,7 +259,7 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
             Writability::Writable
         };
         if write {
-            memory.note_write(gpa.gfn());
+            memory.note_write(space, gpa.gfn());
         }
         let user = prot.contains(Prot::USER) || role.base.guest().is_some_and(|guest| guest.is_ept());
         Ok(Goal { gfn: gpa.gfn(), block, block_size, size, prot, writability, user })
@@ -322,10 +323,10 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
             if self.note(entry).kept != Kept::Nothing {
                 continue;
             }
-            let raw = read_guest(memory, guest_entry(self.page(page), &role, at), is_short(&role));
+            let raw = read_guest(memory, guest_entry(self.page(page), &role, at), &role);
             let Some(found) = raw.and_then(|raw| context.lowest_entry(raw)) else { continue };
             let prot = role.access & found.prot;
-            let Some(hit) = memory.find_slot(found.page) else { continue };
+            let Some(hit) = memory.find_slot(space(&role), found.page) else { continue };
             if !found.accessed || prot.is_empty() || hit.flags().contains(SlotFlags::DIRTY_LOG) {
                 continue;
             }

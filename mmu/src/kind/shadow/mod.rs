@@ -23,7 +23,7 @@ use crate::addr::{Gfn, Gpa, Pfn};
 use crate::cpu::CpuId;
 use crate::format::{EntryFormat, Pae};
 use crate::level::{Level, ENTRIES};
-use crate::memory::{Backing, Exclusive, Generation, Held, Quiescent, VmMemory};
+use crate::memory::{Backing, Exclusive, Generation, Held, Quiescent, Space, VmMemory};
 use crate::mutant::FlushSite;
 use crate::role::{PageRole, PagingMode};
 use crate::tables::{TableFrame, TableMemory, TablePage};
@@ -299,10 +299,15 @@ fn guest_entry(page: &ShadowPage, role: &PageRole, index: usize) -> Gpa {
     Gpa::new_truncate(page.gfn.gpa().bits() + offset as u64 % 4096)
 }
 
-/// The guest's entry at `at`.
-fn read_guest<B: Backing>(memory: &VmMemory<B>, at: Gpa, short: bool) -> Option<u64> {
-    let ram = memory.find_slot(at)?.ram();
-    if short {
+/// Whose memory the pages of the role map, and shadow.
+const fn space(role: &PageRole) -> Space {
+    Space::of(role.base.vcpu().smm)
+}
+
+/// The guest's entry at `at`, in a table that a page of this role shadows.
+fn read_guest<B: Backing>(memory: &VmMemory<B>, at: Gpa, role: &PageRole) -> Option<u64> {
+    let ram = memory.find_slot(space(role), at)?.ram();
+    if is_short(role) {
         memory.backing().load_u32(&ram).ok().map(u64::from)
     } else {
         memory.backing().load_u64(&ram).ok()

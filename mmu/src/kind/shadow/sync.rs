@@ -1,5 +1,5 @@
 //! Unsync pages: lowest tables that the guest writes to without exits, and how their shadows catch up.
-use super::{guest_entry, is_short, number, read_guest, shadows, Kept, ShadowDone, ShadowMmu, NONE};
+use super::{guest_entry, number, read_guest, shadows, Kept, ShadowDone, ShadowMmu, NONE};
 use crate::access::{AccessKind, Prot};
 use crate::addr::{Address, Gfn, Gpa, Gva};
 use crate::format::{EntryFormat, Writability};
@@ -82,7 +82,8 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
             index = next;
         }
         let memory = Held::<B>::memory(guard);
-        memory.find_slot(gfn.gpa()).is_some_and(|hit| !memory.is_tracked(&hit))
+        // Where it is tracked, it is so in every space.
+        !memory.is_tracked_anywhere(gfn)
     }
 
     /// Syncs what is unsync below `page`, and it itself. Goes down one level each time.
@@ -136,7 +137,7 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         };
         let at = guest_entry(self.page(page), &role, index);
         let context = PagingContext::<Gva, Gpa>::new(guest);
-        let raw = read_guest(Held::<B>::memory(guard), at, is_short(&role));
+        let raw = read_guest(Held::<B>::memory(guard), at, &role);
         let found = raw.and_then(|raw| context.lowest_entry(raw));
         let value = self.value(entry);
         let (Some(found), Some(mut leaf)) = (found, self.format.leaf(value, Level::L1)) else {

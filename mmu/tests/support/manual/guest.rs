@@ -39,7 +39,7 @@ pub fn memory() -> VmMemory<FlatRam> {
 pub fn slotted(ram: FlatRam, flags: SlotFlags) -> VmMemory<FlatRam> {
     let memory = VmMemory::new(ram);
     let range = GfnRange::new(Gfn::default(), RAM_BYTES / 4096).unwrap();
-    memory.exclusive(CpuId::BOOT).insert_slot(&Slot { range, flags, cookie: 0 }).unwrap();
+    memory.exclusive(CpuId::BOOT).insert_slot(&Slot::new(range, flags, 0)).unwrap();
     memory
 }
 
