@@ -193,7 +193,7 @@ pub use memory::{
     Spaces, VmMemory, MAX_SLOTS,
 };
 #[cfg(mutants)]
-pub use mutant::{MUTANTS, VARIABLE};
+pub use mutant::{MutantInfo, MUTANTS, VARIABLE};
 pub use role::{
     BadEptPointer, BaseRole, CpuRole, Cr0, Cr4, Efer, GuestCpu, GuestEpt, PageRole, PagingMode, PagingRegs,
     RoleFlags, RootRole, VcpuMode,

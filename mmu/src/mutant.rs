@@ -3,14 +3,15 @@
 //! In a build with `--cfg mutants` the variable [`VARIABLE`] names the one that a process is to have; in any other build
 //! there are none, and no trace of them. `cargo xtask test --mutants` lets every mutant meet the tests.
 //!
-//! A name that begins with a row of the table of past bugs (`cve_2021_38198`, perhaps with more after a dot) must be caught
-//! by a test that is named after the row; `tests/past_bugs.rs` has the table. The others say which tests are likely to catch
-//! them, and any may.
+//! Some bring back a bug that another hypervisor had. Their names begin with what the bug is known by (a CVE, a commit), up to
+//! a dot, and a test with that in its name must catch them; `tests/past_bugs.rs` has the table. The others say which tests are
+//! likely to catch them, and any may.
 
-/// Declares mutants: `Variant = "name" by ["part of a test's name", ...];`.
+/// Declares mutants: `Variant = "name" by ["part of a test's name", ...];`, and bugs of old: `Variant = "row.more";`.
 macro_rules! mutants {
     (
         flushes { $($(#[$flush_doc:meta])* $site:ident = $flush:literal by [$($flush_test:literal),* $(,)?];)* }
+        bugs { $($(#[$bug_doc:meta])* $bug:ident = $row:literal;)* }
         slips { $($(#[$slip_doc:meta])* $mutant:ident = $slip:literal by [$($slip_test:literal),* $(,)?];)* }
     ) => {
         /// A place where something is taken away that a TLB may have: the flush that it asks for can be dropped there.
@@ -22,19 +23,33 @@ macro_rules! mutants {
         /// A slip.
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
         pub(crate) enum Mutant {
+            $($(#[$bug_doc])* $bug,)*
             $($(#[$slip_doc])* $mutant,)*
         }
 
-        /// Every mutant, flushes first: its name, and parts of the names of tests that are likely to catch it.
+        /// Every mutant, flushes first.
         #[cfg(mutants)]
-        pub const MUTANTS: &[(&str, &[&str])] = &[
-            $(($flush, &[$($flush_test),*]),)*
-            $(($slip, &[$($slip_test),*]),)*
+        pub const MUTANTS: &[MutantInfo] = &[
+            $(MutantInfo { name: $flush, by: &[$($flush_test),*], row: false },)*
+            $(MutantInfo { name: $row, by: &[], row: true },)*
+            $(MutantInfo { name: $slip, by: &[$($slip_test),*], row: false },)*
         ];
 
         #[cfg(mutants)]
         const FLUSHES: usize = [$(FlushSite::$site),*].len();
     };
+}
+
+/// What the outside knows of a mutant.
+#[cfg(mutants)]
+#[derive(Clone, Copy, Debug)]
+pub struct MutantInfo {
+    /// Its name.
+    pub name: &'static str,
+    /// Parts of the names of tests that are likely to catch it.
+    pub by: &'static [&'static str],
+    /// It brings a bug of old back: up to a dot, the name is that of the row.
+    pub row: bool,
 }
 
 /// Names the mutant that a process has; none, if it is not set.
@@ -75,7 +90,7 @@ fn chosen() -> Option<usize> {
     static CHOSEN: std::sync::OnceLock<Option<usize>> = std::sync::OnceLock::new();
     *CHOSEN.get_or_init(|| {
         let name = std::env::var(VARIABLE).ok().filter(|name| !name.is_empty())?;
-        let place = MUTANTS.iter().position(|&(known, _)| known == name);
+        let place = MUTANTS.iter().position(|mutant| mutant.name == name);
         Some(place.unwrap_or_else(|| panic!("no mutant `{name}`")))
     })
 }
@@ -103,12 +118,226 @@ mutants! {
         /// A table is unlinked that was zapped, or made for the fetches from a huge page.
         Unlink = "flush_unlink" by ["c3_tables_come_back"];
         /// A table gives way to a huge page.
-        Collapse = "flush_collapse" by ["b7_collapse_keeps"];
+        Collapse = "flush_collapse" by ["c3_a_collapsed_table"];
         /// The shadow kind takes a translation away.
         Shadow = "flush_shadow" by [];
         /// The shadow kind takes a table out.
         ShadowPage = "flush_shadow_page" by [];
     }
+    bugs {
+        /// A step has its own rights, not those of its parents.
+        StepRightsOfItself = "cve_2021_38198.itself";
+        /// A step has the rights of the entry above it alone.
+        StepRightsOfOneParent = "cve_2021_38198.one_parent";
+        /// A walk goes on where an entry cannot be marked because its memory has gone.
+        MarkGoneMemory = "cve_2022_1158";
+        /// The reserved bits of a large page are not checked.
+        LargeReservedBits = "cve_2017_12188.large";
+        /// A large page of EPT is checked as a link.
+        EptLargeReservedBits = "cve_2017_12188.ept";
+        /// NX is taken for reserved although EFER.NXE is set.
+        NxAlwaysReserved = "commit_5f0b819995e1";
+        /// What EPT permits to fetch counts as readable.
+        FetchableIsReadable = "commit_d95c55687e11";
+        /// An EPT violation never says that the access was to the linear address's own page.
+        LinearNeverFinal = "commit_d0164c161923";
+        /// The exit qualification has the rights in another order.
+        QualificationOrder = "commit_0780516a18f8";
+        /// A nested fault always says that it is about the final address.
+        AlwaysFinal = "nested_fault_provenance";
+        /// L2's tables that L1 does not map are L2's fault.
+        RootOfL2Unmapped = "cve_2026_46032";
+        /// CR0.WP is no part of the role.
+        WpForgotten = "toggled_cr0_wp";
+        /// Long mode without PAE is read as 32-bit paging.
+        LongNeedsPae = "cve_2023_30456";
+        /// The nested tables of a 32-bit L1 are read as long mode.
+        NestedAlwaysLong = "commit_ee6268ba3a68";
+        /// The payload of a frozen entry could be a frame.
+        FrozenNamesMemory = "cve_2018_3620.frozen";
+        /// An access-tracked entry keeps its frame.
+        OldNamesMemory = "cve_2018_3620.old";
+        /// A leaf that permits fetches alone is made where the CPU has no such thing.
+        EptNoExecuteOnly = "commit_d95c55687e11.format";
+        /// A leaf is checked as a link.
+        FormatLargeReserved = "cve_2017_12188.format";
+        /// NX of our own tables is taken for reserved.
+        FormatNxReserved = "commit_6c6ab524cfae";
+        /// A huge page is executable although that was forbidden.
+        HugeExecutable = "cve_2018_12207";
+        /// A fetch from a huge page that is not executable maps it huge again.
+        FetchKeepsHuge = "cve_2018_12207.fetch";
+        /// A page is tracked under one root only.
+        TrackFirstRootOnly = "commit_0f38453cdb2e";
+        /// A leaf is changed by a store, whatever the processor has set in it meanwhile.
+        StoreOverFlags = "e5_a_dirty_bit";
+        /// A note about device memory is put over a page.
+        NoteOverPage = "cve_2026_23401";
+        /// Collapsing does not compare frames.
+        CollapseOtherFrame = "cve_2026_23402";
+        /// What was resolved before huge pages lost their fetches is mapped executable.
+        ForbidKeepsResolved = "cve_2018_12207.resolved";
+        /// What was resolved before its backing changed is mapped.
+        NeverStale = "cve_2021_22543";
+        /// A block that begins before its slot fits it.
+        BlockBeforeSlot = "cve_2024_26991";
+        /// A block that ends after its slot fits it.
+        BlockBeyondSlot = "cve_2024_26991.end";
+        /// A block may be huge although it is not inside its slot.
+        CollapseBeyondSlot = "commit_ef057cbf825e";
+        /// A page is tracked in one address space only.
+        TrackOneSpace = "commit_0f38453cdb2e.space";
+        /// What was resolved in a slot is mapped when the slot has gone.
+        SlotChangeKeepsResolved = "cve_2026_23401.slot";
+    }
     slips {
+        /// A shadow permits writes to a page that is not dirty yet.
+        ShadowWriteWithoutDirty = "shadow_write_without_dirty" by ["f4_a_clean_leaf_is_shadowed_read_only"];
+        /// A walk sets accessed bits before it knows that the access is permitted.
+        MarkFailedWalks = "mark_failed_walks" by ["four_levels_exhaustive"];
+        /// Any access makes a leaf dirty.
+        DirtyOnReads = "dirty_on_reads" by ["four_levels_exhaustive"];
+        /// A write makes links dirty, too.
+        DirtyLinks = "dirty_links" by ["four_levels_exhaustive"];
+        /// Accessed bits are set in leaves only.
+        AccessedLeavesOnly = "accessed_leaves_only" by ["four_levels_exhaustive"];
+        /// A walk goes on although the guest has changed an entry under it.
+        GuestStoreIgnored = "guest_store_ignored" by ["f2_a_guest_store"];
+        /// A page becomes dirty in L1's tables and is not in its log.
+        NestedLogAfterDirty = "nested_log_skipped" by ["f5_the_page_modification_log"];
+        /// A protection key forbids a supervisor's writes without CR0.WP.
+        KeyIgnoresWp = "key_ignores_wp" by ["protection_keys"];
+        /// A protection key forbids fetches.
+        KeyForFetches = "key_for_fetches" by ["protection_keys"];
+        /// A reserved memory type of EPT is no misconfiguration.
+        EptTypeUnchecked = "ept_type_unchecked" by ["ept_exhaustive", "cve_2017_12188_every_bit_of_every_entry_of_ept"];
+        /// Writes without reads are no misconfiguration.
+        EptWriteOnly = "ept_write_only" by ["ept_exhaustive"];
+        /// The high address bits of a 4 MiB page are lost.
+        Pse36Ignored = "pse36_ignored" by ["two_levels_every_bit"];
+        /// An address that nested tables do not reach is cut to what they do.
+        WideNestedAddress = "wide_nested_address" by ["ept_addresses_beyond"];
+        /// EPT entries are marked although the pointer turns the flags off.
+        EptIgnoresFlagsOff = "ept_marks_unasked" by ["ept_accessed_and_dirty_flags"];
+        /// Only the leaf's rights count.
+        LeafRightsOnly = "leaf_rights_only" by ["four_levels_exhaustive"];
+        /// The error code says that the access was a fetch although neither NX nor SMEP is on.
+        FetchAlwaysReported = "fetch_always_reported" by ["walker"];
+        /// Reading an entry through nested tables is no write.
+        TablesReadForReading = "nested_tables_only_read" by ["g3_rights_of_the_leaves_of_tables", "nested_tables_are_read_as_user_accesses"];
+        /// What both stages permit is what the second permits.
+        SecondStageAlone = "second_stage_alone" by ["the_result_is_what_both_stages_agree_on"];
+        /// A page of both stages is as large as that of the second.
+        PageOfSecondStage = "page_of_second_stage" by ["the_result_is_what_both_stages_agree_on"];
+        /// An access-tracked page is writable again when it is restored.
+        OldKeepsW = "old_keeps_w" by ["b8_an_old_leaf_keeps"];
+        /// Aging takes W, and nobody knows that a TLB may still have it.
+        OldForgetsW = "old_forgets_w" by ["c2_protecting_an_old_page"];
+        /// The small pages of a huge page are clean.
+        SplitLosesDirty = "split_loses_dirty" by ["b7_split"];
+        /// A huge page reaches into memory that is being taken away.
+        HugeIntoInvalidation = "huge_into_invalidation" by ["e1_no_page_reaches"];
+        /// The moment is noted after the backing was asked.
+        SequenceAfterResolve = "sequence_after_resolve" by ["e1_the_moment"];
+        /// A page of a read-only slot is mapped writable for a read.
+        ReadOnlySlotWritable = "read_only_slot_writable" by ["every_outcome"];
+        /// A tracked page is mapped writable for a read.
+        TrackedWritable = "tracked_writable" by ["tracked_pages"];
+        /// A read maps a page of a logged slot writable.
+        LoggedReadWritable = "logged_read_writable" by ["h1_a_log_misses_no_write"];
+        /// A read maps a page of a logged slot with D set.
+        ResolvedDirty = "resolved_dirty" by ["h1_a_log_misses_no_write"];
+        /// What was resolved before its backing changed is mapped.
+        StaleInstalled = "stale_installed" by ["e1_a_resolution"];
+        /// A fault puts a page into a table that was taken out of the tree.
+        FrozenOverwritten = "frozen_overwritten" by ["e6_a_fault"];
+        /// A write is noted before the page is mapped.
+        NoteBeforeMapping = "note_before_mapping" by ["h1_a_harvest_during"];
+        /// A write is noted before the page becomes writable.
+        NoteBeforeRelaxing = "note_before_relaxing" by ["h1_a_harvest_during"];
+        /// A lost race leaves entries in the pages of the cache.
+        UnbuildForgotten = "unbuild_forgotten" by ["a_lost_race"];
+        /// A block is mapped huge although its frames are not aligned.
+        MisalignedHuge = "misaligned_huge" by ["a_block_that_is_less_aligned"];
+        /// A leaf that disagrees with its slot is changed, not taken away.
+        LeafChangesPage = "leaf_changes_page" by ["d8_a_leaf_that_disagrees"];
+        /// A fast fault notes the write before the page becomes writable.
+        FastNoteBefore = "fast_note_before" by ["h1_a_harvest_during"];
+        /// A fast fault makes a page of a logged slot writable and does not say so.
+        FastForgetsLog = "fast_forgets_log" by ["h1_a_log_misses"];
+        /// A huge page of a logged slot becomes writable.
+        HugeLoggedWritable = "huge_logged_writable" by ["the_fast_path_leaves_huge"];
+        /// A fast fault makes a tracked page writable.
+        FastLiftsTracked = "fast_lifts_tracked" by ["tracked_pages"];
+        /// Aging asks for a flush.
+        AgingFlushes = "aging_flushes" by ["h5_aging"];
+        /// Unprotecting makes tracked pages writable.
+        UnprotectTracked = "unprotect_tracked" by ["tracked_pages"];
+        /// Unprotecting makes pages of a logged slot writable.
+        UnprotectLogged = "unprotect_logged" by ["any_sequence"];
+        /// The D of a leaf that is zapped is lost.
+        ZappedDirtyLost = "zapped_dirty_lost" by ["h1_what_a_zap_takes"];
+        /// The D of leaves that go with their table is lost.
+        RetiredDirtyLost = "retired_dirty_lost" by ["h1_what_a_zap_takes"];
+        /// Recovery takes tables of logged slots away.
+        RecoverLogged = "recover_logged" by ["recovery_spares"];
+        /// A table that the range covers in part goes as a whole.
+        ZapTooMuch = "zap_too_much" by ["zap_takes_what_it_covers"];
+        /// A table that was taken out is left empty, not frozen.
+        NotFrozen = "not_frozen" by ["populate_against_zap"];
+        /// A note about device memory of another generation is honoured.
+        OldNoteHonoured = "old_note_honoured" by ["i1_a_note_holds"];
+        /// Generations wrap and old notes hold again.
+        EpochIgnored = "epoch_ignored" by ["i1_a_wrap"];
+        /// A huge page is writable though a page in it was watched.
+        CollapseWatched = "collapse_watched" by ["b7_collapse_keeps"];
+        /// What is split for its fetches is collapsed.
+        CollapseSplit = "collapse_split" by ["cve_2018_12207", "recovery", "any_sequence"];
+        /// A split that loses a race leaves entries in the page of the cache.
+        SplitNotCleaned = "split_not_cleaned" by ["a_split_that_loses"];
+        /// The small pages of a huge page that was not executable for its size are not, either.
+        SplitKeepsNx = "split_keeps_nx" by ["a_split_of_a_page_that_must_not"];
+        /// A fault maps into a root that is obsolete.
+        ObsoleteRootLive = "obsolete_root_live" by ["d7_invalidating_all"];
+        /// A root is taken apart that somebody holds.
+        HeldRootDropped = "held_root_dropped" by ["d7_a_root_that_is_held"];
+        /// A root that nobody holds is still mapped into.
+        PutRootStaysLive = "put_root_stays_live" by ["a_put_root_is_refused"];
+        /// A root is shared by roles.
+        RootOfOtherRole = "root_of_other_role" by ["every_role_has_its_root"];
+        /// A joined obligation is forgotten.
+        JoinForgets = "join_forgets" by ["joined_obligations"];
+        /// An obligation that is dropped is forgotten.
+        DropForgets = "drop_forgets" by ["a_dropped_flush_is_sticky"];
+        /// A page is given back whoever may still reach it.
+        ReclaimedAtOnce = "reclaimed_at_once" by ["c3_tables_come_back"];
+        /// Recovery takes all split tables away at once.
+        RecoverAll = "recover_all" by ["recovery_takes_a_share"];
+        /// The second of two invalidations hides the first.
+        InvalidationsApart = "invalidations_apart" by ["overlapping_invalidations"];
+        /// What was resolved during an invalidation holds after it.
+        InvalidationEndsQuietly = "invalidation_ends_quietly" by ["e1_a_resolution"];
+        /// Nobody is kicked out of the guest.
+        KickNobody = "kick_nobody" by ["c3_tables_come_back"];
+        /// A walk under way holds no table back.
+        WalksHoldNothing = "walks_hold_nothing" by ["a_walk_under_way"];
+        /// An entry inside a walk acknowledges for the walk, too.
+        AcknowledgesInWalk = "acknowledges_in_walk" by ["an_entry_inside_a_walk"];
+        /// The exclusive guard does not wait for walks.
+        ExclusiveBesideWalks = "exclusive_beside_walks" by ["the_exclusive_guard_excludes"];
+        /// A page of a logged slot is mapped huge.
+        HugeLogged = "huge_logged" by ["h4_a_logged_slot"];
+        /// A block with a tracked page is mapped huge.
+        HugeTracked = "huge_tracked" by ["d4_tracked_pages"];
+        /// A page is tracked no more when the first of two gives it up.
+        UntrackedByOne = "untracked_by_one" by ["tracked_pages"];
+        /// What the hypervisor writes to guest memory is not logged.
+        EmulatedWriteUnlogged = "emulated_write_unlogged" by ["h1_writes_of_the_hypervisor"];
+        /// A write goes to a read-only slot.
+        ReadOnlySlotWritten = "read_only_slot_written" by ["guest_memory"];
+        /// The log has bits of pages that the slot has not.
+        LogBeyondSlot = "log_beyond_slot" by ["h1_all_set"];
+        /// Clearing some pages of a log clears all of the word.
+        ClearKeepsBits = "clear_all" by ["h1_all_set"];
     }
 }

@@ -1,8 +1,9 @@
 //! Names the mutants, for `cargo xtask test --mutants`: a line for each, with parts of the names of tests that are likely to
-//! catch it. In a build without `--cfg mutants` there are none.
+//! catch it, or that it must be one with the bug's name. In a build without `--cfg mutants` there are none.
 fn main() {
     #[cfg(mutants)]
-    for (name, tests) in mmu::MUTANTS {
-        println!("mutant {name} {}", tests.join(" "));
+    for mutant in mmu::MUTANTS {
+        let word = if mutant.row { "bug" } else { "mutant" };
+        println!("{word} {} {}", mutant.name, mutant.by.join(" "));
     }
 }

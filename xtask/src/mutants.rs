@@ -22,8 +22,8 @@ use crate::{paths, say};
 const VARIABLE: &str = "MMU_MUTANT";
 /// The test program that names the mutants.
 const LIST: &str = "mutants";
-/// A test program is taken to hang after this, with or without a mutant.
-const LIMIT: Duration = Duration::from_secs(60);
+/// A test program is taken to hang after this, and ten times what it takes without a mutant.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// What random tests must do: the same each time, without looking for a smaller case, and without keeping what they find.
 const PROPTEST: [(&str, &str); 3] = [
@@ -36,6 +36,8 @@ const PROPTEST: [(&str, &str); 3] = [
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Mutant {
     name: String,
+    /// It brings a bug of old back, which the test that is named after the bug must catch. Up to a dot, its name is the bug's.
+    bug: bool,
     /// Parts of the names of tests that are likely to catch it.
     by: Vec<String>,
 }
@@ -113,10 +115,15 @@ fn program(line: &str) -> Option<Program> {
     Some(Program { name: name.to_owned(), path: path.clone(), tests: vec![], time: Duration::ZERO })
 }
 
-/// Reads a line of the list: `mutant NAME TEST TEST …`.
+/// Reads a line of the list: `mutant NAME TEST TEST …` or `bug NAME`.
 fn mutant(line: &str) -> Option<Mutant> {
-    let mut words = line.strip_prefix("mutant ")?.split_whitespace().map(str::to_owned);
-    Some(Mutant { name: words.next()?, by: words.collect() })
+    let mut words = line.split_whitespace();
+    let bug = match words.next()? {
+        "mutant" => false,
+        "bug" => true,
+        _ => return None,
+    };
+    Some(Mutant { bug, name: words.next()?.to_owned(), by: words.map(str::to_owned).collect() })
 }
 
 /// Lets every mutant meet the tests, on all CPUs; how many were missed.
@@ -151,16 +158,16 @@ fn meet_all(mutants: &[Mutant], programs: &[Program]) -> Result<usize> {
 }
 
 impl Mutant {
-    /// The row of the table of past bugs that it brings back: its name up to a dot.
-    fn row(&self) -> Option<&str> {
-        let row = self.name.split('.').next().unwrap_or_default();
-        ["cve_", "commit_"].iter().any(|start| row.starts_with(start)).then_some(row)
+    /// What the test must have in its name that catches it: what the bug is known by, a commit without saying that it is one.
+    fn known_by(&self) -> Option<&str> {
+        let bug = self.name.split('.').next().unwrap_or_default();
+        self.bug.then(|| bug.strip_prefix("commit_").unwrap_or(bug))
     }
 
     /// What catches it.
     fn meet(&self, programs: &[Program]) -> Result<Option<String>> {
-        let parts: BTreeSet<&str> = match self.row() {
-            Some(row) => [row].into(),
+        let parts: BTreeSet<&str> = match self.known_by() {
+            Some(bug) => [bug].into(),
             None => self.by.iter().map(String::as_str).collect(),
         };
         for program in programs {
@@ -172,7 +179,7 @@ impl Mutant {
                 }
             }
         }
-        if self.row().is_some() {
+        if self.bug {
             return Ok(None);
         }
         for program in programs {
@@ -221,7 +228,7 @@ impl Program {
             let _ = stdout.read_to_end(&mut bytes);
             bytes
         });
-        let Some(status) = wait_within(child, LIMIT)? else { return Ok(End::Hung) };
+        let Some(status) = wait_within(child, PATIENCE + 10 * self.time)? else { return Ok(End::Hung) };
         let bytes = reader.join().unwrap_or_default();
         Ok(if status.success() { End::Passed } else { failure(&String::from_utf8_lossy(&bytes)) })
     }
@@ -239,7 +246,7 @@ mod tests {
     use super::*;
 
     fn named(name: &str) -> Mutant {
-        Mutant { name: name.into(), by: vec![] }
+        Mutant { name: name.into(), bug: false, by: vec![] }
     }
 
     #[test]
@@ -249,17 +256,19 @@ mod tests {
         assert_eq!(found.name, "mmu");
         assert!(found.path.ends_with("target/mutants/debug/deps/mmu-95f546c2e7c791e7"));
         assert!(program("   Compiling mmu v0.1.0 (/umbra/mmu)").is_none());
-        let expected = Mutant { name: "flush_zap".into(), by: vec!["c1".into(), "c2".into()] };
+        let expected = Mutant { name: "flush_zap".into(), bug: false, by: vec!["c1".into(), "c2".into()] };
         assert_eq!(mutant("mutant flush_zap c1 c2"), Some(expected));
         assert_eq!(mutant("mutant flush_zap"), Some(named("flush_zap")));
+        assert_eq!(mutant("bug cve_1"), Some(Mutant { bug: true, ..named("cve_1") }));
         assert_eq!(mutant("running 1 test"), None);
     }
 
     #[test]
-    fn a_mutant_of_a_past_bug_is_held_to_its_row() {
-        assert_eq!(named("cve_2021_38198").row(), Some("cve_2021_38198"));
-        assert_eq!(named("commit_ef057cbf825e.collapse").row(), Some("commit_ef057cbf825e"));
-        assert_eq!(named("flush_zap").row(), None);
+    fn a_bug_of_old_is_caught_by_the_test_with_its_name() {
+        let bug = |name| Mutant { bug: true, ..named(name) };
+        assert_eq!(bug("cve_2021_38198").known_by(), Some("cve_2021_38198"));
+        assert_eq!(bug("commit_ef057cbf825e.collapse").known_by(), Some("ef057cbf825e"));
+        assert_eq!(named("flush_zap").known_by(), None);
     }
 
     #[test]
@@ -280,7 +289,8 @@ mod tests {
         let (good, bad) = (program("true"), program("false"));
         assert_eq!(named("x").meet(&[good.clone()]).unwrap(), None);
         assert_eq!(named("x").meet(&[good, bad.clone()]).unwrap(), Some("p, which broke off".into()));
-        assert!(named("cve_2021_38198.a").meet(&[bad.clone()]).unwrap().is_some());
-        assert_eq!(named("cve_2021_1").meet(&[bad]).unwrap(), None, "no test has its name");
+        let bug = |name| Mutant { bug: true, ..named(name) };
+        assert!(bug("cve_2021_38198.a").meet(&[bad.clone()]).unwrap().is_some());
+        assert_eq!(bug("cve_2021_1").meet(&[bad]).unwrap(), None, "no test has its name");
     }
 }

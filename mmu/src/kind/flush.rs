@@ -5,7 +5,7 @@ use crate::cpu::CpuSet;
 use crate::format::EntryFormat;
 use crate::level::ENTRIES;
 use crate::memory::{Generation, Quiescent, Shootdown, VmMemory};
-use crate::mutant::{self, FlushSite};
+use crate::mutant::{self, FlushSite, Mutant};
 use crate::sync::{AtomicU64, Ordering};
 use crate::tables::{EntryCell, TableFrame, TableMemory, TablePage};
 
@@ -66,7 +66,8 @@ impl<'a, F: EntryFormat, M: TableMemory> Flush<'a, F, M> {
     /// not joined but folded by itself.
     pub fn join(mut self, mut other: Self) -> Self {
         if core::ptr::eq(self.freed, other.freed) {
-            self.needed |= core::mem::take(&mut other.needed);
+            let theirs = core::mem::take(&mut other.needed);
+            self.needed |= theirs && !mutant::is(Mutant::JoinForgets);
             if let Some(theirs) = other.chain.take() {
                 self.chain = Some(match self.chain.take() {
                     Some(ours) => {
@@ -115,6 +116,9 @@ impl<'a, F: EntryFormat, M: TableMemory> Flush<'a, F, M> {
 
 impl<F: EntryFormat, M: TableMemory> Drop for Flush<'_, F, M> {
     fn drop(&mut self) {
+        if mutant::is(Mutant::DropForgets) {
+            return;
+        }
         self.fold();
     }
 }
