@@ -7,7 +7,7 @@ use std::collections::{HashMap, HashSet};
 use mmu::{
     AccessKind, CpuId, CpuRole, Cr0, Cr4, DirectMmu, DirectRole, Efer, Entered, FaultOutcome, Flush,
     Generation, Gfn, GfnRange, GuestCpu, LogBy, Mmu, NoRoot, PageCounts, PageSize, PagingRegs, Root, Shared,
-    Slot, SlotFlags, SplitProgress, Sweep, TableCache, TagFlush, VmMemory,
+    Slot, SlotFlags, Space, SpaceGfn, Spaces, SplitProgress, Sweep, TableCache, TagFlush, VmMemory,
 };
 use proptest::prelude::*;
 use support::blocks::Blocks;
@@ -19,8 +19,9 @@ const GIB: u64 = 1 << 18;
 const CPUS: usize = 3;
 const VCPUS: usize = 2;
 
-/// Slots that the sequences add and remove: (first frame, frames, frame behind the first).
-const SLOTS: [(u64, u64, u64); 5] = [
+/// Slots that the sequences add and remove: (first frame, frames, frame behind the first). Where one is only seen by one
+/// space, see `SPACES`.
+const SLOTS: [(u64, u64, u64); 7] = [
     (0, 3 * 512, 64 * GIB),
     // Starts and ends inside a 2 MiB block, aligned like its backing.
     (2048 + 7, 1024, 80 * GIB + 2048 + 7),
@@ -30,7 +31,27 @@ const SLOTS: [(u64, u64, u64); 5] = [
     (GIB - 512, GIB + 1024, 128 * GIB - 512),
     // Backed by 2 MiB pages only.
     (4 * GIB, GIB, 160 * GIB + 512),
+    // What SMM sees in the place of a block of the first slot, and more that starts and ends inside a block.
+    (512, 512, 192 * GIB + 512),
+    (1024 + 100, 600, 224 * GIB + 1024 + 100),
 ];
+
+/// Who sees them.
+const SPACES: [Spaces; SLOTS.len()] =
+    [Spaces::NORMAL, Spaces::all(), Spaces::all(), Spaces::all(), Spaces::NORMAL, Spaces::SMM, Spaces::SMM];
+
+/// The slots that are logged: those without a gigabyte, so that splitting them is quick.
+const LOGGED: [usize; 5] = [0, 1, 2, 5, 6];
+
+/// The space that a vCPU sees: the second one is in system-management mode.
+fn space_of(vcpu: usize) -> Space {
+    Space::of(vcpu == 1)
+}
+
+/// A slot's start, in a space that sees it.
+fn start_of(slot: usize) -> SpaceGfn {
+    Space::of(!SPACES[slot].contains(Spaces::NORMAL)).at(Gfn::new(SLOTS[slot].0).unwrap())
+}
 
 #[derive(Clone, Debug)]
 enum Op {
@@ -110,11 +131,10 @@ fn ops() -> impl Strategy<Value = Op> {
 fn features() -> impl Strategy<Value = Op> {
     let slots = 0..SLOTS.len();
     prop_oneof![
-        // The slots without a gigabyte, so that splitting them is quick.
-        3 => (0..3usize, any::<bool>(), any::<bool>(), any::<bool>())
+        3 => (prop::sample::select(&LOGGED[..]), any::<bool>(), any::<bool>(), any::<bool>())
             .prop_map(|(slot, dirty_bits, all_set, split)| Op::StartLog { slot, dirty_bits, all_set, split }),
         1 => slots.prop_map(|slot| Op::StopLog { slot }),
-        4 => (0..3usize).prop_map(|slot| Op::Harvest { slot }),
+        4 => prop::sample::select(&LOGGED[..]).prop_map(|slot| Op::Harvest { slot }),
         2 => (gfns(), spans()).prop_map(|(gfn, pages)| Op::Age { gfn, pages }),
         2 => (gfns(), spans()).prop_map(|(gfn, pages)| Op::Collapse { gfn, pages }),
         2 => gfns().prop_map(|gfn| Op::Track { gfn }),
@@ -153,8 +173,8 @@ struct World<'m, M: Machine> {
     logged: [Option<bool>; SLOTS.len()],
     /// Slots whose huge pages have been protected since the log began.
     armed: [bool; SLOTS.len()],
-    /// Pages of logged slots that were written since the last harvest.
-    written: HashSet<u64>,
+    /// Pages of logged slots that were written since the last harvest: slot and frame.
+    written: HashSet<(usize, u64)>,
     tracked: HashMap<u64, u32>,
     no_huge_execute: bool,
     vcpus: Vec<Mmu>,
@@ -171,21 +191,25 @@ fn range(gfn: u64, pages: u64) -> GfnRange {
 }
 
 impl<'m, M: Machine> World<'m, M> {
-    /// The frame behind `gfn` and whether it is read-only, as the slots say.
-    fn expected(&self, gfn: u64) -> Option<(u64, bool)> {
-        SLOTS.iter().zip(self.slots).find_map(|(&(start, pages, cookie), slot)| {
-            let read_only = slot?;
-            let page = gfn.checked_sub(start).filter(|&page| page < pages)?;
-            Some((self.memory.backing().frame(cookie, page, gfn), read_only))
-        })
+    /// The frame behind `gfn` and whether it is read-only, as the slots that the space sees say.
+    fn expected(&self, space: Space, gfn: u64) -> Option<(u64, bool)> {
+        let slot = self.slot_of(space, gfn)?;
+        let (start, _, cookie) = SLOTS[slot];
+        Some((self.memory.backing().frame(cookie, gfn - start, gfn), self.slots[slot]?))
     }
 
     /// The slot of `gfn`.
-    fn slot_of(&self, gfn: u64) -> Option<usize> {
+    fn slot_of(&self, space: Space, gfn: u64) -> Option<usize> {
         (0..SLOTS.len()).find(|&slot| {
             let (start, pages, _) = SLOTS[slot];
-            self.slots[slot].is_some() && (start..start + pages).contains(&gfn)
+            let seen = self.slots[slot].is_some() && SPACES[slot].contains(space.into());
+            seen && (start..start + pages).contains(&gfn)
         })
+    }
+
+    /// Whether any space has a slot of `gfn`.
+    fn has_slot(&self, gfn: u64) -> bool {
+        Space::ALL.into_iter().any(|space| self.slot_of(space, gfn).is_some())
     }
 
     fn walker(&self, root: Root) -> Walker<'m, M> {
@@ -214,20 +238,20 @@ impl<'m, M: Machine> World<'m, M> {
             }
         }
         assert!(self.memory.shootdown().is_acknowledged(issued.generation), "kicks are enough");
-        self.doom(0, 1 << 40, false, issued.generation);
+        self.doom(Spaces::all(), 0, 1 << 40, false, issued.generation);
     }
 
     /// The log's words of a slot.
     fn log_word(&self, slot: usize, gfn: u64) -> bool {
         let (start, ..) = SLOTS[slot];
         let shared = self.memory.shared(cpu(2));
-        let log = shared.dirty_log(Gfn::new(start).unwrap()).expect("logged");
+        let log = shared.dirty_log(start_of(slot)).expect("logged");
         let page = gfn - start;
         log.read((page / 64) as usize) >> (page % 64) & 1 != 0
     }
 
     fn start_log(&mut self, slot: usize, dirty_bits: bool, all_set: bool, split: bool) {
-        let start = Gfn::new(SLOTS[slot].0).unwrap();
+        let start = start_of(slot);
         let by = if dirty_bits { LogBy::DirtyBits } else { LogBy::WriteProtection };
         let started = match all_set {
             true => self.memory.exclusive(cpu(0)).start_dirty_log_all_set(start, by),
@@ -248,13 +272,11 @@ impl<'m, M: Machine> World<'m, M> {
     }
 
     fn forget_written(&mut self, slot: usize) {
-        let (start, pages, _) = SLOTS[slot];
-        self.written.retain(|gfn| !(start..start + pages).contains(gfn));
+        self.written.retain(|&(written, _)| written != slot);
     }
 
     fn stop_log(&mut self, slot: usize) {
-        let start = Gfn::new(SLOTS[slot].0).unwrap();
-        let stopped = self.memory.exclusive(cpu(0)).stop_dirty_log(start);
+        let stopped = self.memory.exclusive(cpu(0)).stop_dirty_log(start_of(slot));
         assert_eq!(stopped.is_ok(), self.slots[slot].is_some());
         self.logged[slot] = None;
         self.forget_written(slot);
@@ -267,7 +289,7 @@ impl<'m, M: Machine> World<'m, M> {
         }
         let (start, pages, _) = SLOTS[slot];
         let kind = self.kind;
-        let first = Gfn::new(start).unwrap();
+        let first = start_of(slot);
         self.flush_all(Sweep::over(range(start, pages)), |shared, sweep| kind.collect_dirty(shared, sweep));
         let shared = self.memory.shared(cpu(2));
         let log = shared.dirty_log(first).expect("logged");
@@ -278,7 +300,7 @@ impl<'m, M: Machine> World<'m, M> {
             let mask = log.clear(index, u64::MAX);
             if mask != 0 {
                 let at = Gfn::new(frames.start()).unwrap();
-                flushes.push(kind.rearm_pages(&shared, at, mask));
+                flushes.push(kind.rearm_pages(&shared, first.space.at(at), mask));
             }
             found.extend((0..64).filter(|bit| mask >> bit & 1 != 0).map(|bit| frames.start() + bit));
         }
@@ -287,8 +309,7 @@ impl<'m, M: Machine> World<'m, M> {
             self.settle(flush);
         }
         assert!(found.iter().all(|gfn| (start..start + pages).contains(gfn)), "H3");
-        let missed =
-            self.written.iter().find(|&gfn| (start..start + pages).contains(gfn) && !found.contains(gfn));
+        let missed = self.written.iter().find(|&(written, gfn)| *written == slot && !found.contains(gfn));
         assert_eq!(missed, None, "H1");
         self.armed[slot] = true;
         self.forget_written(slot);
@@ -309,7 +330,7 @@ impl<'m, M: Machine> World<'m, M> {
         let kind = self.kind;
         let mut exclusive = self.memory.exclusive(cpu(0));
         let tracked = exclusive.track_writes(Gfn::new(gfn).unwrap());
-        assert_eq!(tracked.is_ok(), self.slot_of(gfn).is_some());
+        assert_eq!(tracked.is_ok(), self.has_slot(gfn));
         let Ok(mut sweep) = tracked else { return };
         let mut flushes = vec![];
         while !sweep.is_done() {
@@ -339,12 +360,13 @@ impl<'m, M: Machine> World<'m, M> {
         self.tracked.contains_key(&gfn)
     }
 
-    /// The slot is gone, and what was noted of its pages.
+    /// The slot is gone, and what was noted of its pages, unless another space has them, too.
     fn forget_slot(&mut self, slot: usize) {
-        let (start, pages, _) = SLOTS[slot];
         self.logged[slot] = None;
         self.forget_written(slot);
-        self.tracked.retain(|gfn, _| !(start..start + pages).contains(gfn));
+        let mut tracked = std::mem::take(&mut self.tracked);
+        tracked.retain(|&gfn, _| self.has_slot(gfn));
+        self.tracked = tracked;
     }
 
     fn invalidate_all(&mut self) {
@@ -370,9 +392,9 @@ impl<'m, M: Machine> World<'m, M> {
         }
     }
 
-    /// The root of now for a vCPU: the second one is in system-management mode.
+    /// The root of now for a vCPU.
     fn new_root(&mut self, vcpu: usize) -> Root {
-        if vcpu == 0 {
+        if space_of(vcpu) == Space::Normal {
             return self.kind.root();
         }
         self.kind.put_root(&mut self.memory.exclusive(cpu(0)), self.vcpus[vcpu].root());
@@ -405,10 +427,9 @@ impl<'m, M: Machine> World<'m, M> {
             Op::Split { gfn, pages, size } => self.split(Sweep::over(range(gfn, pages)), size),
             Op::InsertSlot { slot, read_only } => self.insert_slot(slot, read_only),
             Op::RemoveSlot { slot } => {
-                let start = Gfn::new(SLOTS[slot].0).unwrap();
                 let kind = self.kind;
                 let mut exclusive = self.memory.exclusive(cpu(0));
-                let swept = exclusive.remove_slot(start);
+                let swept = exclusive.remove_slot(start_of(slot));
                 assert_eq!(swept.is_ok(), self.slots[slot].take().is_some());
                 self.forget_slot(slot);
                 let Ok(mut sweep) = swept else { return };
@@ -416,13 +437,12 @@ impl<'m, M: Machine> World<'m, M> {
                     drop(kind.zap(&exclusive, &mut sweep));
                 }
                 drop(exclusive);
-                self.doom(SLOTS[slot].0, SLOTS[slot].1, false, self.memory.shootdown().requested());
+                self.doom_slot(slot);
             }
             Op::SetFlags { slot, read_only } => {
-                let start = Gfn::new(SLOTS[slot].0).unwrap();
                 let kind = self.kind;
                 let mut exclusive = self.memory.exclusive(cpu(0));
-                let swept = exclusive.set_slot_flags(start, flags(read_only));
+                let swept = exclusive.set_slot_flags(start_of(slot), flags(read_only));
                 assert_eq!(swept.is_ok(), self.slots[slot].is_some());
                 let Ok(mut sweep) = swept else { return };
                 self.slots[slot] = Some(read_only);
@@ -430,7 +450,7 @@ impl<'m, M: Machine> World<'m, M> {
                     drop(kind.zap(&exclusive, &mut sweep));
                 }
                 drop(exclusive);
-                self.doom(SLOTS[slot].0, SLOTS[slot].1, false, self.memory.shootdown().requested());
+                self.doom_slot(slot);
             }
             Op::Grant { size } => self.memory.backing().set_largest(size),
             Op::Invalidate { gfn } => self.invalidate(gfn),
@@ -523,7 +543,8 @@ impl<'m, M: Machine> World<'m, M> {
     fn access(&mut self, vcpu: usize, gfn: u64, kind: AccessKind, use_tlb: bool) {
         let write = kind == AccessKind::Write;
         let Some(&(on, _)) = self.running[vcpu].as_ref() else { return };
-        let expected = self.expected(gfn);
+        let space = space_of(vcpu);
+        let expected = self.expected(space, gfn);
         if use_tlb {
             let cached = self.tlb[&(on, vcpu)].iter().find(|cached| {
                 (cached.first..cached.first + cached.pages).contains(&gfn)
@@ -543,7 +564,7 @@ impl<'m, M: Machine> World<'m, M> {
                     }
                 }
                 if write {
-                    self.note_write(gfn);
+                    self.note_write(space, gfn);
                 }
                 return;
             }
@@ -563,7 +584,7 @@ impl<'m, M: Machine> World<'m, M> {
                 assert!(!(hit.writable && read_only), "B3");
                 assert!(!(hit.writable && self.is_tracked(gfn)), "D6");
                 if write {
-                    self.note_write(gfn);
+                    self.note_write(space, gfn);
                 }
                 let base = hit.pfn - (gfn - hit.first);
                 let cached = Cached {
@@ -605,9 +626,9 @@ impl<'m, M: Machine> World<'m, M> {
     }
 
     /// A guest has written the page.
-    fn note_write(&mut self, gfn: u64) {
-        if self.slot_of(gfn).is_some_and(|slot| self.logged[slot].is_some()) {
-            self.written.insert(gfn);
+    fn note_write(&mut self, space: Space, gfn: u64) {
+        if let Some(slot) = self.slot_of(space, gfn).filter(|&slot| self.logged[slot].is_some()) {
+            self.written.insert((slot, gfn));
         }
     }
 
@@ -639,12 +660,19 @@ impl<'m, M: Machine> World<'m, M> {
         } else {
             drop(flush);
         }
-        self.doom(gfn, pages, protect, self.memory.shootdown().requested());
+        self.doom(Spaces::all(), gfn, pages, protect, self.memory.shootdown().requested());
+    }
+
+    /// What vCPUs that see the slot have of it is on notice.
+    fn doom_slot(&mut self, slot: usize) {
+        let (start, pages, _) = SLOTS[slot];
+        self.doom(SPACES[slot], start, pages, false, self.memory.shootdown().requested());
     }
 
     /// Cached translations of the range (those that permit writes, if it was only protected) are on notice.
-    fn doom(&mut self, gfn: u64, pages: u64, writable_only: bool, generation: Generation) {
-        for cached in self.tlb.values_mut().flatten() {
+    fn doom(&mut self, spaces: Spaces, gfn: u64, pages: u64, writable_only: bool, generation: Generation) {
+        let tlbs = self.tlb.iter_mut().filter(|&(&(_, vcpu), _)| spaces.contains(space_of(vcpu).into()));
+        for cached in tlbs.flat_map(|(_, cached)| cached) {
             let meets = cached.first < gfn + pages && gfn < cached.first + cached.pages;
             if meets && (cached.writable || !writable_only) && cached.doomed.is_none() {
                 cached.doomed = Some(generation);
@@ -654,7 +682,7 @@ impl<'m, M: Machine> World<'m, M> {
 
     fn insert_slot(&mut self, slot: usize, read_only: bool) {
         let (start, pages, cookie) = SLOTS[slot];
-        let new = Slot::new(range(start, pages), flags(read_only), cookie);
+        let new = Slot { spaces: SPACES[slot], ..Slot::new(range(start, pages), flags(read_only), cookie) };
         if self.slots[slot].is_none() {
             self.memory.backing().provide_notes(cookie, start, pages);
         }
@@ -670,7 +698,7 @@ impl<'m, M: Machine> World<'m, M> {
         let first = gfn & !511;
         let invalidation = self.memory.exclusive(cpu(0)).begin_invalidation(range(first, 512));
         self.sweep(first, 512, true, false);
-        if self.expected(gfn).is_some() {
+        if self.expected(Space::Normal, gfn).is_some() {
             let gpa = Gfn::new(gfn).unwrap().gpa();
             let outcome =
                 self.kind.fault(&self.memory.shared(cpu(1)), &mut self.cache, gpa, AccessKind::Read);
@@ -700,9 +728,9 @@ impl<'m, M: Machine> World<'m, M> {
     }
 
     /// B3, B6, D6, H1, H4 of one leaf.
-    fn check_leaf(&self, leaf: &Found) {
+    fn check_leaf(&self, space: Space, leaf: &Found) {
         for probe in [0, leaf.pages / 2, leaf.pages - 1] {
-            let expected = self.expected(leaf.gfn + probe);
+            let expected = self.expected(space, leaf.gfn + probe);
             let (want, read_only) = expected.expect("B3: a leaf outside its slot");
             assert_eq!(leaf.pfn + probe, want, "A1, D8");
             assert_eq!(!leaf.host_writable, read_only, "B3: host-writable follows the slot");
@@ -711,7 +739,7 @@ impl<'m, M: Machine> World<'m, M> {
         assert_eq!((leaf.rights.read, leaf.rights.execute), (true, [executable; 2]), "B6");
         let tracked = self.tracked.keys().any(|&gfn| (leaf.gfn..leaf.gfn + leaf.pages).contains(&gfn));
         assert!(!(tracked && (leaf.pages != 1 && leaf.host_writable || leaf.mmu_writable)), "D6: {leaf:?}");
-        let Some(slot) = self.slot_of(leaf.gfn) else { return };
+        let Some(slot) = self.slot_of(space, leaf.gfn) else { return };
         let Some(dirty_bits) = self.logged[slot].filter(|_| leaf.rights.write) else { return };
         assert!(leaf.pages == 1 || !self.armed[slot], "H4: {leaf:?}");
         if leaf.pages == 1 && !(dirty_bits && self.machine.flags().1 != 0) {
@@ -723,7 +751,7 @@ impl<'m, M: Machine> World<'m, M> {
     fn check(&self) {
         let mut sum = Tally::default();
         for root in self.kind.roots() {
-            let tally = self.walker(root).check(&mut |leaf| self.check_leaf(leaf));
+            let tally = self.walker(root).check(&mut |leaf| self.check_leaf(root.space(), leaf));
             sum.tables += tally.tables;
             sum.splits += tally.splits;
             sum.leaves.iter_mut().zip(tally.leaves).for_each(|(sum, leaves)| *sum += leaves);

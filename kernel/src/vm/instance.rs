@@ -7,6 +7,7 @@ use super::guest::{Board, Guest, Parts};
 use super::layout::PCI_HOLE_START;
 use super::load::{self, EntryState};
 use super::memory::{HostMemory, NotEnoughMemory};
+use super::notes::Notes;
 use super::paging::GuestMemory;
 use super::vcpu::Vcpu;
 use crate::cpu::tsc;
@@ -112,7 +113,8 @@ impl<V: Vendor> Specification<'_, V> {
             ConfiguredPageSize::Size4K => (FrameSize::Size4K, PageSize::Size4K),
             ConfiguredPageSize::Size1G => (FrameSize::Size1G, PageSize::Size1G),
         };
-        let mut ram = HostMemory::reserve(config.memory_bytes, frame_size)?;
+        let notes = if config.mmu == MmuMode::Shadow { Notes::TRACK } else { Notes::empty() };
+        let mut ram = HostMemory::reserve(config.memory_bytes, frame_size, notes)?;
         ram.add_fixed_pages(self.vendor.guest_pages())?;
         let cpuid = CpuidTable::new(
             &ThisCpu,

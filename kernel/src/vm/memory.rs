@@ -7,6 +7,7 @@
 #![allow(unsafe_code)] // Copying to and from guest memory, which is never a Rust reference.
 
 use super::layout::{PCI_HOLE_END, PCI_HOLE_START};
+use super::notes::{Notes, NotesLayout};
 use super::ram::{BadGpa, GuestRam};
 use crate::hw::{GuestPage, OutOfMemory};
 use crate::mm::{self, FrameSize, Zone};
@@ -14,7 +15,9 @@ use alloc::vec::Vec;
 use core::fmt;
 use core::hint::spin_loop;
 use core::sync::atomic::{AtomicU32, AtomicU64, AtomicU8, Ordering};
-use mmu::{AccessKind, Backing, GfnRange, Gpa, Hpa, NoPage, PageSize, RamAddr, Resolved, Slot, SlotFlags};
+use mmu::{
+    AccessKind, Backing, GfnRange, Gpa, Hpa, NoPage, PageSize, RamAddr, Resolved, Slot, SlotFlags, SlotNotes,
+};
 use x86_64::PhysAddr;
 
 const PAGE_SIZE: u64 = 4096;
@@ -60,6 +63,54 @@ struct Range {
     granules: Vec<AtomicU8>,
     /// log2 of the granule's size.
     granule_shift: u32,
+    notes: NoteFrames,
+}
+
+/// The frames that notes about a range's pages are in.
+#[derive(Debug)]
+struct NoteFrames {
+    layout: NotesLayout,
+    /// Of no meaning if the layout has nothing.
+    start: PhysAddr,
+}
+
+impl NoteFrames {
+    /// Takes adjacent frames for notes, all zero.
+    fn reserve(layout: NotesLayout) -> Result<Self, OutOfFrames> {
+        let bytes = layout.bytes();
+        if bytes == 0 {
+            return Ok(Self { layout, start: PhysAddr::zero() });
+        }
+        let start = mm::alloc_contiguous(bytes).ok_or(OutOfFrames)?;
+        // SAFETY: the frames were just handed out, and there are whole ones.
+        unsafe { mm::phys::zero(start, bytes.next_multiple_of(PAGE_SIZE)) };
+        Ok(Self { layout, start })
+    }
+
+    #[inline]
+    fn get(&self) -> SlotNotes<'_> {
+        let (words, counts) = (self.layout.words(), self.layout.counts());
+        if words + counts == 0 {
+            return SlotNotes::default();
+        }
+        let first = mm::phys_to_virt(self.start);
+        // SAFETY: the frames hold so many words and, after them, so many counts; they are aligned to a page, were zeroed,
+        // live as long as `self` and are accessed in no other way.
+        let (words, counts) = unsafe {
+            let words = core::slice::from_raw_parts(first.cast::<AtomicU64>(), words);
+            let counts = first.add(size_of_val(words)).cast::<AtomicU32>();
+            (words, core::slice::from_raw_parts(counts, self.layout.counts()))
+        };
+        self.layout.notes(words, counts)
+    }
+}
+
+impl Drop for NoteFrames {
+    fn drop(&mut self) {
+        if self.layout.bytes() != 0 {
+            mm::free_contiguous(self.start, self.layout.bytes());
+        }
+    }
 }
 
 const IN_GIGA_FRAME: u64 = 1;
@@ -95,15 +146,21 @@ pub fn ram_ranges(bytes: u64) -> impl Iterator<Item = (u64, u64)> {
 }
 
 impl HostMemory {
-    /// Reserves `bytes` for a guest whose pages are at most `page_size` large.
-    pub fn reserve(bytes: u64, page_size: FrameSize) -> Result<Self, NotEnoughMemory> {
+    /// Reserves `bytes` for a guest whose pages are at most `page_size` large, and memory for `notes` about them.
+    pub fn reserve(bytes: u64, page_size: FrameSize, notes: Notes) -> Result<Self, NotEnoughMemory> {
         let refused = NotEnoughMemory { wanted: bytes, free: mm::free_bytes() };
-        if refused.wanted.next_multiple_of(CHUNK) > refused.free {
+        let layouts = ram_ranges(bytes).map(|(start, bytes)| NotesLayout::new(notes, start, bytes).bytes());
+        let beside: u64 = layouts.map(|bytes| bytes.next_multiple_of(PAGE_SIZE)).sum();
+        let needed = refused.wanted.checked_next_multiple_of(CHUNK).and_then(|ram| ram.checked_add(beside));
+        if needed.is_none_or(|needed| needed > refused.free) {
             return Err(refused);
         }
         let granule = page_size.min(FrameSize::Size2M);
         let mut memory = Self { ranges: Vec::new(), granule, fixed: Vec::new() };
         for (start, bytes) in ram_ranges(bytes) {
+            // Before the RAM, which may leave no adjacent frames.
+            let notes =
+                NoteFrames::reserve(NotesLayout::new(notes, start, bytes)).map_err(|OutOfFrames| refused)?;
             // Whatever was reserved so far is given back by `Drop` when a later step fails.
             let range = Range {
                 start,
@@ -111,6 +168,7 @@ impl HostMemory {
                 chunks: Vec::new(),
                 granules: Vec::new(),
                 granule_shift: granule.bytes().trailing_zeros(),
+                notes,
             };
             memory.ranges.push(range);
             let range = memory.ranges.last_mut().expect("just pushed");
@@ -374,6 +432,12 @@ impl Backing for HostMemory {
         };
         let host = range.host(offset) & !(size.bytes() - 1);
         Resolved::Ram { pfn: Hpa::new_truncate(host).pfn(), size }
+    }
+
+    /// Of RAM; fixed pages have none, for they are never written.
+    #[inline]
+    fn notes(&self, cookie: u64) -> SlotNotes<'_> {
+        self.ranges.get(cookie as usize).map_or(SlotNotes::default(), |range| range.notes.get())
     }
 
     #[inline]

@@ -12,6 +12,7 @@ pub mod layout;
 pub mod load;
 pub mod mov_cr;
 pub mod msr;
+pub mod notes;
 pub mod pvclock;
 pub mod ram;
 pub mod report;

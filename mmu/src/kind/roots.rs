@@ -85,7 +85,7 @@ impl Root {
 
     /// The space whose slots it maps, if it is one of the direct kind.
     #[inline]
-    pub(super) const fn space(&self) -> Space {
+    pub const fn space(&self) -> Space {
         role_of(self.key).space()
     }
 
