@@ -3,7 +3,7 @@ mod support;
 
 use mmu::{
     AccessKind, DirectRole, FaultOutcome, Gfn, GfnRange, LogBy, NotRam, PageSize, Root, Slot, SlotError,
-    Space, Spaces, Sweep,
+    Space, SpaceGfn, Spaces, Sweep,
 };
 use support::hardware::Walker;
 use support::machines::{on_every_machine, Machine};
@@ -15,6 +15,8 @@ on_every_machine! {
     a_slot_that_goes_is_swept_out_of_roots_that_are_put,
     b7_huge_pages_follow_from_the_slot_of_the_roots_space,
     h1_each_slot_has_its_own_log,
+    h1_arming_one_slot_loses_nothing_of_another,
+    h1_the_fast_path_logs_in_the_space_of_its_root,
     h1_a_slot_in_both_spaces_has_one_log,
     commit_0f38453cdb2e_tracking_a_frame_covers_both_spaces,
     commit_0f38453cdb2e_a_slot_that_comes_later_is_tracked_where_the_other_is,
@@ -154,31 +156,65 @@ fn b7_huge_pages_follow_from_the_slot_of_the_roots_space<M: Machine>(machine: M)
     vm.finish();
 }
 
+/// What the log of the slot at `start` has; takes it out and arms the pages again.
+fn harvest<M: Machine>(vm: &Vm<M>, space: Space, start: u64, pages: u64) -> Vec<u64> {
+    let sweep = Sweep::over(range(start, pages)).within(space.into());
+    vm.run(sweep, |shared, sweep| vm.kind.collect_dirty(shared, sweep));
+    let shared = vm.memory.shared(CPU);
+    let log = shared.dirty_log(space.at(at(start))).unwrap();
+    let mut found = vec![];
+    for word in 0..log.words() {
+        let mask = log.clear(word, u64::MAX);
+        let first = log.frames(word).unwrap().start();
+        found.extend((0..64).filter(|bit| mask >> bit & 1 != 0).map(|bit| first + bit));
+        drop(vm.kind.rearm_pages(&shared, space.at(at(first)), mask));
+    }
+    found
+}
+
+/// Begins to log by 4 KiB, in each slot that starts here.
+fn start_logs<M: Machine>(vm: &Vm<M>, starts: &[SpaceGfn], by: LogBy) {
+    vm.memory.backing().set_largest(PageSize::Size4K);
+    for &start in starts {
+        let started = vm.memory.exclusive(CPU).start_dirty_log(start, by).unwrap();
+        vm.run(started, |shared, sweep| vm.kind.rearm(shared, sweep));
+    }
+}
+
+fn h1_arming_one_slot_loses_nothing_of_another<M: Machine>(machine: M) {
+    let (mut vm, smm) = two(machine);
+    start_logs(&vm, &[Space::Smm.at(at(OWN)), at(0).into()], LogBy::DirtyBits);
+    assert_eq!(fault(&mut vm, smm, OWN + 2, AccessKind::Read), FaultOutcome::Mapped);
+    // Nothing but D tells of this write, where there is D.
+    if hit(&vm, smm, OWN + 2, true).is_none() {
+        write(&mut vm, smm, OWN + 2);
+    }
+    // A sweep that says no space is over the slot of the normal one, one that says SMM over the other.
+    vm.run(Sweep::over(range(0, 2048)), |shared, sweep| vm.kind.rearm(shared, sweep));
+    assert_eq!(harvest(&vm, Space::Smm, OWN, 512), [OWN + 2]);
+    assert_eq!(hit(&vm, smm, OWN + 2, false), Some((OWN_AT + 2, 1)));
+    vm.finish();
+}
+
+fn h1_the_fast_path_logs_in_the_space_of_its_root<M: Machine>(machine: M) {
+    let (mut vm, smm) = two(machine);
+    start_logs(&vm, &[Space::Smm.at(at(OWN))], LogBy::WriteProtection);
+    assert_eq!(fault(&mut vm, smm, OWN + 1, AccessKind::Read), FaultOutcome::Mapped);
+    let shared = vm.memory.shared(CPU);
+    let fast = vm.kind.fast_fault(&shared, &mut vm.cache, smm, gpa(OWN + 1), AccessKind::Write);
+    assert_eq!(fast, Some(FaultOutcome::Mapped));
+    drop(shared);
+    assert_eq!(harvest(&vm, Space::Smm, OWN, 512), [OWN + 1]);
+    vm.finish();
+}
+
 /// The logs of two slots with the same frames, by either way: what is noted of one is not noted of the other, nor lost by
 /// arming the other.
 fn h1_each_slot_has_its_own_log<M: Machine>(machine: M) {
     for by in [LogBy::WriteProtection, LogBy::DirtyBits] {
         let (mut vm, smm) = two(machine);
-        vm.memory.backing().set_largest(PageSize::Size4K);
+        start_logs(&vm, &[Space::Smm.at(at(OWN)), at(0).into()], by);
         let normal = vm.kind.root();
-        for start in [Space::Smm.at(at(OWN)), Space::Normal.at(at(0))] {
-            let started = vm.memory.exclusive(CPU).start_dirty_log(start, by).unwrap();
-            vm.run(started, |shared, sweep| vm.kind.rearm(shared, sweep));
-        }
-        let harvest = |vm: &Vm<M>, space: Space, start: u64, pages: u64| {
-            let sweep = Sweep::over(range(start, pages)).within(space.into());
-            vm.run(sweep, |shared, sweep| vm.kind.collect_dirty(shared, sweep));
-            let shared = vm.memory.shared(CPU);
-            let log = shared.dirty_log(space.at(at(start))).unwrap();
-            let mut found = vec![];
-            for word in 0..log.words() {
-                let mask = log.clear(word, u64::MAX);
-                let first = log.frames(word).unwrap().start();
-                found.extend((0..64).filter(|bit| mask >> bit & 1 != 0).map(|bit| first + bit));
-                drop(vm.kind.rearm_pages(&shared, space.at(at(first)), mask));
-            }
-            found
-        };
         write(&mut vm, normal, OWN + 1);
         write(&mut vm, smm, OWN + 2);
         for root in [normal, smm] {
