@@ -334,6 +334,12 @@ fn joined_obligations_cost_one_generation_and_keep_all_pages<M: Machine>(machine
     assert!(before < issued.generation && vm.memory.shootdown().requested() == issued.generation);
     assert_eq!(vm.kind.reclaim(&vm.memory, 4, |page| vm.tables.release(page)), 4, "as many as asked for");
     assert_eq!(vm.reclaim(), 2);
+    // One that asks for nothing takes over what the other asks for.
+    vm.map(0);
+    let shared = vm.memory.shared(CPU);
+    let nothing = vm.kind.zap(&shared, &mut Sweep::over(range(GIB, 1)));
+    assert!(nothing.join(vm.kind.zap(&shared, &mut Sweep::over(range(0, 1)))).issue().is_some());
+    drop(shared);
     vm.finish();
 }
 

@@ -300,11 +300,22 @@ fn d7_invalidating_all_leaves_the_old_roots_behind<M: Machine>(machine: M) {
 
 fn d7_a_root_that_is_held_is_not_freed<M: Machine>(machine: M) {
     let mut vm = Vm::new(machine, &[(0, GIB, RW, 8 * GIB)]);
-    let held = vm.kind.get_root(&mut vm.memory.exclusive(CPU), &mut vm.cache, DirectRole::empty()).unwrap();
+    let get = |vm: &mut Vm<M>, role| {
+        let root = vm.kind.get_root(&mut vm.memory.exclusive(CPU), &mut vm.cache, role).unwrap();
+        vm.tables.fill(&mut vm.cache);
+        root
+    };
+    let held = get(&mut vm, DirectRole::empty());
     assert_eq!(held, vm.kind.root());
+    let smm = get(&mut vm, DirectRole::SMM);
     vm.map(5);
     let page = vm.tables.allocate();
     drop(vm.kind.invalidate_all(&mut vm.memory.exclusive(CPU), page).unwrap());
+    for root in [held, smm] {
+        let outcome = vm.kind.fault_on(&vm.memory.shared(CPU), &mut vm.cache, root, gpa(5), AccessKind::Read);
+        assert_eq!(outcome, FaultOutcome::Retry);
+    }
+    vm.kind.put_root(&mut vm.memory.exclusive(CPU), smm);
     let zap =
         |vm: &Vm<M>| vm.run(Sweep::over(GfnRange::ALL), |shared, sweep| vm.kind.zap_obsolete(shared, sweep));
     zap(&vm);

@@ -9,7 +9,7 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::{ExitCode, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::Mutex;
+use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -65,6 +65,12 @@ enum End {
 
 /// Builds, runs, and prints `N mutants, N caught, 0 missed` as the last line.
 pub fn run(filter: Option<&str>) -> Result<ExitCode> {
+    let (mutants, missed) = meet(filter)?;
+    Ok(ExitCode::from(u8::from(!missed.is_empty() || mutants == 0)))
+}
+
+/// The same; how many mutants there were, and the names of those that were missed.
+pub(crate) fn meet(filter: Option<&str>) -> Result<(usize, Vec<String>)> {
     let (mutants, mut programs) = build()?;
     for program in &mut programs {
         program.tests = program.list()?;
@@ -83,8 +89,9 @@ pub fn run(filter: Option<&str>) -> Result<ExitCode> {
         mutants.into_iter().filter(|mutant| filter.is_none_or(|part| mutant.name.contains(part))).collect();
     say!("{} mutants meet the tests, which take {:.1} s", mutants.len(), start.elapsed().as_secs_f64());
     let missed = meet_all(&mutants, &programs)?;
-    println!("{} mutants, {} caught, {missed} missed", mutants.len(), mutants.len() - missed);
-    Ok(ExitCode::from(u8::from(missed != 0)))
+    let (all, not) = (mutants.len(), missed.len());
+    println!("{all} mutants, {} caught, {not} missed", all - not);
+    Ok((all, missed))
 }
 
 /// The mutants, and the test programs that have them.
@@ -126,23 +133,27 @@ fn mutant(line: &str) -> Option<Mutant> {
     Some(Mutant { bug, name: words.next()?.to_owned(), by: words.map(str::to_owned).collect() })
 }
 
-/// Lets every mutant meet the tests, on all CPUs; how many were missed.
-fn meet_all(mutants: &[Mutant], programs: &[Program]) -> Result<usize> {
+/// Lets every mutant meet the tests, on all CPUs; the names of those that were missed.
+fn meet_all(mutants: &[Mutant], programs: &[Program]) -> Result<Vec<String>> {
     let next = AtomicUsize::new(0);
-    let missed = AtomicUsize::new(0);
-    let error = Mutex::new(None);
+    let missed = Mutex::new(Ok(vec![]));
+    let ended = |how: Result<String>| {
+        let mut missed = missed.lock().unwrap_or_else(PoisonError::into_inner);
+        match (&mut *missed, how) {
+            (Ok(names), Ok(name)) => names.push(name),
+            (missed, Err(why)) => *missed = Err(why),
+            (Err(_), _) => {}
+        }
+    };
     let work = || {
         while let Some(mutant) = mutants.get(next.fetch_add(1, Ordering::Relaxed)) {
             match mutant.meet(programs) {
                 Ok(Some(by)) => println!("caught {} by {by}", mutant.name),
                 Ok(None) => {
                     println!("MISSED {}", mutant.name);
-                    missed.fetch_add(1, Ordering::Relaxed);
+                    ended(Ok(mutant.name.clone()));
                 }
-                Err(why) => {
-                    error.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).get_or_insert(why);
-                    return;
-                }
+                Err(why) => return ended(Err(why)),
             }
         }
     };
@@ -151,10 +162,7 @@ fn meet_all(mutants: &[Mutant], programs: &[Program]) -> Result<usize> {
             scope.spawn(work);
         }
     });
-    match error.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner()) {
-        Some(why) => Err(why),
-        None => Ok(missed.into_inner()),
-    }
+    missed.into_inner().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Mutant {
@@ -287,10 +295,10 @@ mod tests {
             time: Duration::ZERO,
         };
         let (good, bad) = (program("true"), program("false"));
-        assert_eq!(named("x").meet(&[good.clone()]).unwrap(), None);
+        assert_eq!(named("x").meet(core::slice::from_ref(&good)).unwrap(), None);
         assert_eq!(named("x").meet(&[good, bad.clone()]).unwrap(), Some("p, which broke off".into()));
         let bug = |name| Mutant { bug: true, ..named(name) };
-        assert!(bug("cve_2021_38198.a").meet(&[bad.clone()]).unwrap().is_some());
+        assert!(bug("cve_2021_38198.a").meet(core::slice::from_ref(&bad)).unwrap().is_some());
         assert_eq!(bug("cve_2021_1").meet(&[bad]).unwrap(), None, "no test has its name");
     }
 }

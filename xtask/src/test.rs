@@ -44,6 +44,9 @@ pub fn test(options: &Options) -> Result<ExitCode> {
     build::build(ready.compiler()?)?;
     let mut tally = host_tests(options)?;
     tally.add(models(options)?);
+    if options.filter.is_none() {
+        tally.add(mutants()?);
+    }
     tally.add(scenarios(options, setup::linux_is_possible())?);
     if !tally.names.is_empty() {
         println!("\nfailed:");
@@ -81,6 +84,13 @@ fn models(options: &Options) -> Result<Tally> {
     let status = stream(&line.dir(paths::workspace_root()), |line| tally.read_host_line(line))?;
     tally.must_explain(status, "the models could not be built or broke off");
     Ok(tally)
+}
+
+/// The mutants of `mmu`, each of which is a test of the tests.
+fn mutants() -> Result<Tally> {
+    let (all, missed) = mutants::meet(None)?;
+    let names = missed.iter().map(|name| format!("mutant {name}")).collect();
+    Ok(Tally { passed: all - missed.len(), failed: missed.len(), names })
 }
 
 fn scenarios(options: &Options, linux_is_possible: bool) -> Result<Tally> {
