@@ -182,9 +182,9 @@ pub use format::{
     Writability,
 };
 pub use kind::{
-    Direct, DirectMmu, DirectRole, FaultOutcome, Flush, Issued, MmuKind, NoRoot, NoShadowRoot, PageCounts,
-    Resolution, Root, Shadow, ShadowBucket, ShadowCheck, ShadowDone, ShadowFault, ShadowMmu, ShadowPage,
-    ShadowStore, SplitProgress, Sweep, ZapProgress, MAX_ROOTS,
+    Beside, Direct, DirectMmu, DirectRole, FaultOutcome, Flush, Issued, MmuKind, NoRoot, NoShadowRoot,
+    PageCounts, Resolution, Root, Shadow, ShadowBucket, ShadowCheck, ShadowDone, ShadowFault, ShadowMmu,
+    ShadowPage, ShadowStore, SplitProgress, Sweep, WalkMarks, ZapProgress, MAX_ROOTS,
 };
 pub use level::{Level, PageSize, ENTRIES};
 pub use memory::{

@@ -41,6 +41,7 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
         guest_bits: u32,
         largest: PageSize,
     ) -> Self {
+        memory.count_direct_kind();
         let guest_bits = guest_bits.min(format.input_bits());
         let mut largest = largest;
         while !format.has_size(largest) {

@@ -1,4 +1,5 @@
 //! Kinds: what is needed to operate on page tables. A kind belongs to a VM and never sees a vCPU.
+mod beside;
 mod collapse;
 mod counters;
 mod direct;
@@ -12,6 +13,7 @@ mod shadow;
 mod split;
 mod sweep;
 
+pub use beside::Beside;
 pub use counters::PageCounts;
 pub use direct::{Direct, DirectMmu};
 pub use fault::{FaultOutcome, Resolution};
@@ -19,7 +21,7 @@ pub use flush::{Flush, Issued};
 pub use roots::{DirectRole, NoRoot, Root, MAX_ROOTS};
 pub use shadow::{
     NoShadowRoot, Shadow, ShadowBucket, ShadowCheck, ShadowDone, ShadowFault, ShadowMmu, ShadowPage,
-    ShadowStore, ZapProgress,
+    ShadowStore, WalkMarks, ZapProgress,
 };
 pub use split::SplitProgress;
 pub use sweep::Sweep;

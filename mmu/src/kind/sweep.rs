@@ -49,6 +49,11 @@ impl Sweep {
         self.range
     }
 
+    /// Whose roots.
+    pub(super) const fn spaces(&self) -> Spaces {
+        self.spaces
+    }
+
     /// Whether the end of the range was reached under every root.
     pub const fn is_done(&self) -> bool {
         self.root >= MAX_ROOTS || self.range.is_empty()

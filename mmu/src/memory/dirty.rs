@@ -179,6 +179,15 @@ impl<B: Backing> VmMemory<B> {
         }
     }
 
+    /// Whether the log has `gfn` as written.
+    pub(crate) fn is_logged(&self, space: Space, gfn: Gfn) -> bool {
+        self.find_slot(space, gfn.gpa()).is_some_and(|hit| {
+            let at = hit.ram();
+            let found = self.backing().notes(at.cookie).dirty_word(at.slot_page());
+            found.is_some_and(|(word, bit)| word.load(Ordering::Relaxed) & bit != 0)
+        })
+    }
+
     #[inline(never)]
     fn note_logged_write(&self, space: Space, gfn: Gfn) {
         let Some(hit) = self.find_slot(space, gfn.gpa()) else { return };

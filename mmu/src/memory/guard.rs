@@ -7,7 +7,7 @@ use super::{
 };
 use crate::addr::{GfnRange, Gpa};
 use crate::cpu::CpuId;
-use crate::kind::Sweep;
+use crate::kind::{Beside, Sweep};
 use crate::sync::Ordering;
 
 /// Proof that either guard of a VM is held. Direct operations ask for this much: they are safe beside one another.
@@ -96,13 +96,33 @@ impl<'m, B> Held<'m, B> for Shared<'m, B> {
 pub struct Exclusive<'m, B> {
     memory: &'m VmMemory<B>,
     cpu: CpuId,
+    /// The direct kind of the VM, if the holder has said which it is.
+    beside: Option<&'m dyn Beside<B>>,
     _not_send: PhantomData<*const ()>,
 }
 
 impl<'m, B> Exclusive<'m, B> {
     pub(super) fn take(memory: &'m VmMemory<B>, cpu: CpuId) -> Self {
         memory.shootdown.lock();
-        Self { memory, cpu, _not_send: PhantomData }
+        Self { memory, cpu, beside: None, _not_send: PhantomData }
+    }
+
+    /// Names the direct kind of the VM. In a VM that has one, the shadow kind works under no other guard: what it has
+    /// tracked is protected there at once, so that no write to a shadowed table can be missed.
+    pub fn beside(self, direct: &'m impl Beside<B>) -> Self {
+        let mut guard = self;
+        guard.beside = Some(direct);
+        guard
+    }
+
+    /// The direct kind that is named.
+    pub(crate) const fn direct(&self) -> Option<&'m dyn Beside<B>> {
+        self.beside
+    }
+
+    /// Whether every kind follows what is tracked under this guard.
+    pub(crate) fn is_complete(&self) -> bool {
+        self.memory.direct_kinds() == u64::from(self.beside.is_some())
     }
 
     /// Adds a slot. Nothing is mapped there yet, so nothing has to be zapped. Its flags are what the caller may choose:

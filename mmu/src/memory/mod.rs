@@ -43,7 +43,7 @@ use slots::Slots;
 pub struct VmMemory<B> {
     id: VmId,
     backing: B,
-    slots: Slots,
+    pub(crate) slots: Slots,
     invalidations: Invalidations,
     shootdown: Shootdown,
     /// Slots that are logged.
@@ -52,6 +52,8 @@ pub struct VmMemory<B> {
     slot_generation: AtomicU64,
     /// Times that all roots were made obsolete.
     root_generation: AtomicU64,
+    /// Direct kinds of the VM, which have to follow what is tracked.
+    direct_kinds: AtomicU64,
 }
 
 impl<B> VmMemory<B> {
@@ -66,6 +68,7 @@ impl<B> VmMemory<B> {
             logged: AtomicU64::new(0),
             slot_generation: AtomicU64::new(0),
             root_generation: AtomicU64::new(0),
+            direct_kinds: AtomicU64::new(0),
         }
     }
 
@@ -146,6 +149,16 @@ impl<B> VmMemory<B> {
     #[inline]
     pub(crate) fn root_generation(&self) -> u64 {
         self.root_generation.load(Ordering::Relaxed)
+    }
+
+    /// A direct kind is made for the VM.
+    pub(crate) fn count_direct_kind(&self) {
+        self.direct_kinds.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Direct kinds that the VM has.
+    pub(crate) fn direct_kinds(&self) -> u64 {
+        self.direct_kinds.load(Ordering::Relaxed)
     }
 
     #[inline]

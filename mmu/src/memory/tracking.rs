@@ -61,6 +61,22 @@ impl<'m, B: Backing> Exclusive<'m, B> {
     }
 }
 
+impl<B: Backing> Exclusive<'_, B> {
+    /// [`track_writes`](Self::track_writes), carried out in the direct kind beside; whether a translation was taken away
+    /// there, and a flush requested.
+    pub(crate) fn track_beside(&mut self, gfn: Gfn) -> Result<bool, SlotError> {
+        let sweep = self.track_writes(gfn)?;
+        Ok(self.direct().is_some_and(|direct| direct.carry_out(self, sweep, true)))
+    }
+
+    /// [`untrack_writes`](Self::untrack_writes), carried out in the direct kind beside.
+    pub(crate) fn untrack_beside(&mut self, gfn: Gfn) {
+        if let (Ok(sweep), Some(direct)) = (self.untrack_writes(gfn), self.direct()) {
+            direct.carry_out(self, sweep, false);
+        }
+    }
+}
+
 impl<B: Backing> Shared<'_, B> {
     /// Whether writes to `gfn` must be emulated, in whatever space.
     pub fn is_write_tracked(&self, gfn: Gfn) -> bool {

@@ -9,6 +9,7 @@ mod source;
 mod walker;
 
 pub use context::{PagingContext, PdpteError, Translation, WalkRegs};
+pub(crate) use entry::LowestEntry;
 pub use fault::{Cause, EptExit, EptViolation, FaultInfo, Linear, NpfInfo, PageFaultCode, Place, WalkError};
 pub use result::{GuestWalk, WalkStep};
 pub use source::{

@@ -1,6 +1,6 @@
 //! A guest under a shadow kind: its memory, two vCPUs, the processor over the shadow, and the reference beside it.
 use std::collections::HashSet;
-use std::sync::atomic::{AtomicU32, AtomicU64};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use mmu::{
     AccessKind, Backing, CpuId, CpuRole, Gfn, GfnRange, Gva, Level, Mmu, NoPage, Npt, NptHost, Pae, PaeHost,
@@ -31,9 +31,11 @@ impl Backing for NotedRam {
         let gfn = at.gfn().number() & !(size.pages() - 1);
         Resolved::Ram { pfn: Pfn::new_truncate(gfn + MOVED), size }
     }
-    fn notes(&self, _: u64) -> SlotNotes<'_> {
-        let tracked_in = [&self.blocks[0][..], &self.blocks[1][..]];
-        SlotNotes { dirty: &self.dirty, tracks: &self.tracks, tracked_in }
+    /// A cookie is the word of memory that the slot starts with; its frames are those of the memory.
+    fn notes(&self, cookie: u64) -> SlotNotes<'_> {
+        let page = cookie as usize / 512;
+        let tracked_in = [&self.blocks[0][page / 512..], &self.blocks[1][page / 512..]];
+        SlotNotes { dirty: &self.dirty[page / 64..], tracks: &self.tracks[page..], tracked_in }
     }
     fn read(&self, at: &RamAddr, buf: &mut [u8]) -> Result<(), NoPage> {
         self.flat.read(at, buf)
@@ -61,7 +63,7 @@ pub fn memory() -> VmMemory<NotedRam> {
         flat: FlatRam::new(PAGES as usize * 4096),
         dirty: (0..PAGES / 64).map(|_| AtomicU64::new(0)).collect(),
         tracks: counts(PAGES),
-        blocks: [counts(PAGES / 512), counts(1)],
+        blocks: [counts(PAGES / 512), counts(PAGES / 512)],
     });
     let range = GfnRange::new(Gfn::default(), PAGES).unwrap();
     memory.exclusive(CPU).insert_slot(&Slot::new(range, SlotFlags::empty(), 0)).unwrap();
@@ -80,11 +82,11 @@ pub struct Vcpu {
     pub m: Machine,
     pub root: Root,
     /// By page: where each access has led to since its translation was flushed last, as far as it was permitted.
-    allowed: HashSet<(u64, What2, u64)>,
+    pub allowed: HashSet<(u64, What2, u64)>,
 }
 
 /// Kind and agent of an access, as numbers.
-type What2 = (u8, u8);
+pub type What2 = (u8, u8);
 
 pub struct World {
     pub memory: &'static VmMemory<NotedRam>,
@@ -94,6 +96,8 @@ pub struct World {
     pub vcpus: Vec<Vcpu>,
     pub addresses: Vec<u64>,
     pub emulated: usize,
+    /// Addresses that no slot has at the moment, although there is memory.
+    pub hidden: std::ops::Range<u64>,
 }
 
 /// How an access ended.
@@ -123,8 +127,16 @@ impl World {
             NptHost { five_level: m.la57, max_phys_addr: 46, no_execute: true, largest: PageSize::Size2M };
         let pae = Pae::new(&PaeHost { max_phys_addr: 46 });
         let kind = Kind::new(memory, Npt::new(&host), pae, tables.clone(), store(quota)).unwrap();
-        let mut world =
-            Self { memory, kind, tables, cache: TableCache::new(), vcpus: vec![], addresses, emulated: 0 };
+        let mut world = Self {
+            memory,
+            kind,
+            tables,
+            cache: TableCache::new(),
+            vcpus: vec![],
+            addresses,
+            emulated: 0,
+            hidden: 0..0,
+        };
         for _ in 0..2 {
             let root = world.root(&m);
             world.vcpus.push(Vcpu { m, root, allowed: HashSet::new() });
@@ -135,6 +147,13 @@ impl World {
 
     pub fn ram(&self) -> &FlatRam {
         &self.memory.backing().flat
+    }
+
+    fn word(&self, at: u64) -> Option<u64> {
+        if self.hidden.contains(&at) {
+            return None;
+        }
+        self.ram().get(at)
     }
 
     fn pdptes(&self, m: &Machine) -> [u64; 4] {
@@ -175,11 +194,12 @@ impl World {
 
     /// Notes where every access leads now, for every vCPU.
     fn remember(&mut self) {
-        let ram = &self.memory.backing().flat;
+        let (ram, hidden) = (&self.memory.backing().flat, &self.hidden);
+        let word = |at| if hidden.contains(&at) { None } else { ram.get(at) };
         for vcpu in &mut self.vcpus {
             for &va in &self.addresses {
                 for (what, who) in ALL {
-                    if let Ok(found) = walk(&vcpu.m, &|at| ram.get(at), va, what, who) {
+                    if let Ok(found) = walk(&vcpu.m, &word, va, what, who) {
                         vcpu.allowed.insert((va >> 12, (what as u8, who as u8), found.address >> 12));
                     }
                 }
@@ -209,7 +229,8 @@ impl World {
         let (mut writable, mut user, mut executable) = (true, true, true);
         loop {
             let entry = self.tables.peek(table, (va >> (12 + 9 * (level - 1)) & 511) as usize).expect("C3");
-            if entry & 1 == 0 {
+            // Not present, or a note about device memory: malformed by its highest address bit.
+            if entry & 1 == 0 || entry & (1 << 11 | 1 << 51) == 1 << 51 {
                 return None;
             }
             let pdpte = legacy && level == 3;
@@ -258,14 +279,14 @@ impl World {
                 assert!(
                     known,
                     "A3: {what:?} {who:?} at {va:#x} reaches {at:#x}; now: {:x?}",
-                    walk(&m, &|at| self.ram().get(at), va, what, who)
+                    walk(&m, &|at| self.word(at), va, what, who)
                 );
                 return Ended::At(at);
             }
             self.tables.fill(&mut self.cache);
             let (paging, cpu) = registers(&m);
             let context = PagingContext::<Gva, mmu::Gpa>::new(CpuRole::new(&paging, &cpu));
-            let expected = walk(&m, &|at| self.ram().get(at), va, what, who);
+            let expected = walk(&m, &|at| self.word(at), va, what, who);
             let found = context.walk(&self.memory.shared(CPU), &regs(&m), Gva::new(va), access(what, who));
             let walked = match (found, expected) {
                 (Ok(walked), Ok(expected)) => {
@@ -287,7 +308,7 @@ impl World {
             self.check();
             match done.outcome {
                 ShadowFault::Mapped | ShadowFault::Spurious | ShadowFault::Retry => {}
-                ShadowFault::Mmio(_) => return Ended::Device,
+                ShadowFault::Mmio(_) | ShadowFault::ReadOnly(_) => return Ended::Device,
                 ShadowFault::WriteTracked(gpa) => {
                     assert_eq!(gpa, walked.translation.address);
                     self.emulated += 1;
@@ -327,5 +348,87 @@ impl World {
         self.tables.drain(&mut self.cache);
         self.kind.dismantle(|page| self.tables.release(page));
         assert_eq!(self.tables.in_use(), 0);
+    }
+}
+
+impl NotedRam {
+    /// Memory for notes is all zero when a slot is inserted.
+    pub fn zero_notes(&self, from: u64) {
+        let from = from as usize;
+        self.tracks[from..].iter().for_each(|count| count.store(0, Ordering::SeqCst));
+        for blocks in &self.blocks {
+            blocks[from / 512..].iter().for_each(|count| count.store(0, Ordering::SeqCst));
+        }
+    }
+}
+
+/// What operations over ranges need: a batch after the other, to the end.
+pub fn sweep(mut batch: impl FnMut(&mut mmu::ZapProgress)) {
+    let mut progress = mmu::ZapProgress::default();
+    while !progress.is_done() {
+        batch(&mut progress);
+    }
+}
+
+impl World {
+    /// The table and the index of the leaf that the processor finds for `va`, and the leaf.
+    pub fn leaf(&self, vcpu: usize, va: u64) -> Option<(u64, usize, u64)> {
+        let root = self.vcpus[vcpu].root;
+        let (mut table, mut level) = (root.hpa.pfn().number(), root.level as u32);
+        loop {
+            let index = (va >> (12 + 9 * (level - 1)) & 511) as usize;
+            let entry = self.tables.peek(table, index).expect("C3");
+            if entry & 1 == 0 {
+                return None;
+            }
+            if level == 1 || (level < 4 && entry >> 7 & 1 == 1) {
+                return Some((table, index, entry));
+            }
+            (table, level) = ((entry & 0x000f_ffff_ffff_f000) >> 12, level - 1);
+        }
+    }
+
+    /// An access as the guest makes it, with the marks that the processor leaves in the shadow.
+    pub fn use_page(&mut self, vcpu: usize, va: u64, what: What, who: Who) -> Ended {
+        let ended = self.access(vcpu, va, what, who);
+        if let (Ended::At(_), Some((table, index, _))) = (ended, self.leaf(vcpu, va)) {
+            self.tables.mark(table, index, if what == What::Write { 0x60 } else { 0x20 });
+        }
+        ended
+    }
+
+    /// Begins the log of the slot at frame 0.
+    pub fn start_log(&mut self, by: mmu::LogBy) {
+        let slot = self.memory.exclusive(CPU).start_dirty_log(Gfn::default(), by).unwrap();
+        sweep(|progress| {
+            let _ = self.kind.rearm(&mut self.memory.exclusive(CPU), &slot, progress);
+        });
+        self.check();
+    }
+
+    /// The frames that the log of the slot at frame 0 has, and takes them out.
+    pub fn harvest(&mut self, by: mmu::LogBy) -> Vec<u64> {
+        let all = GfnRange::new(Gfn::default(), PAGES).unwrap();
+        if by == mmu::LogBy::DirtyBits {
+            sweep(|progress| {
+                let _ = self.kind.collect_dirty(&mut self.memory.exclusive(CPU), all, progress);
+            });
+        }
+        let mut found = vec![];
+        for index in 0..PAGES as usize / 64 {
+            let mask = self.memory.shared(CPU).dirty_log(Gfn::default()).unwrap().clear(index, u64::MAX);
+            let first = index as u64 * 64;
+            let mut guard = self.memory.exclusive(CPU);
+            let _ = self.kind.rearm_pages(&mut guard, Gfn::new_truncate(first), mask);
+            found.extend((0..64).filter(|bit| mask >> bit & 1 != 0).map(|bit| first + bit));
+        }
+        self.check();
+        found
+    }
+
+    pub fn zap_range(&mut self, range: GfnRange) {
+        sweep(|progress| {
+            let _ = self.kind.zap(&mut self.memory.exclusive(CPU), range, progress);
+        });
     }
 }

@@ -1,5 +1,6 @@
 //! Faults: a walk of the guest's tables goes in, its shadow comes out.
-use super::{guest_entry, is_above, number, read_guest, space, Kept, ShadowDone, ShadowMmu, Stop};
+use super::sites::FlushSite;
+use super::{guest_entry, is_above, is_nested, number, read_guest, space, Kept, ShadowDone, ShadowMmu, Stop};
 use crate::access::{Access, AccessKind, Agent, Prot};
 use crate::addr::{Address, Gfn, Gpa, Gva, Pfn};
 use crate::format::{EntryFormat, Leaf, Writability};
@@ -26,7 +27,7 @@ pub enum ShadowFault {
     Mmio(Gpa),
     /// A write to a read-only slot: emulate the access.
     ReadOnly(Gpa),
-    /// A write to a table that is shadowed: emulate it, then [say so](ShadowMmu::track_write).
+    /// A write to a table that is shadowed, or one that no shadow can permit: emulate it, then [say so](ShadowMmu::track_write).
     WriteTracked(Gpa),
     /// The cache has too few table pages: fill it and fault again.
     NeedTables,
@@ -58,6 +59,10 @@ struct Goal {
     prot: Prot,
     writability: Writability,
     user: bool,
+    /// The access is a write.
+    write: bool,
+    /// The page could be huge, but is to be executable.
+    split: bool,
 }
 
 impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
@@ -109,14 +114,76 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
             let child = role.child(index, access, false).ok_or(ShadowFault::Retry)?;
             page = self.descend_to(guard, cache, walk, page, index, gfn, &child)?;
         }
-        let goal = self.goal(guard, page, gpa, prot, walk, access.kind)?;
-        while let Some(role) = self.role(page).filter(|role| role.level > goal.size.level()) {
+        if cannot_be_shadowed(&root_role, walk, access) {
+            let ram = Held::<B>::memory(guard).find_slot(space(&root_role), gpa).is_some();
+            return Err(if ram { ShadowFault::WriteTracked(gpa) } else { ShadowFault::Mmio(gpa) });
+        }
+        let mut goal = match self.goal(guard, page, gpa, prot, walk, access.kind) {
+            Err(ShadowFault::Mmio(gpa)) => {
+                self.make_note(guard, cache, walk, page, frame, gpa);
+                return Err(ShadowFault::Mmio(gpa));
+            }
+            goal => goal?,
+        };
+        while let Some(role) = self.role(page) {
             let index = role.level.index(frame);
-            let first = Gfn::new_truncate(goal.gfn.number() & !(role.level.pages() - 1));
-            let child = role.child(index, goal.prot, true).ok_or(ShadowFault::Retry)?;
-            page = self.descend_to(guard, cache, walk, page, index, first, &child)?;
+            if role.level <= goal.size.level() {
+                match goal.size.smaller().filter(|_| self.is_split(number(page, index))) {
+                    Some(smaller) => (goal.size, goal.split) = (smaller, true),
+                    None => break,
+                }
+            }
+            page = self.descend_direct(guard, cache, walk, page, index, goal.gfn, goal.prot)?;
+            if goal.split && self.block_of(page).is_some_and(|size| size <= goal.block_size) {
+                self.mark_split(page);
+            }
         }
         self.install(guard, walk, page, frame, &goal)
+    }
+
+    /// Goes down through the entry at `index` to the direct page for the part of the guest's huge page with `gfn`.
+    #[expect(clippy::too_many_arguments, reason = "one step of a fault, which carries all of these")]
+    fn descend_direct<'m, B: Backing + 'm>(
+        &mut self,
+        guard: &mut Exclusive<'m, B>,
+        cache: &mut TableCache,
+        walk: &GuestWalk<Gpa>,
+        page: u32,
+        index: usize,
+        gfn: Gfn,
+        prot: Prot,
+    ) -> Result<u32, ShadowFault> {
+        let role = self.role(page).ok_or(ShadowFault::Retry)?;
+        let first = Gfn::new_truncate(gfn.number() & !(role.level.pages() - 1));
+        let child = role.child(index, prot, true).ok_or(ShadowFault::Retry)?;
+        self.descend_to(guard, cache, walk, page, index, first, &child)
+    }
+
+    /// Notes that there is no RAM at `gpa`, if notes are made. What it takes may be missing: then it is noted another time.
+    fn make_note<'m, B: Backing + 'm>(
+        &mut self,
+        guard: &mut Exclusive<'m, B>,
+        cache: &mut TableCache,
+        walk: &GuestWalk<Gpa>,
+        mut page: u32,
+        frame: u64,
+        gpa: Gpa,
+    ) {
+        let memory = Held::<B>::memory(guard);
+        while self.caches_mmio(memory) {
+            let Some(role) = self.role(page) else { return };
+            let index = role.level.index(frame);
+            if role.level == Level::L1 {
+                if self.unchanged(memory, walk, page, index).is_ok() {
+                    self.note_mmio(memory, number(page, index), gpa.gfn(), walk.shadow_prot);
+                }
+                return;
+            }
+            match self.descend_direct(guard, cache, walk, page, index, gpa.gfn(), walk.shadow_prot) {
+                Ok(below) => page = below,
+                Err(_) => return,
+            }
+        }
     }
 
     /// The guest's table below the entry at `index`, and what the guest permits down to it.
@@ -168,7 +235,7 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
             self.unchanged(memory, walk, page, index)?;
             return Ok(found);
         }
-        self.drop_entry(entry);
+        self.drop_entry(memory, entry);
         // The guest need not flush when an entry becomes present, so what is linked has to be up to date.
         self.sync_tree(guard, found);
         // Only now: the table is protected, or known to be unsync.
@@ -244,36 +311,31 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
             return Err(ShadowFault::Retry);
         }
         let mut size = block_size;
+        let split = self.ops.no_huge_execute && kind == AccessKind::Execute && size != PageSize::Size4K;
+        if split {
+            size = PageSize::Size4K;
+        }
         while let Some(smaller) =
             size.smaller().filter(|_| !fits(size) || !block.number().is_multiple_of(size.pages()))
         {
             size = smaller;
         }
-        // A page that is logged is writable from its first write on.
-        let watched = hit.flags().contains(SlotFlags::DIRTY_LOG) && !write;
         let writability = if read_only {
             Writability::ReadOnly
-        } else if tracked || watched || !prot.contains(Prot::WRITE) {
+        } else if tracked || !prot.contains(Prot::WRITE) {
             Writability::Tracked
         } else {
             Writability::Writable
         };
-        if write {
-            memory.note_write(space, gpa.gfn());
-        }
         let user = prot.contains(Prot::USER) || role.base.guest().is_some_and(|guest| guest.is_ept());
-        Ok(Goal { gfn: gpa.gfn(), block, block_size, size, prot, writability, user })
+        Ok(Goal { gfn: gpa.gfn(), block, block_size, size, prot, writability, user, write, split })
     }
 
     /// Whether the page belongs to a tree of three levels.
-    fn is_legacy(&self, page: u32) -> bool {
+    pub(super) fn is_legacy(&self, page: u32) -> bool {
         self.role(page).is_some_and(|role| {
-            let nested = role
-                .base
-                .guest()
-                .is_some_and(|guest| guest.is_ept() || guest.flags().contains(RoleFlags::NESTED));
             let short = role.base.guest().is_none_or(|guest| guest.va_width().is_none());
-            short && !nested
+            short && !is_nested(&role)
         })
     }
 
@@ -293,68 +355,107 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         let leaf = Leaf {
             user: goal.user,
             read: goal.prot.contains(Prot::READ),
-            execute: goal.prot.contains(Prot::EXECUTE),
+            execute: goal.prot.contains(Prot::EXECUTE) && (level == Level::L1 || !self.ops.no_huge_execute),
             ..Leaf::ram(Pfn::new_truncate(goal.block.number() + inside), goal.size, goal.writability)
         };
-        self.unchanged(Held::<B>::memory(guard), walk, page, index)?;
-        if self.note(entry).kept == Kept::Leaf(first) {
-            let found = self.format.leaf(self.value(entry), level);
-            if found == self.format.leaf(self.format.make_leaf(&leaf), level) {
+        let memory = Held::<B>::memory(guard);
+        self.unchanged(memory, walk, page, index)?;
+        let Some(role) = self.role(page) else { return Err(ShadowFault::Retry) };
+        let mut value = self.format.make_leaf(&leaf);
+        if !goal.write {
+            value = self.armed(memory, &role, first, value);
+        }
+        let mapped = (self.note(entry).kept == Kept::Leaf(first)).then(|| self.value(entry));
+        match mapped
+            .and_then(|old| Some((old, self.format.leaf(old, level)?, self.format.leaf(value, level)?)))
+        {
+            Some((old, found, wanted)) if found == wanted && !self.format.is_access_tracked(old) => {
                 return Ok(ShadowFault::Spurious);
             }
+            Some((_, found, wanted))
+                if found.pfn == wanted.pfn && found.memory_type == wanted.memory_type =>
+            {
+                self.replace(memory, entry, first, value, FlushSite::Replace);
+            }
+            // Another page, if anything: take it away, never change it into this.
+            _ => {
+                self.drop_entry(memory, entry);
+                self.map(entry, first, value);
+            }
         }
-        // Something else, if anything: take it away, never change it into this.
-        self.drop_entry(entry);
-        self.map(entry, first, &leaf);
+        if goal.write {
+            memory.note_write(space(&role), goal.gfn);
+        }
         if level == Level::L1 {
-            self.prefetch(Held::<B>::memory(guard), page, index);
+            self.prefetch(memory, page, index);
         }
         Ok(ShadowFault::Mapped)
     }
 
-    /// Maps what the guest has used before of the entries around the one at `index`, as not accessed.
+    /// Maps what the guest has used before of the entries around the one at `index`.
     fn prefetch<B: Backing>(&mut self, memory: &VmMemory<B>, page: u32, index: usize) {
-        let Some(role) = self.role(page).filter(|role| !role.direct) else { return };
-        let (Some(guest), Some(_)) = (role.base.guest(), memory.invalidations().settled()) else { return };
-        let context = PagingContext::<Gva, Gpa>::new(guest);
         let first = index & !(AROUND - 1);
         for at in (first..first + AROUND).filter(|&at| at != index) {
-            let entry = number(page, at);
-            if self.note(entry).kept != Kept::Nothing {
-                continue;
-            }
-            let raw = read_guest(memory, guest_entry(self.page(page), &role, at), &role);
-            let Some(found) = raw.and_then(|raw| context.lowest_entry(raw)) else { continue };
-            let prot = role.access & found.prot;
-            let Some(hit) = memory.find_slot(space(&role), found.page) else { continue };
-            if !found.accessed || prot.is_empty() || hit.flags().contains(SlotFlags::DIRTY_LOG) {
-                continue;
-            }
-            let resolved = memory.backing().resolve(&hit.ram(), PageSize::Size4K, AccessKind::Read);
-            let Resolved::Ram { pfn, .. } = resolved else { continue };
-            let writes = prot.contains(Prot::WRITE) && found.dirty && !memory.is_tracked(&hit);
-            let writability = if hit.flags().contains(SlotFlags::READ_ONLY) {
-                Writability::ReadOnly
-            } else if writes {
-                Writability::Writable
-            } else {
-                Writability::Tracked
-            };
-            let leaf = Leaf {
-                user: guest.is_ept() || prot.contains(Prot::USER),
-                read: prot.contains(Prot::READ),
-                execute: prot.contains(Prot::EXECUTE),
-                ..Leaf::ram(pfn, PageSize::Size4K, writability)
-            };
-            self.map(entry, found.page.gfn(), &leaf);
-            let old = self.format.make_old(self.value(entry));
-            self.write(entry, old);
+            self.prefetch_entry(memory, page, at);
         }
+    }
+
+    /// Maps what the guest's entry at `index` of a lowest table leads to, as not accessed, if the guest has used it before and
+    /// nothing is there. In a logged slot, the first write is still to come.
+    pub(super) fn prefetch_entry<B: Backing>(&mut self, memory: &VmMemory<B>, page: u32, index: usize) {
+        let Some(role) = self.role(page).filter(|role| role.level == Level::L1 && !role.direct) else {
+            return;
+        };
+        let (Some(guest), Some(_)) = (role.base.guest(), memory.invalidations().settled()) else { return };
+        let entry = number(page, index);
+        if self.note(entry).kept != Kept::Nothing {
+            return;
+        }
+        let context = PagingContext::<Gva, Gpa>::new(guest);
+        let raw = read_guest(memory, guest_entry(self.page(page), &role, index), &role);
+        let Some(found) = raw.and_then(|raw| context.lowest_entry(raw)) else { return };
+        let prot = role.access & found.prot;
+        let Some(hit) =
+            memory.find_slot(space(&role), found.page).filter(|_| found.accessed && !prot.is_empty())
+        else {
+            return;
+        };
+        let resolved = memory.backing().resolve(&hit.ram(), PageSize::Size4K, AccessKind::Read);
+        let Resolved::Ram { pfn, .. } = resolved else { return };
+        let writes = prot.contains(Prot::WRITE) && found.dirty && !memory.is_tracked(&hit);
+        let writability = if hit.flags().contains(SlotFlags::READ_ONLY) {
+            Writability::ReadOnly
+        } else if writes {
+            Writability::Writable
+        } else {
+            Writability::Tracked
+        };
+        let leaf = Leaf {
+            user: guest.is_ept() || prot.contains(Prot::USER),
+            read: prot.contains(Prot::READ),
+            execute: prot.contains(Prot::EXECUTE),
+            ..Leaf::ram(pfn, PageSize::Size4K, writability)
+        };
+        let gfn = found.page.gfn();
+        let value = self.armed(memory, &role, gfn, self.format.make_leaf(&leaf));
+        self.map(entry, gfn, self.format.make_old(value));
     }
 }
 
 /// Entries of which a fault maps those that the guest has used.
 const AROUND: usize = 8;
+
+/// Whether the access is one that no entry can permit without permitting too much: a supervisor's write, with SMAP suspended
+/// and CR0.WP clear, to a read-only page of the user. As a supervisor's page it would be out of SMAP's reach.
+fn cannot_be_shadowed(root: &PageRole, walk: &GuestWalk<Gpa>, access: Access) -> bool {
+    let flags = root.base.guest().map_or(RoleFlags::empty(), |guest| guest.flags());
+    let forced = access.kind == AccessKind::Write && access.agent != Agent::User;
+    forced
+        && !flags.contains(RoleFlags::WP)
+        && flags.contains(RoleFlags::SMAP)
+        && walk.shadow_prot.contains(Prot::USER)
+        && !walk.shadow_prot.contains(Prot::WRITE)
+}
 
 /// What the leaf for an access permits.
 ///

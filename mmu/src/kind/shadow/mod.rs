@@ -5,8 +5,12 @@
 //! here runs beside anything else of the VM but its guests.
 mod check;
 mod fault;
+mod huge;
+mod log;
+mod mmio;
 mod pages;
 mod roots;
+mod sites;
 mod sync;
 mod write;
 mod zap;
@@ -14,6 +18,7 @@ mod zap;
 pub use check::ShadowCheck;
 pub use fault::ShadowFault;
 pub use roots::NoShadowRoot;
+pub use write::WalkMarks;
 pub use zap::ZapProgress;
 
 use super::counters::Counters;
@@ -25,7 +30,7 @@ use crate::format::{EntryFormat, Pae};
 use crate::level::{Level, ENTRIES};
 use crate::memory::{Backing, Exclusive, Generation, Held, Quiescent, Space, VmMemory};
 use crate::mutant::FlushSite;
-use crate::role::{PageRole, PagingMode};
+use crate::role::{PageRole, PagingMode, RoleFlags};
 use crate::tables::{TableFrame, TableMemory, TablePage};
 
 /// No page, no entry: the end of a chain.
@@ -39,6 +44,8 @@ enum Kept {
     Leaf(Gfn),
     /// A link to this shadow page, among the page's parents.
     Link(u32),
+    /// A note that this frame is device memory, in no chain.
+    Device(Gfn),
 }
 
 /// The note of one entry, a member of one chain.
@@ -72,8 +79,13 @@ pub struct ShadowPage {
     next: u32,
     /// The operation that used it last.
     used: u64,
+    /// Writes to its table are tracked on its behalf. Of a page that shadows a table neither this nor the next is so only if
+    /// it is a root whose slot was taken away.
+    tracked: bool,
     /// The guest writes to its table without an exit.
     unsync: bool,
+    /// It is there because a huge page must not be executable.
+    split: bool,
     /// Entries below which something may be unsync.
     stale: [u64; 8],
     /// Emulated writes since it was last used.
@@ -93,7 +105,9 @@ impl ShadowPage {
         parents: NONE,
         next: NONE,
         used: 0,
+        tracked: false,
         unsync: false,
+        split: false,
         stale: [0; 8],
         writes: 0,
         notes: [Note::EMPTY; ENTRIES],
@@ -131,6 +145,12 @@ pub struct Shadow<'s> {
     /// Pages that were zapped and whose flush is not requested yet.
     dying: u32,
     unsync: usize,
+    /// Pages that are there for their fetches.
+    splits: u64,
+    /// Huge pages are not executable.
+    no_huge_execute: bool,
+    /// The epoch that notes about device memory are of, plus one; zero while none are made.
+    mmio_epoch: u64,
     /// A translation was taken away since the last flush was requested.
     pending: bool,
     /// What this operation requested.
@@ -192,6 +212,9 @@ impl<'s, F: EntryFormat, M: TableMemory> ShadowMmu<'s, F, M> {
             free: 0,
             dying: NONE,
             unsync: 0,
+            splits: 0,
+            no_huge_execute: false,
+            mmio_epoch: 0,
             pending: false,
             issued: None,
             barrier: Generation(0),
@@ -219,6 +242,7 @@ impl<'s, F: EntryFormat, M: TableMemory> ShadowMmu<'s, F, M> {
     /// Every operation starts here.
     fn begin<'m, B: Backing + 'm>(&mut self, guard: &Exclusive<'m, B>) {
         self.ops.cpu = self.admit(guard);
+        assert!(guard.is_complete(), "a guard that does not name the direct kind of its VM");
         self.ops.now += 1;
     }
 
@@ -226,6 +250,16 @@ impl<'s, F: EntryFormat, M: TableMemory> ShadowMmu<'s, F, M> {
     fn done<'m, T, B: Backing + 'm>(&mut self, guard: &Exclusive<'m, B>, outcome: T) -> ShadowDone<T> {
         let _ = self.settle(guard);
         ShadowDone { outcome, issued: self.ops.issued.take() }
+    }
+
+    /// Ends an operation whose caller relies on nothing of the kind being left: it is told of what others took away, too,
+    /// while some CPU may still have it.
+    fn done_surely<'m, T, B: Backing + 'm>(&mut self, guard: &Exclusive<'m, B>, outcome: T) -> ShadowDone<T> {
+        let settled = self.settle(guard);
+        let issued = self.ops.issued.take();
+        let generation = self.ops.barrier;
+        let owed = || Issued { generation, kick: Held::<B>::memory(guard).shootdown().laggards(generation) };
+        ShadowDone { outcome, issued: issued.or_else(|| (!settled).then(owed)) }
     }
 
     /// Requests the flush of all that was taken away; whether every CPU has acknowledged it.
@@ -280,6 +314,11 @@ fn is_above(role: &PageRole) -> bool {
         PagingMode::Pae => role.level >= Level::L3,
         _ => guest.top().is_some_and(|top| role.level > top),
     }
+}
+
+/// Whether the page belongs to a shadow of nested tables.
+fn is_nested(role: &PageRole) -> bool {
+    role.base.guest().is_some_and(|guest| guest.is_ept() || guest.flags().contains(RoleFlags::NESTED))
 }
 
 /// Whether the guest's entries have four bytes.

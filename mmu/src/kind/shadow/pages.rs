@@ -1,15 +1,16 @@
 //! Shadow pages: the cache of them, the chains that every entry is in, and how pages come and go.
-use super::{is_above, number, shadows, split, Kept, Note, ShadowMmu, ShadowPage, Stop, NONE};
+use super::sites::FlushSite;
+use super::{is_above, is_nested, number, shadows, split, Kept, Note, ShadowMmu, ShadowPage, Stop, NONE};
 use crate::access::AccessKind;
 use crate::addr::{Gfn, Pfn};
-use crate::format::{EntryFormat, Leaf, Writability};
+use crate::format::{EntryFormat, Writability};
 use crate::level::{Level, PageSize, ENTRIES};
-use crate::memory::{Backing, Exclusive, Held};
+use crate::memory::{Backing, Exclusive, Held, Pages};
 use crate::role::PageRole;
 use crate::tables::{EntryCell, TableCache, TableFrame, TableMemory};
 
 impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
-    fn bucket(&self, gfn: Gfn) -> usize {
+    pub(super) fn bucket(&self, gfn: Gfn) -> usize {
         let hash = gfn.number().wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
         hash as usize % self.ops.store.buckets.len()
     }
@@ -40,9 +41,23 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         self.cell(&TableFrame::linked(self.page(page).frame), index).load()
     }
 
-    pub(super) fn write(&mut self, entry: u32, value: u64) {
+    /// Gives an entry a value, and says what it had: the processor may have marked it at the last moment.
+    pub(super) fn write(&mut self, entry: u32, value: u64) -> u64 {
         let (page, index) = split(entry);
-        self.cell(&TableFrame::linked(self.page(page).frame), index).swap(value);
+        self.cell(&TableFrame::linked(self.page(page).frame), index).swap(value)
+    }
+
+    /// Changes the value of an entry, and says what it was. The processor marks entries meanwhile; what it marks is kept.
+    pub(super) fn edit(&mut self, entry: u32, change: impl Fn(u64) -> u64) -> u64 {
+        let (page, index) = split(entry);
+        let table = TableFrame::linked(self.page(page).frame);
+        let cell = self.cell(&table, index);
+        let mut value = cell.load();
+        // It can set A and D, each once.
+        while let Err(found) = cell.compare_exchange(value, change(value)) {
+            value = found;
+        }
+        value
     }
 
     /// The role of a page in use; a page that is not has a role that nothing asks for.
@@ -52,7 +67,7 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
 
     fn head_mut(&mut self, kept: Kept) -> Option<&mut u32> {
         match kept {
-            Kept::Nothing => None,
+            Kept::Nothing | Kept::Device(_) => None,
             Kept::Leaf(gfn) => {
                 let bucket = self.bucket(gfn);
                 Some(&mut self.ops.store.buckets[bucket].leaves)
@@ -83,21 +98,26 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         }
     }
 
-    /// Takes away what an entry says.
-    pub(super) fn drop_entry(&mut self, entry: u32) {
+    /// Takes away what an entry says. A dirty bit that is how the page is logged goes into the log.
+    pub(super) fn drop_entry(&mut self, pages: &dyn Pages, entry: u32) {
         let (page, index) = split(entry);
-        match self.note(entry).kept {
-            Kept::Nothing => return,
-            Kept::Leaf(_) => {
+        let kept = self.note(entry).kept;
+        if kept == Kept::Nothing {
+            return;
+        }
+        self.leave_chain(entry);
+        let old = self.write(entry, 0);
+        match kept {
+            Kept::Nothing | Kept::Device(_) => {}
+            Kept::Leaf(gfn) => {
                 if let Some(role) = self.role(page) {
                     self.counters.leaves(self.ops.cpu, role.level, -1);
+                    self.lose_dirty(pages, &role, gfn, old);
                 }
+                self.took_away(FlushSite::DropLeaf);
             }
             Kept::Link(_) => self.page_mut(page).stale[index / 64] &= !(1 << (index % 64)),
         }
-        self.leave_chain(entry);
-        self.write(entry, 0);
-        self.ops.pending = true;
     }
 
     /// Makes an empty entry a link.
@@ -119,22 +139,36 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
     }
 
     /// Whether the page is a root of three levels, whose entries are PAE's pointers.
-    fn is_legacy_root(&self, page: u32) -> bool {
+    pub(super) fn is_legacy_root(&self, page: u32) -> bool {
         let page = self.page(page);
         page.role.is_some_and(|role| {
-            let nested = role.base.guest().is_some_and(|guest| {
-                guest.is_ept() || guest.flags().contains(crate::role::RoleFlags::NESTED)
-            });
-            role.level == Level::L3 && !nested && (is_above(&role) || role.base.guest().is_none())
+            role.level == Level::L3 && !is_nested(&role) && (is_above(&role) || role.base.guest().is_none())
         })
     }
 
-    /// Makes an empty entry a leaf for the page at `gfn`.
-    pub(super) fn map(&mut self, entry: u32, gfn: Gfn, leaf: &Leaf) {
-        let value = self.format.make_leaf(leaf);
+    /// Makes an empty entry the leaf `value` for the page at `gfn`.
+    pub(super) fn map(&mut self, entry: u32, gfn: Gfn, value: u64) {
         self.enter_chain(entry, Kept::Leaf(gfn));
         self.write(entry, value);
-        self.counters.leaves(self.ops.cpu, leaf.size.level(), 1);
+        if let Some(role) = self.role(split(entry).0) {
+            self.counters.leaves(self.ops.cpu, role.level, 1);
+        }
+    }
+
+    /// Gives a leaf another value for the same page of memory.
+    pub(super) fn replace(&mut self, pages: &dyn Pages, entry: u32, gfn: Gfn, value: u64, site: FlushSite) {
+        let old = self.write(entry, value);
+        if let Some(role) = self.role(split(entry).0).filter(|_| !self.format.is_dirty(value)) {
+            self.lose_dirty(pages, &role, gfn, old);
+        }
+        if self.format.may_be_cached_writable(old) && !self.format.permits(value, AccessKind::Write) {
+            self.took_away(site);
+        }
+    }
+
+    /// Notes that an empty entry is for device memory.
+    pub(super) fn remember_device(&mut self, entry: u32, gfn: Gfn) {
+        self.note_mut(entry).kept = Kept::Device(gfn);
     }
 
     /// Whatever is below `page` may be unsync: its ancestors know.
@@ -153,7 +187,25 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
     }
 
     /// Takes write permission for `gfn` out of every leaf; huge pages around it go.
-    pub(super) fn write_protect_gfn(&mut self, gfn: Gfn) {
+    pub(super) fn write_protect_gfn(&mut self, pages: &dyn Pages, gfn: Gfn) {
+        self.leaves_of(gfn, |kind, entry, level| {
+            if level != Level::L1 {
+                kind.drop_entry(pages, entry);
+                return;
+            }
+            let old = kind.value(entry);
+            if matches!(kind.format.writability(old), Some(Writability::Writable | Writability::Watched)) {
+                let format = kind.format;
+                kind.edit(entry, |value| format.with_writability(value, Writability::Tracked));
+            }
+            if kind.format.may_be_cached_writable(old) {
+                kind.took_away(FlushSite::Protect);
+            }
+        });
+    }
+
+    /// Calls `visit` with each leaf that maps `gfn`, of whatever size, and its level. The leaf may be dropped.
+    pub(super) fn leaves_of(&mut self, gfn: Gfn, mut visit: impl FnMut(&mut Self, u32, Level)) {
         for size in [PageSize::Size4K, PageSize::Size2M, PageSize::Size1G] {
             let first = Gfn::new_truncate(gfn.number() & !(size.pages() - 1));
             let mut entry = self.first_leaf(first);
@@ -161,13 +213,7 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
                 let next = self.note(entry).next;
                 let level = self.role(split(entry).0).map(|role| role.level);
                 if self.note(entry).kept == Kept::Leaf(first) && level == Some(size.level()) {
-                    let value = self.value(entry);
-                    if size != PageSize::Size4K {
-                        self.drop_entry(entry);
-                    } else if self.format.permits(value, AccessKind::Write) {
-                        self.write(entry, self.format.with_writability(value, Writability::Tracked));
-                        self.ops.pending = true;
-                    }
+                    visit(self, entry, size.level());
                 }
                 entry = next;
             }
@@ -222,33 +268,72 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         role: &PageRole,
         pdptes: &[u64; 4],
     ) -> Result<u32, Stop> {
-        let generation = Held::<B>::memory(guard).root_generation();
-        if let Some(index) = self.find_page(generation, gfn, role, pdptes) {
-            self.touch(index);
-            return Ok(index);
-        }
-        if cache.peek(1).is_none() {
-            return Err(Stop::NeedTables);
-        }
-        if self.ops.free == NONE {
-            self.recycle(guard)?;
-        }
-        if shadows(role) && guard.track_writes(gfn).is_err() {
-            return Err(Stop::Untrackable(gfn));
-        }
-        let Some(frame) = cache.peek(1).and_then(|pages| pages.first().copied()) else {
-            return Err(Stop::NeedTables);
+        let memory = Held::<B>::memory(guard);
+        let generation = memory.root_generation();
+        let found = self.find_page(generation, gfn, role, pdptes);
+        let index = match found {
+            Some(index) => index,
+            None => {
+                if cache.peek(1).is_none() {
+                    return Err(Stop::NeedTables);
+                }
+                if self.ops.free == NONE {
+                    self.recycle(guard)?;
+                }
+                self.ops.free
+            }
         };
-        cache.consume(1);
-        let index = self.ops.free;
-        self.insert(index, frame, generation, gfn, role, pdptes);
-        if shadows(role) {
-            self.write_protect_gfn(gfn);
+        let follows = shadows(role) && (found.is_none() || self.is_lost(index));
+        if follows {
+            self.track(guard, gfn)?;
+        }
+        if found.is_none() {
+            let Some(frame) = cache.peek(1).and_then(|pages| pages.first().copied()) else {
+                return Err(Stop::NeedTables);
+            };
+            cache.consume(1);
+            self.insert(index, frame, generation, gfn, role, pdptes);
+        }
+        self.touch(index);
+        if follows {
+            self.page_mut(index).tracked = true;
+            self.write_protect_gfn(memory, gfn);
             if !self.settle(guard) {
                 return Err(Stop::Wait);
             }
         }
         Ok(index)
+    }
+
+    /// Whether nobody notices writes to the table of this page: a root whose slot was taken away.
+    pub(super) fn is_lost(&self, index: u32) -> bool {
+        let page = self.page(index);
+        page.role.is_some_and(|role| shadows(&role)) && !page.tracked && !page.unsync
+    }
+
+    /// Has the writes to a table emulated, whatever kind the guest runs on.
+    pub(super) fn track<'m, B: Backing + 'm>(
+        &mut self,
+        guard: &mut Exclusive<'m, B>,
+        gfn: Gfn,
+    ) -> Result<(), Stop> {
+        match guard.track_beside(gfn) {
+            Ok(flushed) => {
+                if flushed {
+                    self.took_away(FlushSite::Beside);
+                }
+                Ok(())
+            }
+            Err(_) => Err(Stop::Untrackable(gfn)),
+        }
+    }
+
+    /// The page does not need its table's writes any more.
+    pub(super) fn untrack_page<'m, B: Backing + 'm>(&mut self, guard: &mut Exclusive<'m, B>, index: u32) {
+        if core::mem::take(&mut self.page_mut(index).tracked) {
+            // The slot may be gone, and its counts with it.
+            guard.untrack_beside(self.page(index).gfn);
+        }
     }
 
     fn insert(
@@ -296,12 +381,15 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
 
     /// Takes a page away, with its entries and all links to it. One that is a root stays, empty: so it is right again.
     pub(super) fn zap_page<'m, B: Backing + 'm>(&mut self, guard: &mut Exclusive<'m, B>, index: u32) {
-        let Some(role) = self.role(index) else { return };
+        if self.role(index).is_none() {
+            return;
+        }
+        let memory = Held::<B>::memory(guard);
         while self.page(index).parents != NONE {
-            self.drop_entry(self.page(index).parents);
+            self.drop_entry(memory, self.page(index).parents);
         }
         for entry in 0..ENTRIES {
-            self.drop_entry(number(index, entry));
+            self.drop_entry(memory, number(index, entry));
         }
         self.page_mut(index).writes = 0;
         if self.page(index).roots != 0 {
@@ -309,10 +397,9 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         }
         if self.page(index).unsync {
             self.ops.unsync -= 1;
-        } else if shadows(&role) {
-            // The slot may be gone, and its counts with it.
-            let _ = guard.untrack_writes(self.page(index).gfn);
         }
+        self.untrack_page(guard, index);
+        self.ops.splits -= u64::from(self.page(index).split);
         self.leave_bucket(index);
         let frozen = self.format.make_frozen(0);
         for entry in 0..ENTRIES {

@@ -78,6 +78,7 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
 
     /// The page of a root that may be run on.
     pub(super) fn root_page<'m, B: Backing + 'm>(&self, guard: &Exclusive<'m, B>, root: Root) -> Option<u32> {
-        self.holder(root).filter(|_| root.generation() == Held::<B>::memory(guard).root_generation())
+        let generation = Held::<B>::memory(guard).root_generation();
+        self.holder(root).filter(|&page| root.generation() == generation && !self.is_lost(page))
     }
 }

@@ -1,13 +1,14 @@
 //! Unsync pages: lowest tables that the guest writes to without exits, and how their shadows catch up.
-use super::{guest_entry, number, read_guest, shadows, Kept, ShadowDone, ShadowMmu, NONE};
-use crate::access::{AccessKind, Prot};
+use super::sites::FlushSite;
+use super::{guest_entry, number, read_guest, shadows, space, Kept, ShadowDone, ShadowMmu, NONE};
+use crate::access::Prot;
 use crate::addr::{Address, Gfn, Gpa, Gva};
 use crate::format::{EntryFormat, Writability};
 use crate::kind::Root;
 use crate::level::{Level, ENTRIES};
 use crate::memory::{Backing, Exclusive, Held};
 use crate::tables::TableMemory;
-use crate::walk::PagingContext;
+use crate::walk::{LowestEntry, PagingContext};
 
 /// Pages that may be unsync at a time: it bounds the work of a sync.
 const MAX_UNSYNC: usize = 256;
@@ -41,7 +42,7 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
             let index = role.level.index(address.bits() >> 12);
             at = match self.note(number(page, index)).kept {
                 Kept::Link(child) => Some(child),
-                Kept::Leaf(_) if self.page(page).unsync => {
+                Kept::Leaf(_) | Kept::Device(_) if self.page(page).unsync => {
                     self.sync_entry(guard, page, index);
                     None
                 }
@@ -76,7 +77,7 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
             if page.gfn == gfn && !page.unsync && page.role.is_some_and(|role| shadows(&role)) {
                 self.page_mut(index).unsync = true;
                 self.ops.unsync += 1;
-                let _ = guard.untrack_writes(gfn);
+                self.untrack_page(guard, index);
                 self.mark_parents(index);
             }
             index = next;
@@ -114,13 +115,14 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
     /// Brings an unsync page up to date, and has its writes tracked again if no TLB permits them any more.
     fn sync_page<'m, B: Backing + 'm>(&mut self, guard: &mut Exclusive<'m, B>, page: u32) {
         let gfn = self.page(page).gfn;
-        if guard.track_writes(gfn).is_ok() {
-            self.write_protect_gfn(gfn);
+        if self.track(guard, gfn).is_ok() {
+            self.page_mut(page).tracked = true;
+            self.write_protect_gfn(Held::<B>::memory(guard), gfn);
             if self.settle(guard) {
                 self.page_mut(page).unsync = false;
                 self.ops.unsync -= 1;
             } else {
-                let _ = guard.untrack_writes(gfn);
+                self.untrack_page(guard, page);
             }
         }
         for index in 0..ENTRIES {
@@ -128,37 +130,64 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         }
     }
 
-    /// Makes a leaf of a lowest page say no more than the guest's entry does: permissions only ever shrink here.
-    fn sync_entry<'m, B: Backing + 'm>(&mut self, guard: &Exclusive<'m, B>, page: u32, index: usize) {
+    /// Makes a leaf of a lowest page say no more than the guest's entry does: permissions only ever shrink here. A note about
+    /// device memory says afterwards what the entry does.
+    pub(super) fn sync_entry<'m, B: Backing + 'm>(
+        &mut self,
+        guard: &Exclusive<'m, B>,
+        page: u32,
+        index: usize,
+    ) {
         let entry = number(page, index);
-        let (Kept::Leaf(gfn), Some(role)) = (self.note(entry).kept, self.role(page)) else { return };
+        let (Kept::Leaf(gfn) | Kept::Device(gfn), Some(role)) = (self.note(entry).kept, self.role(page))
+        else {
+            return;
+        };
         let Some(guest) = role.base.guest().filter(|_| role.level == Level::L1 && !role.direct) else {
             return;
         };
+        let memory = Held::<B>::memory(guard);
         let at = guest_entry(self.page(page), &role, index);
         let context = PagingContext::<Gva, Gpa>::new(guest);
-        let raw = read_guest(Held::<B>::memory(guard), at, &role);
-        let found = raw.and_then(|raw| context.lowest_entry(raw));
-        let value = self.value(entry);
-        let (Some(found), Some(mut leaf)) = (found, self.format.leaf(value, Level::L1)) else {
-            return self.drop_entry(entry);
+        let raw = read_guest(memory, at, &role);
+        let same = |found: &LowestEntry| found.accessed && found.page.gfn() == gfn;
+        let Some(found) = raw.and_then(|raw| context.lowest_entry(raw)).filter(same) else {
+            return self.drop_entry(memory, entry);
         };
-        if !found.accessed || found.page.gfn() != gfn {
-            return self.drop_entry(entry);
+        let mut prot = role.access & found.prot;
+        if !found.dirty {
+            prot.remove(Prot::WRITE);
         }
-        let prot = role.access & found.prot;
+        if matches!(self.note(entry).kept, Kept::Device(_)) {
+            return match memory.find_slot(space(&role), gfn.gpa()) {
+                Some(_) => self.drop_entry(memory, entry),
+                None => self.note_mmio(memory, entry, gfn, prot),
+            };
+        }
+        let value = self.value(entry);
+        let Some(old) = self.format.leaf(value, Level::L1) else { return self.drop_entry(memory, entry) };
+        let mut leaf = old;
         if !guest.is_ept() {
             leaf.user &= prot.contains(Prot::USER);
         }
         leaf.execute &= prot.contains(Prot::EXECUTE);
         leaf.read &= prot.contains(Prot::READ);
-        let writes = prot.contains(Prot::WRITE) && found.dirty;
-        if !writes && self.format.permits(value, AccessKind::Write) {
+        if !prot.contains(Prot::WRITE) && leaf.writability != Writability::ReadOnly {
             leaf.writability = Writability::Tracked;
         }
-        if self.format.leaf(value, Level::L1) != Some(leaf) {
-            self.write(entry, self.format.make_leaf(&leaf));
-            self.ops.pending = true;
+        if leaf != old {
+            let new = self.marked_like(value, self.format.make_leaf(&leaf));
+            self.replace(memory, entry, gfn, new, FlushSite::Sync);
+        }
+    }
+
+    /// The leaf `new` with no more marks than `old` has.
+    fn marked_like(&self, old: u64, new: u64) -> u64 {
+        let new = if self.format.is_dirty(old) { new } else { self.format.without_dirty(new) };
+        if self.format.is_young(old) {
+            new
+        } else {
+            self.format.make_old(new)
         }
     }
 }
