@@ -7,7 +7,8 @@
 //! ```text
 //! VmMemory<B>   per VM: slots, invalidation sequence, guards, flush generations; B: Backing is the guest's memory
 //! DirectMmu     per VM: tables that map guest-physical to host-physical memory (an MmuKind)
-//! Mmu           per vCPU: role, root, and whether its TLB tag is behind
+//! Mmu           per vCPU and kind: role, the roots it keeps, what is due, and whether its TLB tag is behind
+//! VcpuMmus      per vCPU: the two Mmus of one that can run L2, and its walks
 //! TableCache    per vCPU: table pages got beforehand, fault counters
 //! PagingContext per role: how the guest's own tables are read, by emulation
 //! RootRole      per role: which tables of Umbra's can serve a vCPU in that role
@@ -142,18 +143,19 @@
 //! | `kvm_arch.direct_mmu` | [`DirectMmu`], which is `MmuKind<F, M, Direct>` |
 //! | `kvm_vcpu_arch.shadow_mmu` | [`ShadowMmu`], which is `MmuKind<F, M, Shadow>`, per VM and not per vCPU |
 //! | `struct kvm_mmu` | [`Mmu`] |
-//! | `root_mmu` | a vCPU's [`Mmu`]; its root is a [`Root`], its role a [`CpuRole`] |
+//! | `root_mmu`, `tdp12_mmu` | [`VcpuMmus::root_mmu`] and [`VcpuMmus::tdp12_mmu`], each an [`Mmu`] with a TLB tag of its own |
 //! | `cpu_role`, `root_role` (KVM) | [`CpuRole`], [`RootRole`]; `kvm_mmu_page_role` is [`PageRole`] |
-//! | `tdp12_mmu` | a second [`Mmu`], once there is a kind that shadows L1's nested tables |
-//! | `mmu` (pointer to one of them) | will be an enum over the two: no pointer into oneself |
+//! | `mmu` (pointer to one of them) | [`VcpuMmus::mmu`], which chooses by an enum, [`Running`]: no pointer into oneself |
 //! | `struct kvm_paging_context` | [`PagingContext`]`<In, Out>` |
 //! | `root_walk`, `walk01` | one type and one value, `PagingContext<Gva, Gpa>`: they never differ |
 //! | `walk12` | `PagingContext<Gva, NGpa>`, reading entries through [`NestedTables`] |
 //! | (the walk of EPT12/NPT12) `tdp12_walk` | `PagingContext<NGpa, Gpa>`, with the role [`CpuRole::nested`] or [`CpuRole::ept`] |
-//! | `walk` (pointer to one of them) | the stages are types, so the caller names the context it means |
+//! | `walk` (pointer to one of them) | [`VcpuMmus::walk`], an enum: the stages are types |
+//! | `prev_roots`, `pae_root`, `pml4_root`, `pml5_root` (KVM) | one cache of roots of every kind, found by [`RootKey`] |
 //! | `nested_mmu`, `walk_mmu` | do not exist |
 //! | `shadow_zero_check` | [`EntryFormat::shadow_zero_check`]: of a format value, so per kind; no vCPU |
-//! | `kvm_mmu_reset_context` on CR0.WP | [`Mmu::set_role`], an assignment, and another [`PagingContext`] |
+//! | `kvm_mmu_reset_context` | does not exist: registers, SMM and CPUID are in the key, so a change finds another root, or takes one |
+//! | `KVM_REQ_TLB_FLUSH_GUEST`, `_CURRENT`, `KVM_REQ_MMU_SYNC` | [`Requests`], which each event returns, and [`Mmu::carry_out`] |
 #![cfg_attr(not(any(test, mutants)), no_std)]
 #![deny(unsafe_code)]
 
@@ -165,6 +167,7 @@ mod kind;
 mod level;
 mod memory;
 mod mutant;
+mod nested;
 mod role;
 mod sync;
 mod tables;
@@ -194,14 +197,20 @@ pub use memory::{
 };
 #[cfg(mutants)]
 pub use mutant::{MutantInfo, MUTANTS, VARIABLE};
+pub use nested::{
+    BadNestedRoot, Invvpid, L2Exit, L2Fault, L2Request, L2Tag, L2Walk, Roots, TableAddress, Tdp12, TlbControl,
+};
 pub use role::{
-    BadEptPointer, BaseRole, CpuRole, Cr0, Cr4, Efer, GuestCpu, GuestEpt, PageRole, PagingMode, PagingRegs,
-    RoleFlags, RootRole, VcpuMode,
+    BadEptPointer, BaseRole, Caching, CpuRole, Cr0, Cr4, Efer, GuestCpu, GuestEpt, PageRole, PagingMode,
+    PagingRegs, PatTypes, RoleFlags, RootRole, VcpuMode,
 };
 pub use tables::{
     EntryCell, FaultStats, HwEntry, PhysTables, TableCache, TableFrame, TableMemory, TablePage,
 };
-pub use vcpu::{Entered, Mmu, TagFlush};
+pub use vcpu::{
+    BadInvpcid, Entered, GuestTag, Invpcid, Mmu, PagingState, Requests, RootKey, RootSet, Running, Sync,
+    TagFlush, Tags, VcpuMmus, Walk,
+};
 pub use walk::{
     BelowError, Cause, EptExit, EptViolation, FaultInfo, GuestWalk, Linear, LogFull, MarkObserver,
     NestedTables, NestedWalk, NpfInfo, Observed, PageFaultCode, PagingContext, PdpteError, Place,

@@ -530,7 +530,7 @@ impl<'m, M: Machine> World<'m, M> {
         }
         let cached = self.tlb.entry((on, vcpu)).or_default();
         match entered.flush() {
-            TagFlush::All => cached.clear(),
+            TagFlush::All | TagFlush::Address(_) => cached.clear(),
             TagFlush::None => {
                 // Everything that was taken away before this entry is gone from the tag.
                 let stale = cached.iter().find(|cached| cached.doomed.is_some());

@@ -68,7 +68,8 @@ fn compare<M: Machine>(machine: M) {
                     _ => panic!("{entry:#x} at {level:?}: {leaf:?}"),
                 };
                 // NPT entries without U permit nothing; none is ever made.
-                if rights.read || rights.execute[0] {
+                if rights.read || rights.execute != [false; 2] {
+                    assert_eq!([leaf.execute, leaf.execute_user], rights.execute, "{entry:#x}");
                     check_rights(&format, entry, rights);
                 }
             }
@@ -79,7 +80,7 @@ fn compare<M: Machine>(machine: M) {
 fn check_rights<F: EntryFormat>(format: &F, entry: u64, rights: Rights) {
     assert_eq!(format.permits(entry, AccessKind::Read), rights.read, "{entry:#x}");
     assert_eq!(format.permits(entry, AccessKind::Write), rights.write, "{entry:#x}");
-    assert_eq!([format.permits(entry, AccessKind::Execute); 2], rights.execute, "{entry:#x}");
+    assert_eq!(format.permits(entry, AccessKind::Execute), rights.execute == [true; 2], "{entry:#x}");
 }
 
 #[test]
@@ -109,7 +110,7 @@ fn leaves<M: Machine>(machine: M, fetches_always: bool) {
         for flags in 0..4 {
             let (read, execute) = (flags & 1 != 0, flags & 2 != 0);
             for writability in [Writability::Writable, Writability::Watched, Writability::ReadOnly] {
-                let leaf = Leaf { read, execute, ..Leaf::ram(pfn, size, writability) };
+                let leaf = Leaf { read, ..Leaf::ram(pfn, size, writability).with_execute(execute) };
                 let entry = format.make_leaf(&leaf);
                 let readable = read || !execute || !format.can_hide_reads();
                 let expected = Rights {
@@ -198,7 +199,7 @@ fn old_leaves<M: Machine>(machine: M) {
         let level = size.level();
         for (writability, execute) in WRITABILITIES.into_iter().flat_map(|w| [(w, false), (w, true)]) {
             let ram = Leaf::ram(Pfn::new_truncate(0x00f4_0000), size, writability);
-            let young = format.make_leaf(&Leaf { execute, ..ram });
+            let young = format.make_leaf(&ram.with_execute(execute));
             let old = format.make_old(young);
             assert!(format.is_young(young) && !format.is_young(old));
             assert_eq!(format.make_old(old), old);

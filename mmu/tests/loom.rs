@@ -34,13 +34,16 @@ mod models;
 #[path = "../src/mutant.rs"]
 mod mutant;
 #[cfg(loom)]
+#[path = "../src/nested/mod.rs"]
+mod nested;
+#[cfg(loom)]
 #[path = "../src/role/mod.rs"]
 mod role;
 #[cfg(loom)]
 #[path = "../src/tables/mod.rs"]
 mod tables;
 #[cfg(loom)]
-#[path = "../src/vcpu.rs"]
+#[path = "../src/vcpu/mod.rs"]
 mod vcpu;
 #[cfg(loom)]
 #[path = "../src/walk/mod.rs"]

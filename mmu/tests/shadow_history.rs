@@ -187,8 +187,7 @@ fn a3_a_write_under_suspended_smap_leaves_no_hole() {
     world.flush(0);
     let ended = world.access(0, 0x3_0008, What::Write, Who::Supervisor);
     assert_eq!(ended, Ended::Emulated(0x3_0008));
-    world.vcpus[0].m.ac = false;
-    world.vcpus[0].allowed.clear();
+    world.switch(0, Machine { ac: false, ..m });
     assert_eq!(world.access(0, 0x3_0008, What::Read, Who::Supervisor), Ended::Fault(1));
     assert_eq!(world.access(0, 0x3_0008, What::Write, Who::Supervisor), Ended::Fault(3));
     assert_eq!(read(&mut world, 0x3_0008), Ended::At(0x3_0008));
@@ -222,8 +221,7 @@ fn commit_ee6268ba3a68_nested_tables_of_a_32_bit_l1() {
             let mut guard = world.memory.exclusive(CPU);
             world.kind.get_root(&mut guard, &mut world.cache, root_role, cr3, pdptes).outcome
         };
-        let old = std::mem::replace(&mut world.vcpus[0].root, got.unwrap());
-        world.kind.put_root(&mut world.memory.exclusive(CPU), old);
+        world.vcpus[0].root = got.unwrap();
         let walk_regs = WalkRegs { cr3, ..WalkRegs::default() };
         let huge = if pae { 0x20_5000 } else { 0x40_5000 };
         for (at, leads) in [(0x2_0000u64, 0x2_0000u64), (0x2_1000, 0x2_1000), (huge, huge & 0x3f_ffff)] {
@@ -265,7 +263,7 @@ fn misaligned_writes_at_every_offset_of_a_shadowed_table() {
         let mut world = World::new(m, 64, vec![8, 0x1008, 0x3_f008, 0x20_0000, 0x3f_f008, 0x40_0000], setup);
         for table in tables {
             for len in [1usize, 2, 4, 8, 16] {
-                let near = (0..20).chain(2040..2056).chain(4096 - 20..4096 + 4);
+                let near = (0..12).chain(2044..2052).chain(4096 - 12..4096 + 2);
                 for offset in near {
                     let at = Gpa::new_truncate(table + offset);
                     let mut before = vec![0; len];
@@ -354,7 +352,7 @@ fn d6_a_root_whose_table_went_is_taken_anew() {
     let all = world.memory.exclusive(CPU).remove_slot(Gfn::default()).unwrap().range();
     world.zap_range(all);
     world.check();
-    world.memory.backing().zero_notes(0);
+    world.memory.backing().clear_notes(0);
     let slot = mmu::Slot::new(all, mmu::SlotFlags::empty(), 0);
     world.memory.exclusive(CPU).insert_slot(&slot).unwrap();
     world.check();
@@ -365,8 +363,8 @@ fn d6_a_root_whose_table_went_is_taken_anew() {
     world.finish();
 }
 
-/// C2: whatever takes W from a leaf, or the leaf away, names the CPU that may have it in its TLB; what gives permission, or takes
-/// none, names nobody.
+/// C1, C2: whatever takes a right from a leaf, or the leaf away, names the CPU that may have it in its TLB; what gives permission,
+/// or takes none, names nobody.
 #[test]
 fn c2_every_loss_of_a_writable_leaf_kicks_who_may_have_it() {
     let other = mmu::CpuId::new(2).unwrap();
@@ -406,7 +404,7 @@ fn c2_every_loss_of_a_writable_leaf_kicks_who_may_have_it() {
             let mut guard = world.memory.exclusive(CPU);
             world.kind.sync_address(&mut guard, root, Gva::new(0x3_0008)).issued
         }),
-        ("sync of fetches", false, |world, _| {
+        ("sync of fetches", true, |world, _| {
             world.store(0x4000 + 0x30 * 8, 1 << 63 | 0x3_0067);
             let root = world.vcpus[0].root;
             let mut guard = world.memory.exclusive(CPU);
@@ -445,9 +443,9 @@ fn c2_a_page_that_changes_hands_is_flushed_when_w_goes() {
     assert_eq!(world.access(0, 0x3_0008, What::Write, Who::Supervisor), Ended::At(0x3_0008));
     let before = world.memory.shootdown().requested();
     assert_eq!(read(&mut world, 0x3_0008), Ended::At(0x3_0008));
-    let between = world.memory.shootdown().requested();
-    assert!(between > before, "the supervisor's W may be in a TLB, and the page a table one day");
-    assert_eq!(world.access(0, 0x3_0008, What::Write, Who::Supervisor), Ended::At(0x3_0008));
-    assert_eq!(world.memory.shootdown().requested(), between, "W comes");
+    assert!(
+        world.memory.shootdown().requested() > before,
+        "the supervisor's W may be in a TLB, and the page a table one day"
+    );
     world.finish();
 }

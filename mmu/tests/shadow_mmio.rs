@@ -192,6 +192,7 @@ fn i1_a_note_of_an_unsync_table_is_synced() {
         let ended = world.guest_store(0, at, entry);
         assert_eq!(ended, Ended::At(at));
         world.invlpg(0, SUPERVISOR);
+        world.carry_out(0);
     };
     store(&mut world, DEVICE | 0x61);
     assert!(known(&world, SUPERVISOR, What::Read, Who::Supervisor).is_some());

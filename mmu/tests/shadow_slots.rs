@@ -178,24 +178,24 @@ const ALL: GfnRange = GfnRange::ALL;
 
 impl Model {
     fn new(quota: usize) -> Self {
-        let world = World::new(BASE, quota, addresses(), guest);
-        // The one slot becomes two.
-        let whole = world.memory.exclusive(CPU).remove_slot(Gfn::default()).unwrap().range();
-        let mut model = Self { world, upper: None, log: None, written: BTreeSet::new(), tracked: vec![] };
-        model.world.zap_range(whole);
-        model.world.memory.backing().zero_notes(0);
-        let slot = Slot::new(range(0, UPPER), SlotFlags::empty(), 0);
-        model.world.memory.exclusive(CPU).insert_slot(&slot).unwrap();
-        model.insert(SlotFlags::empty());
-        model
+        let slots = [(0, UPPER), (UPPER, PAGES - UPPER)];
+        let world = World::over(&slots, BASE, quota, addresses(), mmu::Tags::One, guest);
+        let upper = Some(SlotFlags::empty());
+        Self { world, upper, log: None, written: BTreeSet::new(), tracked: vec![] }
     }
 
     fn insert(&mut self, flags: SlotFlags) {
-        self.world.memory.backing().zero_notes(UPPER);
+        self.world.memory.backing().clear_notes(1);
         let slot = Slot::new(range(UPPER, PAGES - UPPER), flags, UPPER * 512);
         self.world.memory.exclusive(CPU).insert_slot(&slot).unwrap();
         self.upper = Some(flags);
         self.world.hidden = 0..0;
+        self.fix(flags);
+    }
+
+    fn fix(&mut self, flags: SlotFlags) {
+        self.world.fixed = if flags.is_empty() { 0..0 } else { UPPER << 12..PAGES << 12 };
+        self.world.remember();
     }
 
     fn wrote(&mut self, address: u64) {
@@ -232,7 +232,7 @@ impl Model {
         let known = self.world.kind.mmio_at(&guard, at.root, &role, Gva::new(va), access(what, who));
         if let Some(gpa) = known {
             let gfn = gpa.gfn().number();
-            assert!(at.allowed.contains(&(va >> 12, (what as u8, who as u8), gfn)), "I1: {gpa:?}");
+            assert!(self.world.is_seen(vcpu, va, what, who, gfn), "I1: {gpa:?}");
             assert!(gfn >= UPPER && (gfn >= PAGES || self.upper.is_none()), "I1: RAM at {gpa:?}");
         }
     }
@@ -313,6 +313,7 @@ impl Model {
                 drop(guard);
                 self.upper = Some(flags);
                 self.world.zap_range(range);
+                self.fix(flags);
             }
             Op::Remove | Op::Insert { .. } | Op::Flags { .. } => {}
             Op::Invalidate { gfn, pages } => {

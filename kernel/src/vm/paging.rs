@@ -214,7 +214,7 @@ impl Paging {
             entered = self.enter_on_new_root(memory);
             hw.set_root(entered.root().hpa.bits());
         }
-        if entered.flush() == TagFlush::All {
+        if entered.flush() != TagFlush::None {
             hw.flush_tlb();
         }
         hw.run(self.host_cpu.number())

@@ -46,6 +46,11 @@ const SAVED_READ: u64 = 1 << 54;
 const SAVED_EXECUTE: u64 = 1 << 55;
 /// Software: W was taken away for access tracking, without a flush, so a TLB may still have it.
 const CACHED_WRITABLE: u64 = 1 << 56;
+/// Software: fetches through user-mode linear addresses were permitted before the entry was access-tracked.
+const SAVED_EXECUTE_USER: u64 = 1 << 59;
+
+/// What was put aside.
+const SAVED: u64 = SAVED_READ | SAVED_EXECUTE | SAVED_EXECUTE_USER;
 
 /// What permits anything.
 const RIGHTS: u64 = READ | WRITE | EXECUTE | EXECUTE_USER;
@@ -71,7 +76,7 @@ pub struct Ept {
     top: Level,
     largest: PageSize,
     execute_only: bool,
-    /// Bits that permit fetches. They are set and clear together: all instructions or none.
+    /// Bits that permit fetches: with mode-based execute control two.
     execute: u64,
     /// A and D; zero when the flags are off.
     accessed: u64,
@@ -136,8 +141,15 @@ impl Ept {
     /// The EPT pointer for the tables under `root`: write-back tables, the depth, and whether the processor keeps accessed
     /// and dirty flags (SDM vol. 3, 25.6.11).
     pub const fn pointer(&self, root: Hpa) -> u64 {
-        let length = (self.top as u64 - 1) << POINTER_LENGTH_SHIFT;
-        let flags = if self.accessed != 0 { POINTER_FLAGS } else { 0 };
+        self.pointer_to(root, self.top, true)
+    }
+
+    /// The EPT pointer for L2, on a root that shadows L1's tables: as deep as those are, and with accessed and dirty flags
+    /// (if the processor keeps any) only if L1's pointer has them, as the root's role says
+    /// ([`BaseRole::accessed_dirty`](crate::BaseRole::accessed_dirty)): they make walks of L2's own tables writes.
+    pub const fn pointer_to(&self, root: Hpa, level: Level, accessed_dirty: bool) -> u64 {
+        let length = (level as u64 - 1) << POINTER_LENGTH_SHIFT;
+        let flags = if self.accessed != 0 && accessed_dirty { POINTER_FLAGS } else { 0 };
         (root.bits() & FRAME) | flags | length | type_number(MemoryType::WriteBack)
     }
 
@@ -226,6 +238,11 @@ impl EntryFormat for Ept {
     }
 
     #[inline]
+    fn can_tell_user_fetches(&self) -> bool {
+        self.execute & EXECUTE_USER != 0
+    }
+
+    #[inline]
     fn has_dirty_bits(&self) -> bool {
         self.dirty != 0
     }
@@ -267,18 +284,17 @@ impl EntryFormat for Ept {
         if !self.shadow_zero_check(entry, level) {
             return None;
         }
-        let execute = entry & self.execute;
-        if execute != 0 && execute != self.execute || entry & IGNORE_PAT != 0 {
-            return None;
-        }
+        let execute = entry & EXECUTE != 0;
         Some(Leaf {
             pfn: Pfn::new_truncate((entry & FRAME) >> PAGE_SHIFT),
             size: level.page_size()?,
             writability: self.writability(entry)?,
             read: entry & READ != 0,
             user: true,
-            execute: execute != 0,
+            execute,
+            execute_user: if self.can_tell_user_fetches() { entry & EXECUTE_USER != 0 } else { execute },
             memory_type: type_of(entry)?,
+            ignore_pat: entry & IGNORE_PAT != 0,
         })
     }
 
@@ -291,17 +307,22 @@ impl EntryFormat for Ept {
         }
     }
 
-    /// PAT of the guest counts, A and D are set only if the processor would keep them.
+    /// A and D are set only if the processor would keep them.
     #[inline]
     fn make_leaf(&self, leaf: &Leaf) -> u64 {
+        let mut execute = if leaf.execute { EXECUTE } else { 0 };
+        if leaf.execute_user {
+            execute |= self.execute & EXECUTE_USER;
+        }
         // With neither R nor X the entry would not be present.
-        let read = leaf.read || !(self.execute_only && leaf.execute);
+        let read = leaf.read || !self.execute_only || execute == 0;
         let mut entry = MMU_PRESENT | self.accessed | self.write_bits(leaf.writability, read);
         if read {
             entry |= READ;
         }
-        if leaf.execute {
-            entry |= self.execute;
+        entry |= execute;
+        if leaf.ignore_pat {
+            entry |= IGNORE_PAT;
         }
         if leaf.size != PageSize::Size4K {
             entry |= LARGE;
@@ -386,6 +407,9 @@ impl EntryFormat for Ept {
         if entry & EXECUTE != 0 {
             tracked |= SAVED_EXECUTE;
         }
+        if entry & EXECUTE_USER != 0 {
+            tracked |= SAVED_EXECUTE_USER;
+        }
         if entry & WRITE != 0 && !mutant::is(Mutant::OldForgetsW) {
             tracked |= CACHED_WRITABLE;
         }
@@ -394,7 +418,7 @@ impl EntryFormat for Ept {
 
     #[inline]
     fn is_access_tracked(&self, entry: u64) -> bool {
-        entry & (MMU_PRESENT | RIGHTS) == MMU_PRESENT && entry & (SAVED_READ | SAVED_EXECUTE) != 0
+        entry & (MMU_PRESENT | RIGHTS) == MMU_PRESENT && entry & SAVED != 0
     }
 
     #[inline]
@@ -403,7 +427,7 @@ impl EntryFormat for Ept {
             return entry;
         }
         let inverted = if mutant::is(Mutant::OldNamesMemory) { 0 } else { FRAME };
-        let mut restored = entry & !(SAVED_READ | SAVED_EXECUTE) ^ inverted;
+        let mut restored = entry & !SAVED ^ inverted;
         if entry & CACHED_WRITABLE != 0 && mutant::is(Mutant::OldKeepsW) {
             restored |= WRITE;
         }
@@ -411,7 +435,10 @@ impl EntryFormat for Ept {
             restored |= READ;
         }
         if entry & SAVED_EXECUTE != 0 {
-            restored |= self.execute;
+            restored |= EXECUTE;
+        }
+        if entry & SAVED_EXECUTE_USER != 0 {
+            restored |= EXECUTE_USER;
         }
         restored
     }

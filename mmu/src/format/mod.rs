@@ -60,10 +60,15 @@ pub struct Leaf {
     pub read: bool,
     /// Whether user-mode accesses are permitted. Extended page tables do not ask; a nested walk of SVM is one.
     pub user: bool,
-    /// Whether instructions can be fetched.
+    /// Whether instructions can be fetched; with mode-based execute control, through supervisor-mode linear addresses.
     pub execute: bool,
+    /// Whether instructions can be fetched through user-mode linear addresses. Where no control tells the two apart,
+    /// `execute` alone counts, and is read back as both.
+    pub execute_user: bool,
     /// How the page is cached, before the guest's own tables have their say.
     pub memory_type: MemoryType,
+    /// The guest's own tables have no say in how the page is cached. Only extended page tables can tell.
+    pub ignore_pat: bool,
 }
 
 impl Leaf {
@@ -77,8 +82,16 @@ impl Leaf {
             read: true,
             user: true,
             execute: true,
+            execute_user: true,
             memory_type: MemoryType::WriteBack,
+            ignore_pat: false,
         }
+    }
+
+    /// The leaf with or without permission to fetch, by whomever.
+    #[inline]
+    pub const fn with_execute(self, execute: bool) -> Self {
+        Self { execute, execute_user: execute, ..self }
     }
 }
 
@@ -126,6 +139,11 @@ pub trait EntryFormat: Copy + fmt::Debug + Send + Sync {
     fn can_hide_reads(&self) -> bool;
     /// Whether a leaf can forbid fetches.
     fn can_forbid_fetches(&self) -> bool;
+    /// Whether a leaf can tell fetches by the mode of the linear address.
+    #[inline]
+    fn can_tell_user_fetches(&self) -> bool {
+        false
+    }
     /// Whether the processor notes in a leaf that it was written (D).
     fn has_dirty_bits(&self) -> bool;
     /// The memory type of a leaf that asks for `wanted`: the same, or a stricter one if the format has no such type.
@@ -138,7 +156,7 @@ pub trait EntryFormat: Copy + fmt::Debug + Send + Sync {
     /// What the leaf `entry` in a table at `level` says; `None` if it is no leaf, or not one that
     /// [`make_leaf`](Self::make_leaf) makes.
     fn leaf(&self, entry: u64, level: Level) -> Option<Leaf>;
-    /// Whether the leaf `entry` permits the access.
+    /// Whether the leaf `entry` permits the access; fetches only if by whomever.
     fn permits(&self, entry: u64, access: AccessKind) -> bool;
 
     /// The entry for a leaf, accessed and (if writable) dirty bits set.

@@ -234,7 +234,9 @@ impl EntryFormat for Npt {
             read: true,
             user: entry & USER != 0,
             execute: entry & NO_EXECUTE == 0,
+            execute_user: entry & NO_EXECUTE == 0,
             memory_type: Self::memory_type(entry, level)?,
+            ignore_pat: false,
         })
     }
 
@@ -423,7 +425,7 @@ mod tests {
                 for execute in [false, true] {
                     for memory_type in TYPES {
                         let ram = Leaf::ram(pfn, size, writability);
-                        leaves.push(Leaf { execute, memory_type, ..ram });
+                        leaves.push(Leaf { memory_type, ..ram.with_execute(execute) });
                     }
                 }
             }
@@ -434,7 +436,7 @@ mod tests {
     /// What is read back of a leaf: what the format cannot say is lost.
     fn kept(format: &Npt, leaf: &Leaf) -> Leaf {
         let memory_type = format.nearest_memory_type(leaf.memory_type);
-        Leaf { read: true, execute: leaf.execute || !format.no_execute, memory_type, ..*leaf }
+        Leaf { read: true, memory_type, ..leaf.with_execute(leaf.execute || !format.no_execute) }
     }
 
     /// B1, B2, B5: what a format makes passes its own check and says what went in.
@@ -523,7 +525,7 @@ mod tests {
     fn commit_6c6ab524cfae_nx_is_reserved_only_without_nxe() {
         for format in formats() {
             let ram = Leaf::ram(Pfn::new_truncate(1), PageSize::Size4K, Writability::Writable);
-            let entry = format.make_leaf(&Leaf { execute: false, ..ram });
+            let entry = format.make_leaf(&ram.with_execute(false));
             assert_eq!(entry & NO_EXECUTE != 0, format.no_execute);
             assert_eq!(format.shadow_zero_check(entry | NO_EXECUTE, Level::L1), format.no_execute);
         }

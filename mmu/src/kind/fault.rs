@@ -485,7 +485,7 @@ impl Resolution {
         let pfn = Pfn::new_truncate(self.block.number() + inside);
         let forbidden = self.policy.contains(Policy::NO_HUGE_EXECUTE) && size != PageSize::Size4K;
         let execute = !forbidden || mutant::is(Mutant::HugeExecutable);
-        Leaf { execute, ..Leaf::ram(pfn, size, self.policy.writability()) }
+        Leaf::ram(pfn, size, self.policy.writability()).with_execute(execute)
     }
 
     /// The size of the block that was found.

@@ -77,6 +77,14 @@ const fn role_of(key: u64) -> DirectRole {
 const DEAD: u64 = u64::MAX >> 8;
 
 impl Root {
+    /// No root: of a generation that never comes, so that no vCPU enters on it.
+    pub(crate) const NONE: Self = Self {
+        hpa: Hpa::new_truncate(0),
+        level: Level::L4,
+        index: usize::MAX,
+        key: key(DirectRole::empty(), DEAD),
+    };
+
     /// The generation that the root is of.
     #[inline]
     pub(crate) const fn generation(&self) -> u64 {

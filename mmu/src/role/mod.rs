@@ -1,9 +1,11 @@
 //! Roles: everything about a vCPU's registers that decides how its own page tables are read.
 use bitflags::bitflags;
 
+mod pat;
 mod root;
 
-pub use root::{BaseRole, PageRole, RootRole, VcpuMode};
+pub use pat::PatTypes;
+pub use root::{BaseRole, Caching, PageRole, RootRole, VcpuMode};
 
 use crate::addr::{Gva, NonCanonical, VaWidth, MAX_PHYSICAL_BITS};
 use crate::level::Level;
@@ -27,8 +29,12 @@ bitflags! {
         const PSE = 1 << 4;
         /// PAE: 64-bit entries.
         const PAE = 1 << 5;
+        /// PGE: global pages.
+        const PGE = 1 << 7;
         /// LA57: five levels in long mode.
         const LA57 = 1 << 12;
+        /// PCIDE: process-context identifiers.
+        const PCIDE = 1 << 17;
         /// SMEP: no supervisor fetch from user pages.
         const SMEP = 1 << 20;
         /// SMAP: no supervisor data access to user pages.
@@ -171,6 +177,8 @@ pub struct CpuRole {
     mode: PagingMode,
     flags: RoleFlags,
     max_phys_addr: u8,
+    /// Of nested tables of AMD: what their PWT, PCD and PAT bits choose from.
+    types: PatTypes,
 }
 
 impl CpuRole {
@@ -213,7 +221,7 @@ impl CpuRole {
             }
             _ => {}
         }
-        Self { mode, flags, max_phys_addr: clamped(cpu.max_phys_addr) }
+        Self { mode, flags, max_phys_addr: clamped(cpu.max_phys_addr), types: PatTypes::WRITE_BACK }
     }
 
     /// The role in which nested tables of L1 are read: the mode of L1 at VMRUN (`regs`, its host state), as user
@@ -227,6 +235,16 @@ impl CpuRole {
         let efer = regs.efer | long;
         let role = Self::new(&PagingRegs { cr0: regs.cr0 | Cr0::PG | Cr0::WP, cr4, efer }, cpu);
         Self { flags: role.flags | RoleFlags::NESTED, ..role }
+    }
+
+    /// The same for an L1 whose PAT register was `pat` at VMRUN: nested tables choose their memory types from the host's
+    /// PAT, and the guest's G_PAT has its say after that (AMD APM vol. 2, 15.25.8). Without this, all is write-back.
+    pub const fn with_host_pat(self, pat: u64) -> Self {
+        if self.flags.contains(RoleFlags::NESTED) {
+            Self { types: PatTypes::new(pat), ..self }
+        } else {
+            self
+        }
     }
 
     /// The role in which the extended page tables of L1 under `pointer` are read, if VM entry accepts the pointer (Intel
@@ -263,7 +281,7 @@ impl CpuRole {
             }
             index += 1;
         }
-        Ok(Self { mode, flags, max_phys_addr })
+        Ok(Self { mode, flags, max_phys_addr, types: PatTypes::WRITE_BACK })
     }
 
     /// The paging mode.
@@ -276,6 +294,12 @@ impl CpuRole {
     #[inline]
     pub const fn flags(&self) -> RoleFlags {
         self.flags
+    }
+
+    /// Of nested tables of AMD: the memory types that L1's PAT register gave their entries to choose from.
+    #[inline]
+    pub const fn types(&self) -> PatTypes {
+        self.types
     }
 
     /// Physical address width that reserved bits follow from: 32 to 52.

@@ -1,6 +1,7 @@
 //! Roles of Umbra's own tables: which table pages and which roots can serve again.
 use super::{CpuRole, PagingMode, RoleFlags};
 use crate::access::Prot;
+use crate::format::MemoryType;
 use crate::level::Level;
 
 /// What a vCPU is doing, as far as it decides which memory and which tables it sees.
@@ -54,6 +55,22 @@ pub struct PageRole {
     pub direct: bool,
     /// The page is a level that the guest's tables do not have, above their root.
     pub passthrough: bool,
+    /// How a direct page below a large page of L1's nested tables is cached, as that page's entry says.
+    pub caching: Caching,
+}
+
+/// How an entry of L1's nested tables wants its page cached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Caching {
+    /// The type.
+    pub memory_type: MemoryType,
+    /// L2's own tables have no say: EPT's bit 6.
+    pub ignore_pat: bool,
+}
+
+impl Caching {
+    /// Ordinary memory.
+    pub const WRITE_BACK: Self = Self { memory_type: MemoryType::WriteBack, ignore_pat: false };
 }
 
 impl BaseRole {
@@ -91,6 +108,9 @@ impl RootRole {
         let Some(top) = guest.top() else {
             return Self::direct(Level::L3, vcpu, accessed_dirty);
         };
+        // The flags decide whether a walk of L2's tables is a write, so the processor keeps them for L2 if L1's pointer
+        // says so (Intel SDM vol. 3, 29.3.3.2).
+        let accessed_dirty = accessed_dirty && guest.keeps_accessed_dirty();
         let base = BaseRole { guest: Some(shadowed(guest)), vcpu, accessed_dirty };
         // Entries of four bytes are shadowed by PAE's tables.
         let depth = if guest.flags().contains(RoleFlags::NESTED) { host } else { top.max(Level::L3) };
@@ -127,6 +147,7 @@ impl RootRole {
             quadrant: 0,
             direct: self.direct,
             passthrough: self.passthrough,
+            caching: Caching::WRITE_BACK,
         }
     }
 }
@@ -150,6 +171,16 @@ impl PageRole {
             passthrough: false,
             ..*self
         })
+    }
+
+    /// The role with what a large page's entry says of caching, if the page is direct.
+    #[must_use]
+    pub const fn cached(self, caching: Caching) -> Self {
+        if self.direct {
+            Self { caching, ..self }
+        } else {
+            self
+        }
     }
 }
 

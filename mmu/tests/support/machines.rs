@@ -256,14 +256,12 @@ impl Machine for Intel {
         entry >> 3 & 15 == 6
     }
 
-    /// Bits 54 and 55 are R and X, put aside; nothing is where the frame would be, which is inverted.
+    /// Bits 54, 55 and 59 are R and both X, put aside; nothing is where the frame would be, which is inverted.
     fn aside(&self, entry: u64) -> Option<u64> {
-        let (read, execute) = (bit(entry, 54), bit(entry, 55));
         let absent = self.read(entry, 1) == Reading::Absent && bit(entry, 11);
-        let execute_bits = if self.mode_based_execute { 0x404 } else { 0x4 };
-        let rights = u64::from(read) | if execute { execute_bits } else { 0 };
-        (absent && !self.accessed_dirty && (read || execute))
-            .then_some((entry ^ 0x000f_ffff_ffff_f000) & !(3 << 54) | rights)
+        let rights = entry >> 54 & 1 | (entry >> 55 & 1) << 2 | (entry >> 59 & 1) << 10;
+        (absent && !self.accessed_dirty && rights != 0)
+            .then_some((entry ^ 0x000f_ffff_ffff_f000) & !(0x23 << 54) | rights)
     }
 
     fn notes(&self, entry: u64) -> (bool, bool) {

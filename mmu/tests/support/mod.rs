@@ -4,8 +4,11 @@
 pub mod blocks;
 pub mod flat;
 pub mod hardware;
+pub mod l1;
 pub mod machines;
 pub mod manual;
+pub mod nested;
 pub mod shadow;
 pub mod tables;
+pub mod two_stage;
 pub mod vm;

@@ -1,12 +1,20 @@
-//! A guest under a shadow kind: its memory, two vCPUs, the processor over the shadow, and the reference beside it.
-use std::collections::HashSet;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+//! A guest under a shadow kind: its memory, two vCPUs on two CPUs, the processor over the shadow with its TLB, and the
+//! reference beside it.
+mod memory;
+mod seen;
+mod tlb;
+
+use std::collections::HashMap;
 
 use mmu::{
-    AccessKind, Backing, CpuId, CpuRole, Gfn, GfnRange, Gva, Level, Mmu, NoPage, Npt, NptHost, Pae, PaeHost,
-    PageSize, PagingContext, Pfn, RamAddr, Resolved, Root, RootRole, ShadowBucket, ShadowFault, ShadowMmu,
-    ShadowPage, ShadowStore, Slot, SlotFlags, SlotNotes, TableCache, VcpuMode, VmMemory, WalkError,
+    CpuId, CpuRole, Cr4, Entered, Gfn, GfnRange, Gpa, Gva, Invpcid, Issued, Level, Mmu, NoShadowRoot, Npt,
+    NptHost, Pae, PaeHost, PageFaultCode, PageSize, PagingContext, PagingState, Requests, Root, ShadowFault,
+    ShadowMmu, SlotFlags, TableCache, TagFlush, Tags, VmMemory, WalkError, WalkRegs, ZapProgress,
 };
+
+pub use memory::{memory, memory_of, slot, store, NotedRam, MOVED, ONE_SLOT, PAGES, SLOTS};
+use seen::{page, Remembered};
+use tlb::{top, walk_shadow, Tlb};
 
 use super::flat::FlatRam;
 use super::manual::guest::{access, registers, regs};
@@ -14,79 +22,46 @@ use super::manual::{walk, Machine, What, Who};
 use super::tables::HostTables;
 
 pub const CPU: CpuId = CpuId::BOOT;
-pub const PAGES: u64 = 1024;
-/// Host frames are guest frames plus this.
-pub const MOVED: u64 = 1 << 20;
-
-pub struct NotedRam {
-    pub flat: FlatRam,
-    dirty: Vec<AtomicU64>,
-    tracks: Vec<AtomicU32>,
-    blocks: [Vec<AtomicU32>; 2],
-}
-
-impl Backing for NotedRam {
-    fn resolve(&self, at: &RamAddr, want: PageSize, _: AccessKind) -> Resolved {
-        let size = want.min(PageSize::Size2M);
-        let gfn = at.gfn().number() & !(size.pages() - 1);
-        Resolved::Ram { pfn: Pfn::new_truncate(gfn + MOVED), size }
-    }
-    /// A cookie is the word of memory that the slot starts with; its frames are those of the memory.
-    fn notes(&self, cookie: u64) -> SlotNotes<'_> {
-        let page = cookie as usize / 512;
-        let tracked_in = [&self.blocks[0][page / 512..], &self.blocks[1][page / 512..]];
-        SlotNotes { dirty: &self.dirty[page / 64..], tracks: &self.tracks[page..], tracked_in }
-    }
-    fn read(&self, at: &RamAddr, buf: &mut [u8]) -> Result<(), NoPage> {
-        self.flat.read(at, buf)
-    }
-    fn write(&self, at: &RamAddr, data: &[u8]) -> Result<(), NoPage> {
-        self.flat.write(at, data)
-    }
-    fn load_u32(&self, at: &RamAddr) -> Result<u32, NoPage> {
-        self.flat.load_u32(at)
-    }
-    fn load_u64(&self, at: &RamAddr) -> Result<u64, NoPage> {
-        self.flat.load_u64(at)
-    }
-    fn compare_exchange_u32(&self, at: &RamAddr, current: u32, new: u32) -> Result<u32, NoPage> {
-        self.flat.compare_exchange_u32(at, current, new)
-    }
-    fn compare_exchange_u64(&self, at: &RamAddr, current: u64, new: u64) -> Result<u64, NoPage> {
-        self.flat.compare_exchange_u64(at, current, new)
-    }
-}
-
-pub fn memory() -> VmMemory<NotedRam> {
-    let counts = |count| (0..count).map(|_| AtomicU32::new(0)).collect::<Vec<_>>();
-    let memory = VmMemory::new(NotedRam {
-        flat: FlatRam::new(PAGES as usize * 4096),
-        dirty: (0..PAGES / 64).map(|_| AtomicU64::new(0)).collect(),
-        tracks: counts(PAGES),
-        blocks: [counts(PAGES / 512), counts(PAGES / 512)],
-    });
-    let range = GfnRange::new(Gfn::default(), PAGES).unwrap();
-    memory.exclusive(CPU).insert_slot(&Slot::new(range, SlotFlags::empty(), 0)).unwrap();
-    memory
-}
-
-pub fn store(pages: usize) -> ShadowStore<'static> {
-    let pages: Vec<ShadowPage> = (0..pages).map(|_| ShadowPage::UNUSED).collect();
-    let buckets = vec![ShadowBucket::EMPTY; pages.len() / 2 + 1];
-    ShadowStore { pages: Vec::leak(pages), buckets: Vec::leak(buckets) }
-}
+const PCIDE: u64 = 1 << 17;
+const PGE: u64 = 1 << 7;
 
 pub type Kind = ShadowMmu<'static, Npt, HostTables>;
 
 pub struct Vcpu {
     pub m: Machine,
+    /// The root that it ran on last.
     pub root: Root,
-    /// By page: where each access has led to since its translation was flushed last, as far as it was permitted.
-    pub allowed: HashSet<(u64, What2, u64)>,
+    pub mmu: Mmu,
+    /// CR4 bits that the reference walk has no use for.
+    pub cr4: u64,
+    pdptes: [u64; 4],
+    on: CpuId,
+    entered: Option<Entered<'static, NotedRam>>,
+    seen: Remembered,
 }
 
-/// Kind and agent of an access, as numbers.
-pub type What2 = (u8, u8);
+impl Vcpu {
+    fn pcid(&self) -> u16 {
+        if self.cr4 & PCIDE != 0 {
+            self.m.cr3 as u16 & 0xfff
+        } else {
+            0
+        }
+    }
+}
+
+/// What the processor does beside an access as it must.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct How {
+    /// It uses a translation that the TLB has.
+    pub hit: bool,
+    /// It begins the walk where the paging-structure caches know to.
+    pub resume: bool,
+    /// It keeps what it found.
+    pub keep: bool,
+    /// And it looks up another address on its own account.
+    pub ahead: Option<usize>,
+}
 
 pub struct World {
     pub memory: &'static VmMemory<NotedRam>,
@@ -96,8 +71,22 @@ pub struct World {
     pub vcpus: Vec<Vcpu>,
     pub addresses: Vec<u64>,
     pub emulated: usize,
-    /// Addresses that no slot has at the moment, although there is memory.
+    /// By CPU, vCPU and the number of the vCPU's tag.
+    tlbs: HashMap<(usize, usize, u8), Tlb>,
+    /// Whether the second slot is there, and read-only.
+    slot: Option<bool>,
+    /// Addresses that no other slot has at the moment, and those that are read-only.
     pub hidden: std::ops::Range<u64>,
+    pub fixed: std::ops::Range<u64>,
+}
+
+/// What an architectural TLB loses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Loses {
+    Nothing,
+    Pcid(u16),
+    Page(u16, u64),
+    All,
 }
 
 /// How an access ended.
@@ -109,6 +98,7 @@ pub enum Ended {
     Emulated(u64),
 }
 
+/// Accesses by what a page permits.
 const ALL: [(What, Who); 6] = [
     (What::Read, Who::User),
     (What::Write, Who::User),
@@ -120,7 +110,23 @@ const ALL: [(What, Who); 6] = [
 
 impl World {
     pub fn new(m: Machine, quota: usize, addresses: Vec<u64>, setup: impl Fn(&FlatRam)) -> Self {
-        let memory: &'static _ = Box::leak(Box::new(memory()));
+        Self::over(ONE_SLOT, m, quota, addresses, Tags::One, setup)
+    }
+
+    /// A world with a slot that comes and goes.
+    pub fn with(m: Machine, quota: usize, addresses: Vec<u64>, tags: Tags, setup: impl Fn(&FlatRam)) -> Self {
+        Self::over(SLOTS, m, quota, addresses, tags, setup)
+    }
+
+    pub fn over(
+        slots: &[(u64, u64)],
+        m: Machine,
+        quota: usize,
+        addresses: Vec<u64>,
+        tags: Tags,
+        setup: impl Fn(&FlatRam),
+    ) -> Self {
+        let memory: &'static _ = Box::leak(Box::new(memory_of(slots)));
         setup(&memory.backing().flat);
         let tables = HostTables::new(quota + 64);
         let host =
@@ -135,11 +141,19 @@ impl World {
             vcpus: vec![],
             addresses,
             emulated: 0,
+            tlbs: HashMap::new(),
+            slot: Some(false),
             hidden: 0..0,
+            fixed: 0..0,
         };
-        for _ in 0..2 {
-            let root = world.root(&m);
-            world.vcpus.push(Vcpu { m, root, allowed: HashSet::new() });
+        for number in 0..2 {
+            let state = world.state(&m, 0);
+            let mmu = Mmu::shadow(state, registers(&m).1, Level::L4, true, tags);
+            let root = mmu.root();
+            let on = CpuId::new(number).unwrap();
+            let (pdptes, seen) = (state.pdptes, Remembered::default());
+            world.vcpus.push(Vcpu { m, root, mmu, cr4: 0, pdptes, on, entered: None, seen });
+            world.carry_out(number);
         }
         world.remember();
         world
@@ -149,61 +163,285 @@ impl World {
         &self.memory.backing().flat
     }
 
-    fn word(&self, at: u64) -> Option<u64> {
-        if self.hidden.contains(&at) {
-            return None;
+    /// The registers as the crate takes them, with the PDPTEs that the processor would load now.
+    fn state(&self, m: &Machine, cr4: u64) -> PagingState {
+        let (mut regs, _) = registers(m);
+        regs.cr4 |= Cr4::from_bits_retain(cr4);
+        PagingState { regs, cr3: m.cr3, pdptes: self.load_pdptes(m), smm: false }
+    }
+
+    fn load_pdptes(&self, m: &Machine) -> [u64; 4] {
+        let word = self.word();
+        [0, 1, 2, 3].map(|index| word((m.cr3 & 0xffff_ffe0) + index * 8).unwrap_or(0))
+    }
+
+    /// Reads guest memory as far as there are slots.
+    fn word(&self) -> impl Fn(u64) -> Option<u64> + use<'_> {
+        move |at| {
+            let hole = self.slot.is_none() && (16..32).contains(&(at >> 12));
+            self.ram().get(at).filter(|_| !hole && !self.hidden.contains(&at))
         }
-        self.ram().get(at)
     }
 
-    fn pdptes(&self, m: &Machine) -> [u64; 4] {
-        [0, 1, 2, 3].map(|index| self.ram().get((m.cr3 & 0xffff_ffe0) + index * 8).unwrap_or(0))
+    /// What the guest's tables say for `vcpu`: PDPTEs are those that it has loaded.
+    fn guest_walk(&self, vcpu: usize, va: u64, what: What, who: Who) -> Result<super::manual::Reached, u32> {
+        let Vcpu { m, pdptes, .. } = &self.vcpus[vcpu];
+        walk(m, &loaded(m, pdptes, &self.word()), va, what, who)
     }
 
-    fn root(&mut self, m: &Machine) -> Root {
-        self.tables.fill(&mut self.cache);
-        let (paging, cpu) = registers(m);
-        let role = RootRole::shadow(CpuRole::new(&paging, &cpu), Level::L4, VcpuMode::default(), true);
-        let pdptes = self.pdptes(m);
-        let mut guard = self.memory.exclusive(CPU);
-        self.kind.get_root(&mut guard, &mut self.cache, role, m.cr3, pdptes).outcome.unwrap()
+    /// Makes the vCPU on each of these CPUs exit.
+    pub fn kick(&mut self, issued: Option<Issued>) {
+        let Some(issued) = issued else { return };
+        for vcpu in &mut self.vcpus {
+            if issued.kick.contains(vcpu.on) {
+                vcpu.entered = None;
+            }
+        }
     }
 
-    /// Another CR3 or role: the root follows, and all translations are flushed.
-    pub fn switch(&mut self, vcpu: usize, m: Machine) {
-        let new = self.root(&m);
-        let old = std::mem::replace(&mut self.vcpus[vcpu].root, new);
-        self.vcpus[vcpu].m = m;
-        self.kind.put_root(&mut self.memory.exclusive(CPU), old);
-        self.flush(vcpu);
+    /// Carries out what is due for the vCPU.
+    pub fn carry_out(&mut self, vcpu: usize) {
+        self.vcpus[vcpu].entered = None;
+        for _ in 0..16 {
+            self.tables.fill(&mut self.cache);
+            let Self { kind, cache, vcpus, memory, .. } = self;
+            let mut guard = memory.exclusive(vcpus[vcpu].on);
+            let done = vcpus[vcpu].mmu.carry_out(kind, &mut guard, cache);
+            if done.outcome == Err(NoShadowRoot::Full) {
+                assert!(vcpus[1 - vcpu].mmu.shed_root(kind, &mut guard), "the quota is large enough");
+            }
+            drop(guard);
+            self.kick(done.issued);
+            self.check();
+            if done.outcome == Err(NoShadowRoot::Wait) {
+                self.vcpus.iter_mut().for_each(|vcpu| vcpu.entered = None);
+            }
+            if done.outcome.is_ok() {
+                self.vcpus[vcpu].root = self.vcpus[vcpu].mmu.root();
+                return;
+            }
+        }
+        panic!("A4: no root");
     }
 
-    pub fn flush(&mut self, vcpu: usize) {
-        let root = self.vcpus[vcpu].root;
-        let _ = self.kind.sync_root(&mut self.memory.exclusive(CPU), root);
-        self.vcpus[vcpu].allowed.clear();
+    /// The vCPU is in the guest, on a root of now.
+    fn enter(&mut self, vcpu: usize) {
+        let on = self.vcpus[vcpu].on;
+        if self.vcpus[vcpu].entered.is_some() {
+            return;
+        }
+        for other in &mut self.vcpus {
+            if other.on == on {
+                other.entered = None;
+            }
+        }
+        for _ in 0..4 {
+            let entered = self.vcpus[vcpu].mmu.enter(self.memory, on);
+            if entered.is_obsolete() {
+                drop(entered);
+                self.carry_out(vcpu);
+                continue;
+            }
+            let (slot, legacy) = (self.vcpus[vcpu].mmu.slot(), !self.vcpus[vcpu].m.lma);
+            let tlb = self.tlbs.entry((on.number(), vcpu, slot)).or_default();
+            match entered.flush() {
+                TagFlush::None => {}
+                TagFlush::Address(va) => tlb.flush_page(va.bits(), legacy),
+                TagFlush::All => tlb.flush(),
+            }
+            self.vcpus[vcpu].root = entered.root();
+            self.vcpus[vcpu].entered = Some(entered);
+            self.check_tlbs();
+            return;
+        }
+        panic!("D7: the vCPU cannot be entered");
+    }
+
+    fn tlb(&mut self, vcpu: usize) -> &mut Tlb {
+        let Vcpu { on, mmu, .. } = &self.vcpus[vcpu];
+        let tag = (on.number(), vcpu, mmu.slot());
+        self.tlbs.entry(tag).or_default()
+    }
+
+    /// Something happens to the vCPU's registers or translations: `act` tells the crate. Some events load PDPTEs.
+    pub fn event(
+        &mut self,
+        vcpu: usize,
+        m: Machine,
+        cr4: u64,
+        loads: bool,
+        act: impl FnOnce(&mut Mmu, &PagingState) -> Requests,
+        loses: Loses,
+    ) {
+        let mut state = self.state(&m, cr4);
+        if !loads {
+            state.pdptes = self.vcpus[vcpu].pdptes;
+        }
+        let vcpu = &mut self.vcpus[vcpu];
+        vcpu.entered = None;
+        (vcpu.m, vcpu.cr4, vcpu.pdptes) = (m, cr4, state.pdptes);
+        let _ = act(&mut vcpu.mmu, &state);
+        match loses {
+            Loses::Nothing => {}
+            Loses::Pcid(pcid) => vcpu.seen.flush(|of| of == pcid),
+            Loses::Page(pcid, page) => vcpu.seen.flush_page(pcid, page),
+            Loses::All => vcpu.seen.flush(|_| true),
+        }
         self.remember();
+    }
+
+    /// Other registers, set from outside: all translations go.
+    pub fn switch(&mut self, vcpu: usize, m: Machine) {
+        let cr4 = self.vcpus[vcpu].cr4;
+        self.event(
+            vcpu,
+            m,
+            cr4,
+            true,
+            |mmu, state| mmu.set_from_outside(*state, registers(&m).1),
+            Loses::All,
+        );
+        self.carry_out(vcpu);
+    }
+
+    /// All of the guest's translations go.
+    pub fn flush(&mut self, vcpu: usize) {
+        let Vcpu { m, cr4, .. } = self.vcpus[vcpu];
+        self.event(vcpu, m, cr4, false, |mmu, _| mmu.flush_guest(), Loses::All);
+        self.carry_out(vcpu);
+    }
+
+    /// MOV to CR3. Without PCIDs, or without NOFLUSH, the translations of the PCID that is loaded go.
+    pub fn mov_to_cr3(&mut self, vcpu: usize, cr3: u64, no_flush: bool) {
+        let Vcpu { m, cr4, .. } = self.vcpus[vcpu];
+        let keep = no_flush && cr4 & PCIDE != 0;
+        let pcid = if cr4 & PCIDE != 0 { cr3 as u16 & 0xfff } else { 0 };
+        let value = cr3 | u64::from(no_flush) << 63;
+        self.event(
+            vcpu,
+            Machine { cr3, ..m },
+            cr4,
+            true,
+            |mmu, state| mmu.mov_to_cr3(value, state.pdptes),
+            if keep { Loses::Nothing } else { Loses::Pcid(pcid) },
+        );
+    }
+
+    /// MOV to CR0: a change of PG takes all translations. In a guest that has EFER.LME, long mode follows PG.
+    pub fn mov_to_cr0(&mut self, vcpu: usize, pg: bool, wp: bool, long: bool) {
+        let Vcpu { m, cr4, .. } = self.vcpus[vcpu];
+        let all = pg != m.pg;
+        self.event(
+            vcpu,
+            Machine { pg, wp, lma: long && pg, ..m },
+            cr4,
+            all,
+            |mmu, state| mmu.mov_to_cr0(state.regs.cr0, state.regs.efer, state.pdptes),
+            if all { Loses::All } else { Loses::Nothing },
+        );
+    }
+
+    /// MOV to CR4.
+    pub fn mov_to_cr4(&mut self, vcpu: usize, new: Machine, cr4: u64) {
+        let old = (self.vcpus[vcpu].m, self.vcpus[vcpu].cr4, self.vcpus[vcpu].pcid());
+        let changed = old.1 ^ cr4;
+        let all = changed & PGE != 0
+            || changed & old.1 & PCIDE != 0
+            || old.0.pae != new.pae
+            || old.0.pse != new.pse
+            || !old.0.pke && new.pke;
+        let current = !old.0.smep && new.smep;
+        self.event(
+            vcpu,
+            new,
+            cr4,
+            all || current,
+            |mmu, state| mmu.mov_to_cr4(state.regs.cr4, state.pdptes),
+            if all {
+                Loses::All
+            } else if current {
+                Loses::Pcid(old.2)
+            } else {
+                Loses::Nothing
+            },
+        );
+    }
+
+    /// WRMSR to EFER.
+    pub fn wrmsr_efer(&mut self, vcpu: usize, nxe: bool) {
+        let Vcpu { m, cr4, .. } = self.vcpus[vcpu];
+        let new = Machine { nxe, ..m };
+        self.event(vcpu, new, cr4, false, |mmu, state| mmu.wrmsr_efer(state.regs.efer), Loses::Nothing);
     }
 
     pub fn invlpg(&mut self, vcpu: usize, va: u64) {
-        let root = self.vcpus[vcpu].root;
-        let _ = self.kind.sync_address(&mut self.memory.exclusive(CPU), root, Gva::new(va));
-        self.vcpus[vcpu].allowed.retain(|&(page, _, _)| page != va >> 12);
-        self.remember();
+        let Vcpu { m, cr4, .. } = self.vcpus[vcpu];
+        let pcid = self.vcpus[vcpu].pcid();
+        let at = page(&m, va);
+        self.event(vcpu, m, cr4, false, |mmu, _| mmu.invlpg(Gva::new(va)), Loses::Page(pcid, at));
+    }
+
+    pub fn invpcid(&mut self, vcpu: usize, what: Invpcid) {
+        let Vcpu { m, cr4, .. } = self.vcpus[vcpu];
+        let loses = match what {
+            Invpcid::Address { pcid, address } => Loses::Page(pcid, page(&m, address.bits())),
+            Invpcid::Single { pcid } => Loses::Pcid(pcid),
+            Invpcid::All | Invpcid::AllButGlobal => Loses::All,
+        };
+        self.event(vcpu, m, cr4, false, |mmu, _| mmu.invpcid(what), loses);
+    }
+
+    /// A page fault is delivered.
+    fn page_fault(&mut self, vcpu: usize, va: u64, code: PageFaultCode) {
+        let Vcpu { m, cr4, .. } = self.vcpus[vcpu];
+        let lost = Loses::Page(self.vcpus[vcpu].pcid(), page(&m, va));
+        let loses = if code.bits() & 9 == 1 { lost } else { Loses::Nothing };
+        self.event(vcpu, m, cr4, false, |mmu, _| mmu.page_fault(Gva::new(va), code), loses);
+    }
+
+    /// INIT: CR0.PG is clear, and so is everything else.
+    pub fn init(&mut self, vcpu: usize) {
+        let old = self.vcpus[vcpu].m;
+        let m = Machine {
+            pg: false,
+            wp: false,
+            pae: false,
+            pse: false,
+            la57: false,
+            smep: false,
+            smap: false,
+            pke: false,
+            pks: false,
+            lma: false,
+            nxe: false,
+            cr3: 0,
+            ..old
+        };
+        self.event(vcpu, m, 0, true, |mmu, _| mmu.init(), Loses::All);
+    }
+
+    /// The vCPU runs on another CPU.
+    pub fn migrate(&mut self, vcpu: usize, on: usize) {
+        self.vcpus[vcpu].entered = None;
+        self.vcpus[vcpu].on = CpuId::new(on).unwrap();
     }
 
     /// Notes where every access leads now, for every vCPU.
-    fn remember(&mut self) {
-        let (ram, hidden) = (&self.memory.backing().flat, &self.hidden);
-        let word = |at| if hidden.contains(&at) { None } else { ram.get(at) };
-        for vcpu in &mut self.vcpus {
-            for &va in &self.addresses {
-                for (what, who) in ALL {
-                    if let Ok(found) = walk(&vcpu.m, &word, va, what, who) {
-                        vcpu.allowed.insert((va >> 12, (what as u8, who as u8), found.address >> 12));
-                    }
+    pub fn remember(&mut self) {
+        let read_only = self.slot == Some(true);
+        let range = self.fixed.clone();
+        let fixed = move |at: u64| range.contains(&at) || read_only && (16..32).contains(&(at >> 12));
+        for number in 0..self.vcpus.len() {
+            let mut seen = std::mem::take(&mut self.vcpus[number].seen);
+            {
+                let vcpu = &self.vcpus[number];
+                let word = self.word();
+                let word = loaded(&vcpu.m, &vcpu.pdptes, &word);
+                for &va in &self.addresses {
+                    seen.look(&vcpu.m, &word, &fixed, vcpu.pcid(), va);
                 }
             }
+            self.vcpus[number].seen = seen;
         }
     }
 
@@ -216,107 +454,169 @@ impl World {
     /// A store by emulation.
     pub fn emulate(&mut self, at: u64, len: usize, entry: u64) {
         let bytes = entry.to_le_bytes();
-        self.memory.shared(CPU).write(mmu::Gpa::new_truncate(at), &bytes[..len.min(8)]).unwrap();
-        let _ = self.kind.track_write(&mut self.memory.exclusive(CPU), mmu::Gpa::new_truncate(at), len);
+        self.memory.shared(CPU).write(Gpa::new_truncate(at), &bytes[..len.min(8)]).unwrap();
+        let done = self.kind.track_write(&mut self.memory.exclusive(CPU), Gpa::new_truncate(at), len);
+        self.kick(done.issued);
         self.remember();
     }
 
-    /// What the processor finds in the shadow; CR0.WP and EFER.NXE are set, SMEP and SMAP the guest's.
-    pub fn hardware(&self, vcpu: usize, va: u64, what: What, who: Who) -> Option<u64> {
-        let Vcpu { m, root, .. } = &self.vcpus[vcpu];
-        let legacy = !m.lma;
-        let (mut table, mut level) = (root.hpa.pfn().number(), root.level as u32);
-        let (mut writable, mut user, mut executable) = (true, true, true);
-        loop {
-            let entry = self.tables.peek(table, (va >> (12 + 9 * (level - 1)) & 511) as usize).expect("C3");
-            // Not present, or a note about device memory: malformed by its highest address bit.
-            if entry & 1 == 0 || entry & (1 << 11 | 1 << 51) == 1 << 51 {
-                return None;
-            }
-            let pdpte = legacy && level == 3;
-            assert!(entry >> 46 & 0x3f == 0, "B1");
-            assert!(!pdpte || entry & 0x1e6 == 0, "B1: PDPTE {entry:#x}");
-            if !pdpte {
-                writable &= entry >> 1 & 1 == 1;
-                user &= entry >> 2 & 1 == 1;
-                executable &= entry >> 63 == 0;
-            }
-            let frame = (entry & 0x000f_ffff_ffff_f000) >> 12;
-            if level == 1 || (!pdpte && entry >> 7 & 1 == 1) {
-                let by_user = who == Who::User;
-                let permitted = match what {
-                    What::Read => {
-                        if by_user {
-                            user
-                        } else {
-                            !(user && m.smap)
-                        }
-                    }
-                    What::Write => writable && if by_user { user } else { !(user && m.smap) },
-                    What::Fetch => executable && if by_user { user } else { !(user && m.smep) },
-                };
-                let pages = 1u64 << (9 * (level - 1));
-                let page = frame + (va >> 12 & (pages - 1));
-                return permitted.then_some(((page - MOVED) << 12) | va & 0xfff);
-            }
-            (table, level) = (frame, level - 1);
+    /// Zaps a range, in batches.
+    pub fn zap(&mut self, range: GfnRange) {
+        let mut progress = ZapProgress::default();
+        while !progress.is_done() {
+            let done = self.kind.zap(&mut self.memory.exclusive(CPU), range, &mut progress);
+            self.kick(done.issued);
         }
     }
 
-    /// A1 to A4: an access as the guest makes it.
-    pub fn access(&mut self, vcpu: usize, va: u64, what: What, who: Who) -> Ended {
-        for _ in 0..12 {
-            let m = self.vcpus[vcpu].m;
-            // D7: no vCPU enters on an obsolete root.
-            let (paging, cpu) = registers(&m);
-            let mut mmu = Mmu::new(CpuRole::new(&paging, &cpu), self.vcpus[vcpu].root);
-            if mmu.enter(self.memory, CPU).is_obsolete() {
-                self.switch(vcpu, m);
+    pub fn invalidate_all(&mut self) {
+        let done = self.kind.invalidate_all(&mut self.memory.exclusive(CPU));
+        self.kick(done.issued);
+        assert!(self.vcpus.iter().all(|vcpu| vcpu.entered.is_none()), "D7: a vCPU runs on an obsolete root");
+    }
+
+    pub fn zap_obsolete(&mut self) {
+        let mut progress = ZapProgress::default();
+        while !progress.is_done() {
+            let done = self.kind.zap_obsolete(&mut self.memory.exclusive(CPU), &mut progress);
+            self.kick(done.issued);
+        }
+    }
+
+    /// The second slot goes, comes back, or changes its flags: `None`, or whether it is read-only.
+    pub fn change_slot(&mut self, slot: Option<bool>) {
+        let before = std::mem::replace(&mut self.slot, slot);
+        let flags = |read_only| if read_only { SlotFlags::READ_ONLY } else { SlotFlags::empty() };
+        let range = memory::slot(SLOTS[1], SlotFlags::empty()).range;
+        let start = Gfn::new_truncate(SLOTS[1].0);
+        let memory = self.memory;
+        let mut guard = memory.exclusive(CPU);
+        match (before, slot) {
+            (None, None) => {}
+            (None, Some(read_only)) => {
+                memory.backing().clear_notes(1);
+                guard.insert_slot(&memory::slot(SLOTS[1], flags(read_only))).unwrap();
             }
-            if let Some(at) = self.hardware(vcpu, va, what, who) {
-                let known = self.vcpus[vcpu].allowed.contains(&(va >> 12, (what as u8, who as u8), at >> 12));
+            (Some(_), None) => drop(guard.remove_slot(start).unwrap()),
+            (Some(_), Some(read_only)) => {
+                let _ = guard.set_slot_flags(start, flags(read_only)).unwrap();
+            }
+        }
+        let mut issued = None;
+        if before.is_some() {
+            let mut progress = ZapProgress::default();
+            while !progress.is_done() {
+                issued = self.kind.zap(&mut guard, range, &mut progress).issued.or(issued);
+            }
+        }
+        drop(guard);
+        self.kick(issued);
+        self.remember();
+    }
+
+    /// What the processor finds in the shadow, without its TLB; CR0.WP and EFER.NXE are set, SMEP and SMAP the guest's.
+    pub fn hardware(&self, vcpu: usize, va: u64, what: What, who: Who) -> Option<u64> {
+        let Vcpu { m, root, .. } = &self.vcpus[vcpu];
+        let found = walk_shadow(&self.tables, !m.lma, top(*root), va, None).0?;
+        found.rights.permit(m, what, who).then_some(found.frame << 12 | va & 0xfff)
+    }
+
+    /// The same with its TLB, and what that may do.
+    fn processor(&mut self, vcpu: usize, va: u64, what: What, who: Who, how: How) -> Option<u64> {
+        let Vcpu { m, root, .. } = self.vcpus[vcpu];
+        let legacy = !m.lma;
+        let ahead = how.ahead.and_then(|ahead| self.addresses.get(ahead)).copied();
+        if let Some(ahead) = ahead {
+            let (found, stood) = walk_shadow(&self.tables, legacy, top(root), ahead, Some(false));
+            let tlb = self.tlb(vcpu);
+            tlb.insert_structures(ahead, legacy, &stood);
+            if let Some(found) = found {
+                tlb.insert(found);
+            }
+        }
+        let hit = self.tlb(vcpu).find(va, legacy).filter(|_| how.hit);
+        let found = hit.or_else(|| {
+            let resumed = self.tlb(vcpu).stand(va, legacy).filter(|_| how.resume);
+            let from = resumed.unwrap_or(top(root));
+            let (found, stood) = walk_shadow(&self.tables, legacy, from, va, Some(false));
+            if how.keep {
+                self.tlb(vcpu).insert_structures(va, legacy, &stood);
+                if let Some(found) = found {
+                    self.tlb(vcpu).insert(found);
+                }
+            }
+            found
+        });
+        let found = found.filter(|found| found.rights.permit(&m, what, who));
+        if found.is_none() {
+            // Page faults take away what the TLB has of the address (Intel SDM vol. 3, 4.10.4.1).
+            self.tlb(vcpu).flush_page(va, legacy);
+        } else if what == What::Write && hit.is_none() {
+            let _ = walk_shadow(&self.tables, legacy, top(root), va, Some(true));
+        }
+        found.map(|found| found.frame << 12 | va & 0xfff)
+    }
+
+    /// A1 to A4: an access as the guest makes it, by a processor without a TLB.
+    pub fn access(&mut self, vcpu: usize, va: u64, what: What, who: Who) -> Ended {
+        // Tests that change something by hand kick nobody.
+        self.vcpus[vcpu].entered = None;
+        self.access_as(vcpu, va, what, who, How::default())
+    }
+
+    /// A1 to A4, C1: an access as the guest makes it.
+    pub fn access_as(&mut self, vcpu: usize, va: u64, what: What, who: Who, mut how: How) -> Ended {
+        for _ in 0..16 {
+            self.enter(vcpu);
+            let m = self.vcpus[vcpu].m;
+            if let Some(at) = self.processor(vcpu, va, what, who, how) {
                 assert_eq!(at & 0xfff, va & 0xfff, "A1");
-                assert!(
-                    known,
-                    "A3: {what:?} {who:?} at {va:#x} reaches {at:#x}; now: {:x?}",
-                    walk(&m, &|at| self.word(at), va, what, who)
-                );
+                self.assert_seen(vcpu, va, what, who, at);
                 return Ended::At(at);
             }
+            how.ahead = None;
+            self.vcpus[vcpu].entered = None;
             self.tables.fill(&mut self.cache);
             let (paging, cpu) = registers(&m);
-            let context = PagingContext::<Gva, mmu::Gpa>::new(CpuRole::new(&paging, &cpu));
-            let expected = walk(&m, &|at| self.word(at), va, what, who);
-            let found = context.walk(&self.memory.shared(CPU), &regs(&m), Gva::new(va), access(what, who));
+            let context = PagingContext::<Gva, Gpa>::new(CpuRole::new(&paging, &cpu));
+            let expected = self.guest_walk(vcpu, va, what, who);
+            let walk_regs = WalkRegs { pdptes: Some(self.vcpus[vcpu].pdptes), ..regs(&m) };
+            let found = context.walk(&self.memory.shared(CPU), &walk_regs, Gva::new(va), access(what, who));
             let walked = match (found, expected) {
                 (Ok(walked), Ok(expected)) => {
                     assert_eq!(walked.translation.address.bits(), expected.address, "A1");
                     walked
                 }
                 (Err(WalkError::Fault(fault)), Err(code)) => {
-                    assert_eq!(fault.page_fault_code().bits(), code, "A2");
+                    let delivered = fault.page_fault_code();
+                    assert_eq!(delivered.bits(), code, "A2");
+                    self.page_fault(vcpu, va, delivered);
                     return Ended::Fault(code);
                 }
                 (found, expected) => panic!("A2: {found:?} where {expected:x?} is expected"),
             };
             self.remember();
-            let root = self.vcpus[vcpu].root;
-            let mut guard = self.memory.exclusive(CPU);
+            let Self { kind, cache, vcpus, memory, .. } = self;
+            let mut guard = memory.exclusive(vcpus[vcpu].on);
             let done =
-                self.kind.fault(&mut guard, &mut self.cache, root, &walked, Gva::new(va), access(what, who));
+                vcpus[vcpu].mmu.fault(kind, &mut guard, cache, &walked, Gva::new(va), access(what, who));
             drop(guard);
+            self.kick(done.issued);
             self.check();
             match done.outcome {
-                ShadowFault::Mapped | ShadowFault::Spurious | ShadowFault::Retry => {}
+                ShadowFault::Mapped | ShadowFault::Spurious | ShadowFault::Retry | ShadowFault::NoRoot => {}
+                // Tests that take something away by hand kick nobody.
+                ShadowFault::Wait => self.vcpus.iter_mut().for_each(|vcpu| vcpu.entered = None),
                 ShadowFault::Mmio(_) | ShadowFault::ReadOnly(_) => return Ended::Device,
                 ShadowFault::WriteTracked(gpa) => {
                     assert_eq!(gpa, walked.translation.address);
                     self.emulated += 1;
                     return Ended::Emulated(gpa.bits());
                 }
-                ShadowFault::NoRoot => {
-                    let m = self.vcpus[vcpu].m;
-                    self.switch(vcpu, m);
+                ShadowFault::Full => {
+                    let Self { kind, vcpus, memory, .. } = self;
+                    let mut guard = memory.exclusive(CPU);
+                    assert!(vcpus[1 - vcpu].mmu.shed_root(kind, &mut guard), "the quota is large enough");
                 }
                 other => panic!("{other:?}"),
             }
@@ -324,15 +624,62 @@ impl World {
         panic!("A4: livelock at {va:#x}, {what:?} {who:?}");
     }
 
+    /// A3, C1: whatever an access reached, the guest's tables have allowed it since they were flushed.
+    fn assert_seen(&self, vcpu: usize, va: u64, what: What, who: Who, at: u64) {
+        let Vcpu { m, seen, .. } = &self.vcpus[vcpu];
+        let pcid = self.vcpus[vcpu].pcid();
+        let known = seen.permit(m, pcid, page(m, va), at >> 12, what, who);
+        assert!(
+            known,
+            "A3, C1: {what:?} {who:?} at {va:#x} reaches {at:#x}; now: {:x?}",
+            self.guest_walk(vcpu, va, what, who)
+        );
+        let second = (16..32).contains(&(at >> 12));
+        assert!(!second || self.slot.is_some(), "C3: memory that was taken away");
+        assert!(!second || what != What::Write || self.slot == Some(false), "C2: read-only memory");
+    }
+
+    /// Whether the guest's tables have allowed the access to frame `gfn` since they were flushed.
+    pub fn is_seen(&self, vcpu: usize, va: u64, what: What, who: Who, gfn: u64) -> bool {
+        let Vcpu { m, seen, .. } = &self.vcpus[vcpu];
+        seen.permit(m, self.vcpus[vcpu].pcid(), page(m, va), gfn, what, who)
+    }
+
     /// A guest's store of an entry through its own map of memory at `va`.
     pub fn guest_store(&mut self, vcpu: usize, va: u64, entry: u64) -> Ended {
-        let ended = self.access(vcpu, va, What::Write, Who::Supervisor);
+        self.guest_store_as(vcpu, va, 8, entry, How::default())
+    }
+
+    pub fn guest_store_as(&mut self, vcpu: usize, va: u64, len: u64, entry: u64, how: How) -> Ended {
+        let ended = self.access_as(vcpu, va, What::Write, Who::Supervisor, how);
         match ended {
+            Ended::At(at) if at / 8 < PAGES * 512 && len == 4 => {
+                self.ram().set_u32(at & !3, entry as u32);
+                self.remember();
+            }
             Ended::At(at) if at / 8 < PAGES * 512 => self.store(at & !7, entry),
-            Ended::Emulated(at) => self.emulate(at & !7, 8, entry),
+            Ended::Emulated(at) => self.emulate(at & !(len - 1), len as usize, entry),
             _ => {}
         }
         ended
+    }
+
+    /// C1 to C3: a tag that a guest runs with holds nothing but what the guest may use, and no table that is gone.
+    fn check_tlbs(&self) {
+        for (number, vcpu) in self.vcpus.iter().enumerate().filter(|(_, vcpu)| vcpu.entered.is_some()) {
+            let tag = (vcpu.on.number(), number, vcpu.mmu.slot());
+            let Some(tlb) = self.tlbs.get(&tag) else { continue };
+            tlb.check(&self.tables);
+            for cached in tlb.pages() {
+                let accesses = ALL.iter().filter(|&&(what, who)| cached.rights.permit(&vcpu.m, what, who));
+                for &(what, who) in accesses {
+                    self.assert_seen(number, cached.page << 12, what, who, cached.frame << 12);
+                }
+                let gfn = Gfn::new_truncate(cached.frame);
+                let tracked = self.memory.shared(CPU).is_write_tracked(gfn);
+                assert!(!tracked || !cached.rights.writable, "C2: a TLB can write to the table in {gfn:?}");
+            }
+        }
     }
 
     pub fn check(&self) {
@@ -340,10 +687,17 @@ impl World {
             panic!("{broken}");
         }
         let _ = self.kind.reclaim(self.memory, usize::MAX, |page| self.tables.release(page));
+        self.check_tlbs();
     }
 
     /// C3: no table page is lost.
     pub fn finish(mut self) {
+        self.check();
+        for vcpu in 0..2 {
+            let Self { kind, vcpus, memory, .. } = &mut self;
+            vcpus[vcpu].entered = None;
+            let _ = vcpus[vcpu].mmu.unload(kind, &mut memory.exclusive(CPU));
+        }
         self.check();
         self.tables.drain(&mut self.cache);
         self.kind.dismantle(|page| self.tables.release(page));
@@ -351,17 +705,22 @@ impl World {
     }
 }
 
-impl NotedRam {
-    /// Memory for notes is all zero when a slot is inserted.
-    pub fn zero_notes(&self, from: u64) {
-        let from = from as usize;
-        self.tracks[from..].iter().for_each(|count| count.store(0, Ordering::SeqCst));
-        for blocks in &self.blocks {
-            blocks[from / 512..].iter().for_each(|count| count.store(0, Ordering::SeqCst));
+/// Reads of the PDPTEs' place give those that are loaded.
+fn loaded<'a>(
+    m: &Machine,
+    pdptes: &'a [u64; 4],
+    word: &'a dyn Fn(u64) -> Option<u64>,
+) -> impl Fn(u64) -> Option<u64> + 'a {
+    let pae = m.pg && m.pae && !m.lma;
+    let first = m.cr3 & 0xffff_ffe0;
+    move |at| {
+        if pae && (first..first + 32).contains(&at) {
+            Some(pdptes[(at - first) as usize / 8])
+        } else {
+            word(at)
         }
     }
 }
-
 /// What operations over ranges need: a batch after the other, to the end.
 pub fn sweep(mut batch: impl FnMut(&mut mmu::ZapProgress)) {
     let mut progress = mmu::ZapProgress::default();
@@ -427,8 +786,6 @@ impl World {
     }
 
     pub fn zap_range(&mut self, range: GfnRange) {
-        sweep(|progress| {
-            let _ = self.kind.zap(&mut self.memory.exclusive(CPU), range, progress);
-        });
+        self.zap(range);
     }
 }

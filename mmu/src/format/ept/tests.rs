@@ -52,9 +52,10 @@ fn leaves(format: &Ept) -> Vec<Leaf> {
     for size in SIZES.into_iter().filter(|&size| format.has_size(size)) {
         for writability in ALL {
             for memory_type in TYPES {
-                for (read, execute) in [(false, false), (false, true), (true, false), (true, true)] {
+                for flags in 0..16 {
+                    let [read, execute, execute_user, ignore_pat] = [1, 2, 4, 8].map(|bit| flags & bit != 0);
                     let ram = Leaf::ram(pfn, size, writability);
-                    leaves.push(Leaf { read, execute, memory_type, ..ram });
+                    leaves.push(Leaf { read, execute, execute_user, memory_type, ignore_pat, ..ram });
                 }
             }
         }
@@ -64,8 +65,10 @@ fn leaves(format: &Ept) -> Vec<Leaf> {
 
 /// What is read back of a leaf: what the format cannot say is lost.
 fn kept(format: &Ept, leaf: &Leaf) -> Leaf {
-    let read = leaf.read || !leaf.execute || !format.execute_only;
-    Leaf { read, writability: held(leaf.writability, read), ..*leaf }
+    let told_apart = format.can_tell_user_fetches();
+    let execute_user = if told_apart { leaf.execute_user } else { leaf.execute };
+    let read = leaf.read || !(leaf.execute || execute_user) || !format.execute_only;
+    Leaf { read, execute_user, writability: held(leaf.writability, read), ..*leaf }
 }
 
 fn held(writability: Writability, read: bool) -> Writability {
@@ -89,7 +92,7 @@ fn b5_leaves_round_trip_and_pass_the_zero_check() {
             assert_eq!(format.permits(entry, AccessKind::Read), kept.read);
             let writable = kept.writability == Writability::Writable;
             assert_eq!(format.permits(entry, AccessKind::Write), writable);
-            assert_eq!(format.permits(entry, AccessKind::Execute), kept.execute);
+            assert_eq!(format.permits(entry, AccessKind::Execute), kept.execute && kept.execute_user);
             for other in ALL {
                 let changed = format.with_writability(entry, other);
                 assert!(format.shadow_zero_check(changed, level));
@@ -179,19 +182,25 @@ fn commit_d95c55687e11_execute_only_hides_reads_only_where_the_cpu_can() {
     }
 }
 
-/// Both kinds of fetch or none: an entry that tells them apart is legal, but not one that is made here.
+/// G1: with mode-based execute control either kind of fetch can be permitted alone, without it both go together.
 #[test]
-fn supervisor_and_user_fetches_go_together() {
+fn g1_supervisor_and_user_fetches_are_told_apart_by_the_control() {
     for host in hosts() {
         let format = Ept::new(&host);
         let ram = Leaf::ram(Pfn::new_truncate(0x1234), PageSize::Size4K, Writability::Writable);
         let entry = format.make_leaf(&ram);
         assert_eq!(entry & EXECUTE_USER != 0, host.mode_based_execute);
-        for half in [entry & !EXECUTE, entry & !EXECUTE_USER] {
-            let told_apart = host.mode_based_execute;
+        let halves = [
+            (entry & !EXECUTE, Leaf { execute: false, ..ram }),
+            (entry & !EXECUTE_USER, Leaf { execute_user: false, ..ram }),
+        ];
+        for (half, leaf) in halves {
             assert!(format.shadow_zero_check(half, Level::L1));
-            assert_eq!(format.leaf(half, Level::L1).is_none(), told_apart);
-            assert!(!told_apart || !format.permits(half, AccessKind::Execute));
+            if host.mode_based_execute {
+                assert_eq!(format.leaf(half, Level::L1), Some(leaf));
+                assert_eq!(format.make_leaf(&leaf), half);
+                assert!(!format.permits(half, AccessKind::Execute));
+            }
         }
         // Bit 10 alone makes an entry present only with the control, and legal only with execute-only entries.
         let alone = entry & !(READ | WRITE | EXECUTE) | EXECUTE_USER;
@@ -237,7 +246,9 @@ fn memory_types_have_the_numbers_of_the_manual() {
     let at = |memory_type| format.make_leaf(&Leaf { memory_type, ..ram }) >> 3 & 15;
     assert_eq!(TYPES.map(at), [0, 1, 4, 5, 6], "and the guest's PAT counts: bit 6 is clear");
     let entry = format.make_leaf(&ram);
-    assert_eq!(format.leaf(entry | IGNORE_PAT, Level::L1), None, "not one that is made here");
+    let ignored = Leaf { ignore_pat: true, ..ram };
+    assert_eq!(format.make_leaf(&ignored), entry | IGNORE_PAT);
+    assert_eq!(format.leaf(entry | IGNORE_PAT, Level::L1), Some(ignored));
     for reserved in [2, 3, 7] {
         let entry = entry & !TYPE | reserved << TYPE_SHIFT;
         assert!(!format.shadow_zero_check(entry, Level::L1));
@@ -303,4 +314,8 @@ fn golden_pointers() {
     assert_eq!(pointer(false, true), 0x1_2345_605e);
     assert_eq!(pointer(true, false), 0x1_2345_6026);
     assert_eq!(pointer(true, true), 0x1_2345_6066);
+    // For L2: L1's depth, and its flags.
+    let format = Ept::new(&EptHost { five_level: true, accessed_dirty: true, ..HOST });
+    assert_eq!(format.pointer_to(root, Level::L4, false), 0x1_2345_601e);
+    assert_eq!(format.pointer_to(root, Level::L4, true), 0x1_2345_605e);
 }

@@ -1,4 +1,5 @@
 //! A check of everything a shadow kind holds, for tests: nothing is taken from what it maintains that can be counted anew.
+use super::compose::caching;
 use super::{guest_entry, is_above, number, read_guest, shadows, space, split, Kept, ShadowMmu, NONE};
 use crate::access::{AccessKind, Prot};
 use crate::addr::{Gfn, Gpa, Gva};
@@ -187,7 +188,9 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         if value & table != table {
             return Err("B4: a link that restricts");
         }
-        if role.child(at, child_role.access, child_role.direct) != Some(child_role) {
+        if role.child(at, child_role.access, child_role.direct).map(|child| child.cached(child_role.caching))
+            != Some(child_role)
+        {
             return Err("D3: a child of another role");
         }
         let leads_on = is_above(role) && !is_above(&child_role) && role.level != Level::L3;
@@ -271,6 +274,14 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         let found = raw.and_then(|raw| context.lowest_entry(raw)).ok_or("A3: a leaf for an absent entry")?;
         let leaf = self.format.leaf(value, Level::L1).ok_or("B1")?;
         let prot = role.access & found.prot;
+        let caching = caching(Some(&guest), raw.unwrap_or(0), Level::L1);
+        let limit = self.compose(Some(&guest), (prot, caching), (leaf.pfn, leaf.size), leaf.writability);
+        if (leaf.read && !limit.read) || (leaf.execute_user && !limit.execute_user) {
+            return Err("B3, G1: more than L1 permits");
+        }
+        if (leaf.memory_type, leaf.ignore_pat) != (limit.memory_type, limit.ignore_pat) {
+            return Err("G1: another memory type");
+        }
         let user = leaf.user && !guest.is_ept();
         let writes = self.format.permits(value, AccessKind::Write);
         if found.page.gfn() != gpa.gfn() {
@@ -280,7 +291,7 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
             return Err("B3: more than the guest permits");
         }
         // Without CR0.WP a supervisor's page may be writable although the guest's entry is not.
-        if writes && user && !(prot.contains(Prot::WRITE)) {
+        if writes && (user || guest.is_ept()) && !prot.contains(Prot::WRITE) {
             return Err("B3: writable for a user");
         }
         if writes && !found.dirty {

@@ -1,13 +1,14 @@
 //! Faults: a walk of the guest's tables goes in, its shadow comes out.
+use super::compose::caching;
 use super::sites::FlushSite;
 use super::{guest_entry, is_above, is_nested, number, read_guest, space, Kept, ShadowDone, ShadowMmu, Stop};
 use crate::access::{Access, AccessKind, Agent, Prot};
 use crate::addr::{Address, Gfn, Gpa, Gva, Pfn};
-use crate::format::{EntryFormat, Leaf, Writability};
+use crate::format::{EntryFormat, Writability};
 use crate::kind::Root;
 use crate::level::{Level, PageSize};
 use crate::memory::{Backing, Exclusive, Held, Resolved, SlotFlags, VmMemory};
-use crate::role::{PageRole, RoleFlags};
+use crate::role::{Caching, CpuRole, PageRole, RoleFlags};
 use crate::tables::{TableCache, TableMemory};
 use crate::walk::{GuestWalk, PagingContext};
 
@@ -57,8 +58,8 @@ struct Goal {
     block_size: PageSize,
     size: PageSize,
     prot: Prot,
+    caching: Caching,
     writability: Writability,
-    user: bool,
     /// The access is a write.
     write: bool,
     /// The page could be huge, but is to be executable.
@@ -97,7 +98,7 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         if !self.settle(guard) {
             return Err(ShadowFault::Wait);
         }
-        let root_role = self.role(page).ok_or(ShadowFault::NoRoot)?;
+        let root_role = self.role(page).filter(|_| !self.is_empty_root(page)).ok_or(ShadowFault::NoRoot)?;
         let gpa = walk.translation.address;
         let prot = shadow_prot(&root_role, walk, access);
         let frame = address.bits() >> 12;
@@ -133,7 +134,8 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
                     None => break,
                 }
             }
-            page = self.descend_direct(guard, cache, walk, page, index, goal.gfn, goal.prot)?;
+            page =
+                self.descend_direct(guard, cache, walk, page, index, goal.gfn, (goal.prot, goal.caching))?;
             if goal.split && self.block_of(page).is_some_and(|size| size <= goal.block_size) {
                 self.mark_split(page);
             }
@@ -151,11 +153,11 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         page: u32,
         index: usize,
         gfn: Gfn,
-        prot: Prot,
+        (prot, caching): (Prot, Caching),
     ) -> Result<u32, ShadowFault> {
         let role = self.role(page).ok_or(ShadowFault::Retry)?;
         let first = Gfn::new_truncate(gfn.number() & !(role.level.pages() - 1));
-        let child = role.child(index, prot, true).ok_or(ShadowFault::Retry)?;
+        let child = role.child(index, prot, true).ok_or(ShadowFault::Retry)?.cached(caching);
         self.descend_to(guard, cache, walk, page, index, first, &child)
     }
 
@@ -179,7 +181,8 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
                 }
                 return;
             }
-            match self.descend_direct(guard, cache, walk, page, index, gpa.gfn(), walk.shadow_prot) {
+            let says = (walk.shadow_prot, walk_caching(role.base.guest().as_ref(), walk));
+            match self.descend_direct(guard, cache, walk, page, index, gpa.gfn(), says) {
                 Ok(below) => page = below,
                 Err(_) => return,
             }
@@ -202,7 +205,8 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
             if let Some(pdpte) = walk.pdpte {
                 let kept = self.page(page).pdptes.get(index).copied();
                 let gfn = Gpa::new_truncate(pdpte).gfn();
-                return if kept == Some(pdpte) { Ok((gfn, role.access)) } else { Err(ShadowFault::Retry) };
+                // Without registers for them the guest changes its pointers by a store: another root stands for them then.
+                return if kept == Some(pdpte) { Ok((gfn, role.access)) } else { Err(ShadowFault::NoRoot) };
             }
         }
         Ok((self.page(page).gfn, role.access))
@@ -327,8 +331,8 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         } else {
             Writability::Writable
         };
-        let user = prot.contains(Prot::USER) || role.base.guest().is_some_and(|guest| guest.is_ept());
-        Ok(Goal { gfn: gpa.gfn(), block, block_size, size, prot, writability, user, write, split })
+        let caching = walk_caching(role.base.guest().as_ref(), walk);
+        Ok(Goal { gfn: gpa.gfn(), block, block_size, size, prot, caching, writability, write, split })
     }
 
     /// Whether the page belongs to a tree of three levels.
@@ -352,15 +356,19 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         let entry = number(page, index);
         let inside = goal.gfn.number() & (goal.block_size.pages() - 1) & !(goal.size.pages() - 1);
         let first = Gfn::new_truncate(goal.gfn.number() & !(goal.size.pages() - 1));
-        let leaf = Leaf {
-            user: goal.user,
-            read: goal.prot.contains(Prot::READ),
-            execute: goal.prot.contains(Prot::EXECUTE) && (level == Level::L1 || !self.ops.no_huge_execute),
-            ..Leaf::ram(Pfn::new_truncate(goal.block.number() + inside), goal.size, goal.writability)
-        };
+        let pfn = Pfn::new_truncate(goal.block.number() + inside);
+        let Some(role) = self.role(page) else { return Err(ShadowFault::Retry) };
+        let guest = role.base.guest();
+        let says = (goal.prot, goal.caching);
+        let mut leaf = self.compose(guest.as_ref(), says, (pfn, goal.size), goal.writability);
+        if level != Level::L1 && self.ops.no_huge_execute {
+            leaf = leaf.with_execute(false);
+        }
+        if !self.can_say(&leaf) {
+            return Err(ShadowFault::Retry);
+        }
         let memory = Held::<B>::memory(guard);
         self.unchanged(memory, walk, page, index)?;
-        let Some(role) = self.role(page) else { return Err(ShadowFault::Retry) };
         let mut value = self.format.make_leaf(&leaf);
         if !goal.write {
             value = self.armed(memory, &role, first, value);
@@ -373,7 +381,8 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
                 return Ok(ShadowFault::Spurious);
             }
             Some((_, found, wanted))
-                if found.pfn == wanted.pfn && found.memory_type == wanted.memory_type =>
+                if found.pfn == wanted.pfn
+                    && (found.memory_type, found.ignore_pat) == (wanted.memory_type, wanted.ignore_pat) =>
             {
                 self.replace(memory, entry, first, value, FlushSite::Replace);
             }
@@ -430,16 +439,20 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         } else {
             Writability::Tracked
         };
-        let leaf = Leaf {
-            user: guest.is_ept() || prot.contains(Prot::USER),
-            read: prot.contains(Prot::READ),
-            execute: prot.contains(Prot::EXECUTE),
-            ..Leaf::ram(pfn, PageSize::Size4K, writability)
-        };
+        let says = (prot, caching(Some(&guest), raw.unwrap_or(0), Level::L1));
+        let leaf = self.compose(Some(&guest), says, (pfn, PageSize::Size4K), writability);
+        if !self.can_say(&leaf) {
+            return;
+        }
         let gfn = found.page.gfn();
         let value = self.armed(memory, &role, gfn, self.format.make_leaf(&leaf));
-        self.map(entry, gfn, self.format.make_old(value));
+        self.map(entry, gfn, self.aged(&role, value));
     }
+}
+
+/// How the leaf of a walk wants its page cached.
+fn walk_caching(guest: Option<&CpuRole>, walk: &GuestWalk<Gpa>) -> Caching {
+    caching(guest, walk.steps().last().map_or(0, |step| step.entry), walk.level)
 }
 
 /// Entries of which a fault maps those that the guest has used.
@@ -466,6 +479,9 @@ fn shadow_prot(root: &PageRole, walk: &GuestWalk<Gpa>, access: Access) -> Prot {
     let mut prot = walk.shadow_prot;
     let Some(guest) = root.base.guest() else { return prot };
     let by_supervisor = access.kind == AccessKind::Write && access.agent != Agent::User;
+    if guest.is_ept() {
+        return prot;
+    }
     if by_supervisor && !prot.contains(Prot::WRITE) && !guest.flags().contains(RoleFlags::WP) {
         if prot.contains(Prot::USER) && guest.flags().contains(RoleFlags::SMEP) {
             prot.remove(Prot::EXECUTE);

@@ -4,10 +4,12 @@
 //! below a guest's huge page. Every operation takes the VM's exclusive guard and the kind by unique reference, so nothing
 //! here runs beside anything else of the VM but its guests.
 mod check;
+mod compose;
 mod fault;
 mod huge;
 mod log;
 mod mmio;
+mod nested;
 mod pages;
 mod roots;
 mod sites;

@@ -16,7 +16,8 @@ pub enum NoShadowRoot {
     Wait,
     /// The page quota is used up by roots.
     Full,
-    /// The guest's root table lies outside RAM, or where its writes cannot be tracked.
+    /// The guest's root table lies outside RAM, and [an empty root](ShadowMmu::get_empty_root) serves; or where its writes
+    /// cannot be tracked, for its slot has no memory for notes.
     Unreachable(Gfn),
 }
 

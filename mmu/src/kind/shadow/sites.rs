@@ -1,5 +1,5 @@
-//! Where the shadow kind takes something away that TLBs may still have. What is not named here needs no flush: links (their
-//! tables are owed a flush when they go), notes about device memory, permission that is given, aging.
+//! Where the shadow kind takes something away that TLBs may still have. What is not named here needs no flush: notes about
+//! device memory, permission that is given, aging.
 use super::ShadowMmu;
 use crate::format::EntryFormat;
 use crate::tables::TableMemory;
@@ -9,6 +9,8 @@ use crate::tables::TableMemory;
 pub(super) enum FlushSite {
     /// A leaf is gone, and its record in the reverse map: whoever asks for its frame later does not find it.
     DropLeaf,
+    /// A link is gone: what was below it is found by no sync any more.
+    DropLink,
     /// A leaf lost W, for its frame is shadowed or to be noticed.
     Protect,
     /// A leaf lost W, for the guest's entry has.

@@ -1,4 +1,5 @@
 //! Unsync pages: lowest tables that the guest writes to without exits, and how their shadows catch up.
+use super::compose::caching;
 use super::sites::FlushSite;
 use super::{guest_entry, number, read_guest, shadows, space, Kept, ShadowDone, ShadowMmu, NONE};
 use crate::access::Prot;
@@ -167,11 +168,15 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         let value = self.value(entry);
         let Some(old) = self.format.leaf(value, Level::L1) else { return self.drop_entry(memory, entry) };
         let mut leaf = old;
-        if !guest.is_ept() {
-            leaf.user &= prot.contains(Prot::USER);
+        let says = (prot, caching(Some(&guest), raw.unwrap_or(0), Level::L1));
+        let now = self.compose(Some(&guest), says, (leaf.pfn, leaf.size), leaf.writability);
+        leaf.user &= now.user;
+        leaf.execute &= now.execute;
+        leaf.execute_user &= now.execute_user;
+        leaf.read &= now.read;
+        if !self.can_say(&leaf) || (now.memory_type, now.ignore_pat) != (leaf.memory_type, leaf.ignore_pat) {
+            return self.drop_entry(memory, entry);
         }
-        leaf.execute &= prot.contains(Prot::EXECUTE);
-        leaf.read &= prot.contains(Prot::READ);
         if !prot.contains(Prot::WRITE) && leaf.writability != Writability::ReadOnly {
             leaf.writability = Writability::Tracked;
         }

@@ -124,7 +124,7 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
     }
 
     /// Makes the leaves of a batch old and says whether any was young. Never flushes: a page that is used by way of a TLB
-    /// alone may be taken for unused.
+    /// alone may be taken for unused. Where the processor keeps no flags, every leaf is young.
     pub fn test_and_clear_young<'m, B: Backing + 'm>(
         &mut self,
         guard: &mut Exclusive<'m, B>,
@@ -136,7 +136,8 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         for index in self.batch(progress) {
             self.each_leaf(index, range, |kind, met| {
                 let format = kind.format;
-                young |= format.is_young(kind.edit(met.entry, |value| format.make_old(value)));
+                young |= !kind.keeps_flags(&met.role)
+                    || format.is_young(kind.edit(met.entry, |value| format.make_old(value)));
             });
         }
         young

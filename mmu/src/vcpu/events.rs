@@ -1,0 +1,205 @@
+//! What happens to a vCPU's registers and translations: each event names its exact scope and says what follows from it.
+//!
+//! Scopes are those of Intel SDM vol. 3, 4.10.4.1 and AMD APM vol. 2, 5.5.2, both together where they differ. Global pages
+//! are not told apart: what spares them covers them, too. With a direct kind the processor does all of this by itself.
+use super::key::{GuestTag, PagingState};
+use super::requests::{Requests, Sync, TagFlush};
+use super::Mmu;
+use crate::addr::{Gva, NonCanonical};
+use crate::role::{CpuRole, Cr0, Cr4, Efer, GuestCpu, PagingRegs};
+use crate::walk::PageFaultCode;
+
+/// Bit 63 of the operand of MOV to CR3: keep the translations of the PCID.
+const NO_FLUSH: u64 = 1 << 63;
+
+/// What INVPCID takes away (Intel SDM vol. 2, INVPCID; AMD APM vol. 3).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Invpcid {
+    /// Type 0: one address of a PCID, but not if its page is global.
+    Address {
+        /// The PCID.
+        pcid: u16,
+        /// The address.
+        address: Gva,
+    },
+    /// Type 1: a PCID, without global pages.
+    Single {
+        /// The PCID.
+        pcid: u16,
+    },
+    /// Type 2: everything.
+    All,
+    /// Type 3: everything but global pages.
+    AllButGlobal,
+}
+
+/// An INVPCID that is #GP(0).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BadInvpcid {
+    /// There is no such type.
+    Type(u64),
+    /// Reserved bits of the descriptor are set, or it names a PCID that cannot be.
+    Descriptor(u64),
+    /// The address is not canonical.
+    Address(NonCanonical),
+}
+
+impl Invpcid {
+    /// The instruction with this register operand and this descriptor, low half first, in a vCPU with this role and CR4.
+    pub fn new(kind: u64, descriptor: [u64; 2], role: &CpuRole, cr4: Cr4) -> Result<Self, BadInvpcid> {
+        let [low, high] = descriptor;
+        let pcid = low as u16 & 0xfff;
+        if kind > 3 {
+            return Err(BadInvpcid::Type(kind));
+        }
+        if low >> 12 != 0 || (kind < 2 && pcid != 0 && !cr4.contains(Cr4::PCIDE)) {
+            return Err(BadInvpcid::Descriptor(low));
+        }
+        let address = Gva::new(high);
+        Ok(match kind {
+            0 => {
+                role.check_canonical(address).map_err(BadInvpcid::Address)?;
+                Self::Address { pcid, address }
+            }
+            1 => Self::Single { pcid },
+            2 => Self::All,
+            _ => Self::AllButGlobal,
+        })
+    }
+}
+
+impl Mmu {
+    /// MOV to CR3, or the load of CR3 by a task switch, with the PDPTEs that it loads under PAE.
+    ///
+    /// The translations of the PCID that is loaded go (without PCIDs: of 000H), unless bit 63 says to keep them, which is
+    /// an order only with CR4.PCIDE.
+    pub fn mov_to_cr3(&mut self, value: u64, pdptes: [u64; 4]) -> Requests {
+        let keep = value & NO_FLUSH != 0 && self.state.regs.cr4.contains(Cr4::PCIDE);
+        self.change(PagingState { cr3: value & !NO_FLUSH, pdptes, ..self.state });
+        let pcid = self.state.pcid();
+        self.then(Sync::All, |of| !keep && of.pcid == pcid)
+    }
+
+    /// MOV to CR0, CLTS or LMSW, with the EFER.LMA that follows and the PDPTEs that it loads. A change of PG takes all
+    /// translations; one of WP takes none.
+    pub fn mov_to_cr0(&mut self, cr0: Cr0, efer: Efer, pdptes: [u64; 4]) -> Requests {
+        let all = (cr0 ^ self.state.regs.cr0).contains(Cr0::PG);
+        let regs = PagingRegs { cr0, efer, ..self.state.regs };
+        self.change(PagingState { regs, pdptes, ..self.state });
+        self.then(Sync::All, |_| all)
+    }
+
+    /// MOV to CR4, with the PDPTEs that it loads. A change of PGE, PAE or PSE takes all translations, as do clearing PCIDE
+    /// and setting PKE; setting SMEP takes those of the current PCID, setting PCIDE none.
+    pub fn mov_to_cr4(&mut self, cr4: Cr4, pdptes: [u64; 4]) -> Requests {
+        let old = self.state.regs.cr4;
+        let (set, cleared) = (cr4.difference(old), old.difference(cr4));
+        let all = (set | cleared).intersects(Cr4::PGE | Cr4::PAE | Cr4::PSE)
+            || cleared.contains(Cr4::PCIDE)
+            || set.contains(Cr4::PKE);
+        let current = set.contains(Cr4::SMEP);
+        let regs = PagingRegs { cr4, ..self.state.regs };
+        self.change(PagingState { regs, pdptes, ..self.state });
+        let pcid = self.state.pcid();
+        self.then(Sync::All, |of| all || current && of.pcid == pcid)
+    }
+
+    /// WRMSR to EFER. It takes no translations; with another NXE the vCPU runs on another root.
+    pub fn wrmsr_efer(&mut self, efer: Efer) -> Requests {
+        let regs = PagingRegs { efer, ..self.state.regs };
+        self.change(PagingState { regs, ..self.state });
+        self.then(Sync::All, |_| false)
+    }
+
+    /// INVLPG: the address in the current PCID, and global pages there in all, so all roots are concerned. An address that
+    /// is not canonical is no matter.
+    pub fn invlpg(&mut self, address: Gva) -> Requests {
+        let canonical = self.role.check_canonical(address).is_ok();
+        self.then(Sync::Address(address), |_| canonical)
+    }
+
+    /// INVPCID, in any mode.
+    pub fn invpcid(&mut self, what: Invpcid) -> Requests {
+        match what {
+            Invpcid::Address { pcid, address } => self.then(Sync::Address(address), |of| of.pcid == pcid),
+            Invpcid::Single { pcid } => self.then(Sync::All, |of| of.pcid == pcid),
+            Invpcid::All | Invpcid::AllButGlobal => self.flush_guest(),
+        }
+    }
+
+    /// A page fault is delivered to the guest: by itself it takes away what the TLB has of the address, so the guest may change
+    /// the entry in any way without another word (Intel SDM vol. 3, 4.10.4.1). Of an entry that is not present, or has reserved
+    /// bits set, no TLB has anything.
+    pub fn page_fault(&mut self, address: Gva, code: PageFaultCode) -> Requests {
+        let cached = code.contains(PageFaultCode::PRESENT) && !code.contains(PageFaultCode::RESERVED);
+        self.then(Sync::Address(address), |_| cached)
+    }
+
+    /// All translations of whoever runs go: whatever else has that effect, like a flush that the guest asked another vCPU
+    /// for.
+    pub fn flush_guest(&mut self) -> Requests {
+        self.then(Sync::All, |_| true)
+    }
+
+    /// RESET or INIT: no paging from now on, and no translation is left.
+    pub fn init(&mut self) -> Requests {
+        self.change(PagingState::RESET);
+        self.context = 0;
+        self.mode.nested = false;
+        self.and_then(Sync::All, |_| true)
+    }
+
+    /// SMI or RSM, with the registers as they are after it: no translation is left, and it is another address space.
+    pub fn switch_smm(&mut self, state: PagingState) -> Requests {
+        self.change(state);
+        self.and_then(Sync::All, |_| true)
+    }
+
+    /// The registers, or the CPU that the guest sees, were set from outside: nothing is known of what the TLB holds, so it is
+    /// flushed, too.
+    pub fn set_from_outside(&mut self, state: PagingState, cpu: GuestCpu) -> Requests {
+        self.guest_cpu = cpu;
+        self.change(state);
+        let requests = self.and_then(Sync::All, |_| true);
+        let flush = self.flush();
+        Requests { flush, ..requests }
+    }
+
+    /// Takes over registers: another role, and so another key.
+    fn change(&mut self, state: PagingState) {
+        self.state = state;
+        self.role = CpuRole::new(&state.regs, &self.guest_cpu);
+        self.mode.smm = state.smm;
+    }
+
+    /// Another name of L1's for who runs from now on, or L1 itself (zero): its flushes take no other's translations.
+    ///
+    /// For an L2 whose own tables are shadowed. One that L1 gives nested tables has [`set_nested`](Self::set_nested).
+    pub fn set_context(&mut self, context: u16) -> Requests {
+        self.context = context;
+        self.mode.nested = context != 0;
+        self.then(Sync::All, |_| false)
+    }
+
+    /// What L1 calls `context` has no translations from now on: INVVPID of types 1 and 3, TLB_CONTROL of VMRUN, and entries
+    /// and exits without VPIDs.
+    pub fn flush_context(&mut self, context: u16) -> Requests {
+        self.and_then(Sync::All, |tag| tag.context == context)
+    }
+
+    /// What follows: roots whose tag `covers` names are behind by `how`, and the root for the registers of now is selected.
+    /// Whoever runs, L1 or L2, flushes its own translations only.
+    fn then(&mut self, how: Sync, covers: impl Fn(GuestTag) -> bool) -> Requests {
+        let context = self.context;
+        self.and_then(how, |tag| tag.context == context && covers(tag))
+    }
+
+    fn and_then(&mut self, how: Sync, covers: impl Fn(GuestTag) -> bool) -> Requests {
+        let key = self.key_of_now();
+        let (load, switch) = self.select(key);
+        let (marked, flush) = self.fall_behind(how, |key| covers(key.tag()));
+        self.settle_root();
+        let sync = (!marked.is_empty()).then_some((how, marked));
+        Requests { load, sync, flush: if switch == TagFlush::All { switch } else { flush } }
+    }
+}

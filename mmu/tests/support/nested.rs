@@ -1,0 +1,1066 @@
+//! An L1 with L2s: its memory, two vCPUs of it, the processors over the shadow of its nested tables, and the reference
+//! beside them.
+use std::cell::RefCell;
+use std::collections::{HashMap, HashSet};
+use std::sync::atomic::{AtomicU32, AtomicU64};
+use std::sync::Mutex;
+
+use mmu::{
+    AccessKind, Backing, CpuId, CpuRole, DirectMmu, EntryFormat, EptExit, Exclusive, FaultInfo, FaultOutcome,
+    Gfn, GfnRange, Gpa, GuestEpt, Gva, Invvpid, L2Exit, L2Fault, L2Request, L2Tag, Leaf, Level, LogBy,
+    MarkObserver, Mmu, NGpa, NoPage, NoShadowRoot, Pae, PaeHost, PageSize, PagingState, Pfn, RamAddr,
+    Resolved, ShadowBucket, ShadowFault, ShadowMmu, ShadowPage, ShadowStore, Slot, SlotFlags, SlotNotes,
+    Sweep, TableCache, TagFlush, Tags, Tdp12, TlbControl, VcpuMmus, VmMemory, ZapProgress,
+};
+
+use super::flat::FlatRam;
+use super::machines::Machine as Host;
+use super::manual::guest::registers;
+use super::manual::{Machine, What, Who};
+use super::tables::HostTables;
+use super::two_stage::{Below, End, Exit, Op, Shadowed, Tag, Tlb, Told, OPS};
+
+pub const CPU: CpuId = CpuId::BOOT;
+/// Host frames are guest frames plus multiples of this.
+pub const MOVED: u64 = 1 << 20;
+/// Slots: frames, and whether they are read-only. Between them is nothing.
+pub const SLOTS: [(u64, u64, bool); 3] = [(0, 1024, false), (1040, 8, true), (1056, 16, false)];
+pub const FRAMES: u64 = 1072;
+/// L2's own tables, by L2 frame, and where L1 has put them.
+pub const L2_TABLES: [(u64, u64); 4] = [(0x18, 32), (0x19, 33), (0x1a, 34), (0x1b, 35)];
+pub const L2_CR3: u64 = 0x18000;
+
+/// Memory of L1: contents, notes about its slots, and which blocks the host has moved.
+pub struct Ram {
+    pub flat: FlatRam,
+    notes: Vec<Notes>,
+    moves: Mutex<HashMap<u64, u64>>,
+}
+
+struct Notes {
+    dirty: Vec<AtomicU64>,
+    tracks: Vec<AtomicU32>,
+    blocks: [Vec<AtomicU32>; 2],
+}
+
+impl Ram {
+    /// The host frame behind a frame of L1.
+    pub fn frame(&self, gfn: u64) -> u64 {
+        gfn + MOVED * (1 + self.moves.lock().unwrap().get(&gfn).copied().unwrap_or(0))
+    }
+}
+
+impl Backing for Ram {
+    fn resolve(&self, at: &RamAddr, want: PageSize, _: AccessKind) -> Resolved {
+        let size = want.min(PageSize::Size2M);
+        let first = at.gfn().number() & !(size.pages() - 1);
+        let whole = (first..first + size.pages()).all(|gfn| self.frame(gfn) == gfn + MOVED);
+        if size == PageSize::Size2M && whole {
+            return Resolved::Ram { pfn: Pfn::new_truncate(first + MOVED), size };
+        }
+        Resolved::Ram { pfn: Pfn::new_truncate(self.frame(at.gfn().number())), size: PageSize::Size4K }
+    }
+    fn notes(&self, cookie: u64) -> SlotNotes<'_> {
+        let index = SLOTS.iter().position(|slot| slot.0 * 512 == cookie).unwrap();
+        let Notes { dirty, tracks, blocks } = &self.notes[index];
+        SlotNotes { dirty, tracks, tracked_in: [&blocks[0], &blocks[1]] }
+    }
+    fn read(&self, at: &RamAddr, buf: &mut [u8]) -> Result<(), NoPage> {
+        self.flat.read(at, buf)
+    }
+    fn write(&self, at: &RamAddr, data: &[u8]) -> Result<(), NoPage> {
+        self.flat.write(at, data)
+    }
+    fn load_u32(&self, at: &RamAddr) -> Result<u32, NoPage> {
+        self.flat.load_u32(at)
+    }
+    fn load_u64(&self, at: &RamAddr) -> Result<u64, NoPage> {
+        self.flat.load_u64(at)
+    }
+    fn compare_exchange_u32(&self, at: &RamAddr, current: u32, new: u32) -> Result<u32, NoPage> {
+        self.flat.compare_exchange_u32(at, current, new)
+    }
+    fn compare_exchange_u64(&self, at: &RamAddr, current: u64, new: u64) -> Result<u64, NoPage> {
+        self.flat.compare_exchange_u64(at, current, new)
+    }
+}
+
+pub fn slot(index: usize) -> Slot {
+    let (start, pages, read_only) = SLOTS[index];
+    let range = GfnRange::new(Gfn::new_truncate(start), pages).unwrap();
+    let flags = if read_only { SlotFlags::READ_ONLY } else { SlotFlags::empty() };
+    Slot::new(range, flags, start * 512)
+}
+
+fn memory() -> VmMemory<Ram> {
+    let counts = |count: u64| (0..count).map(|_| AtomicU32::new(0)).collect::<Vec<_>>();
+    let notes = |&(_, pages, _): &(u64, u64, bool)| Notes {
+        dirty: (0..pages.div_ceil(64)).map(|_| AtomicU64::new(0)).collect(),
+        tracks: counts(pages),
+        blocks: [counts(pages / 512 + 2), counts(2)],
+    };
+    let flat = FlatRam::new(FRAMES as usize * 4096);
+    let moves = Mutex::default();
+    let memory = VmMemory::new(Ram { flat, notes: SLOTS.iter().map(notes).collect(), moves });
+    for index in 0..SLOTS.len() {
+        memory.exclusive(CPU).insert_slot(&slot(index)).unwrap();
+    }
+    memory
+}
+
+/// Nobody asks; L1 logs no dirty pages.
+pub struct Unheard;
+impl MarkObserver for Unheard {
+    fn marked(&self, _: Gpa, _: usize) {}
+}
+
+/// A context that translations of L2's addresses are cached in: the EPT root, or the ASID with an NCR3.
+type Context = (u16, u64);
+
+pub struct Vcpu {
+    pub mmus: VcpuMmus,
+    pub tag: L2Tag,
+    pub below: Below,
+    /// VPID12 (none if zero) or ASID12 of the L2 that runs, or ran last.
+    pub name: u16,
+    pub l2: Machine,
+    pub in_l2: bool,
+    pub tlb: Tlb,
+    /// Where each access of L2 has led since it was flushed last, by context, as far as L1's tables permitted it.
+    nested: HashSet<(Context, u64, Op, u64)>,
+    /// By name of L2, page and access: through which page of L2 it has led.
+    linear: HashSet<(u16, u64, What, Who, u64, Op)>,
+    /// Contexts that translations may have been cached in since their last flush.
+    live: HashSet<Context>,
+}
+
+pub struct World<H: Host> {
+    pub host: H,
+    pub memory: &'static VmMemory<Ram>,
+    pub kind: ShadowMmu<'static, H::Format, HostTables>,
+    /// What L1 runs on.
+    pub direct: &'static DirectMmu<H::Format, HostTables>,
+    pub tables: HostTables,
+    pub cache: TableCache,
+    pub vcpus: Vec<Vcpu>,
+    /// Linear addresses of L2, and its physical ones.
+    pub linear: Vec<u64>,
+    pub physical: Vec<u64>,
+    /// What L1's tables can be read as.
+    pub belows: Vec<Below>,
+    pub own_tags: bool,
+    /// The slots that are there.
+    pub present: [bool; 3],
+    pub emulated: usize,
+    /// Exits that L1 saw, and faults that it did not.
+    pub to_l1: usize,
+    pub here: usize,
+    pub flushes: usize,
+}
+
+/// How an access of L2 ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ended {
+    At(u64),
+    PageFault(u32),
+    ToL1(u64, Exit),
+    Device(u64),
+    ReadOnly(u64),
+    Emulated(u64),
+}
+
+const WHATS: [(What, Who); 6] = [
+    (What::Read, Who::User),
+    (What::Write, Who::User),
+    (What::Fetch, Who::User),
+    (What::Read, Who::Supervisor),
+    (What::Write, Who::Supervisor),
+    (What::Fetch, Who::Supervisor),
+];
+
+impl<H: Host> World<H> {
+    pub fn new(
+        host: H,
+        below: Below,
+        l2: Machine,
+        own_tags: bool,
+        quota: usize,
+        setup: fn(&FlatRam),
+    ) -> Self {
+        let memory: &'static _ = Box::leak(Box::new(memory()));
+        setup(&memory.backing().flat);
+        let tables = HostTables::new(quota + 256);
+        let direct =
+            DirectMmu::new(memory, host.format(), tables.clone(), tables.allocate(), 46, PageSize::Size2M);
+        let direct: &'static _ = Box::leak(Box::new(direct));
+        let pages: Vec<ShadowPage> = (0..quota).map(|_| ShadowPage::UNUSED).collect();
+        let buckets = vec![ShadowBucket::EMPTY; quota / 2 + 1];
+        let store = ShadowStore { pages: Vec::leak(pages), buckets: Vec::leak(buckets) };
+        let pae = Pae::new(&PaeHost { max_phys_addr: 46 });
+        let kind = ShadowMmu::new(memory, host.format(), pae, tables.clone(), store).unwrap();
+        let physical = (0..28).chain([512, 513, 1023, 1024, 1025]).map(|page| page << 12).collect();
+        let mut world = Self {
+            host,
+            memory,
+            kind,
+            direct,
+            tables,
+            cache: TableCache::new(),
+            vcpus: vec![],
+            linear: l2_addresses(&l2),
+            physical,
+            belows: vec![below],
+            own_tags,
+            present: [true; 3],
+            emulated: 0,
+            to_l1: 0,
+            here: 0,
+            flushes: 0,
+        };
+        for _ in 0..2 {
+            let vcpu = world.vcpu(below, l2);
+            world.vcpus.push(vcpu);
+        }
+        world.remember();
+        world
+    }
+
+    pub fn exclusive(&self) -> Exclusive<'static, Ram> {
+        exclusive(self.memory, self.direct)
+    }
+
+    fn is_ept(&self) -> bool {
+        matches!(self.belows[0], Below::Ept(_))
+    }
+
+    fn vcpu(&self, below: Below, l2: Machine) -> Vcpu {
+        let (_, cpu) =
+            registers(&Machine { maxphyaddr: 46, gib_pages: true, amd: true, ..Machine::default() });
+        let host = if self.host.levels() == 5 { Level::L5 } else { Level::L4 };
+        let state = PagingState::RESET;
+        let role = CpuRole::new(&state.regs, &cpu);
+        let tdp12_mmu = Mmu::shadow(state, cpu, host, self.host.flags().0 != 0, Tags::One);
+        let (regs, cpu2) = registers(&l2);
+        let nested = tdp12(&below).context().role();
+        let mmus = VcpuMmus::new(
+            Mmu::shadow(state, cpu, host, true, Tags::One),
+            tdp12_mmu,
+            role,
+            CpuRole::new(&regs, &cpu2),
+            nested,
+        );
+        Vcpu {
+            mmus,
+            tag: L2Tag::new(self.own_tags),
+            below,
+            name: 1,
+            l2,
+            in_l2: false,
+            tlb: Tlb::default(),
+            nested: HashSet::new(),
+            linear: HashSet::new(),
+            live: HashSet::new(),
+        }
+    }
+
+    pub fn ram(&self) -> &FlatRam {
+        &self.memory.backing().flat
+    }
+
+    /// What L1 reads at an address: nothing outside its slots.
+    fn word(&self, at: u64) -> Option<u64> {
+        self.slot_of(at >> 12).and_then(|_| self.ram().get(at))
+    }
+
+    /// The slot of a frame of L1.
+    fn slot_of(&self, gfn: u64) -> Option<usize> {
+        let holds = |&(index, (start, pages, _)): &(usize, (u64, u64, bool))| {
+            self.present[index] && gfn >= start && gfn < start + pages
+        };
+        SLOTS.iter().copied().enumerate().find(holds).map(|(index, _)| index)
+    }
+
+    pub fn context(&self, vcpu: usize) -> Context {
+        let Vcpu { below, name, .. } = &self.vcpus[vcpu];
+        (if self.is_ept() { 0 } else { *name }, below.root() & !0xfff)
+    }
+
+    pub fn tag(&self, l2: bool) -> Tag {
+        match (self.own_tags, l2) {
+            (false, _) => Tag::Shared,
+            (true, true) => Tag::L2,
+            (true, false) => Tag::L1,
+        }
+    }
+
+    /// Notes where every access leads now, in every context that counts.
+    pub fn remember(&mut self) {
+        let word = |at: u64| self.word(at);
+        let told = Told { table_walk: false, bits: 0 };
+        let mut nested = vec![];
+        for below in &self.belows {
+            for &page in &self.physical {
+                for op in OPS {
+                    if let Ok(found) = below.locate(&word, page, op, told) {
+                        nested.push((below.root() & !0xfff, page >> 12, op, found.address >> 12));
+                    }
+                }
+            }
+        }
+        let mut linear = vec![];
+        for vcpu in &self.vcpus {
+            let mut found = vec![];
+            for &va in &self.linear {
+                for (what, who) in WHATS {
+                    let second = |gpa: u64, op, told| {
+                        let op = if told_is_walk(&told) { Op { what: What::Read, user: true } } else { op };
+                        match vcpu.below.locate(&word, gpa, op, told) {
+                            Ok(found) => Ok(found.address),
+                            // What L2's tables alone say.
+                            Err(exit) if told_is_walk(&told) => Err(exit),
+                            Err(_) => Ok(0),
+                        }
+                    };
+                    if let End::At(_, gpa, op) = vcpu.below.both(self.ram(), &vcpu.l2, &second, va, what, who)
+                    {
+                        found.push((va >> 12, what, who, gpa >> 12, op));
+                    }
+                }
+            }
+            linear.push(found);
+        }
+        for (vcpu, linear) in self.vcpus.iter_mut().zip(linear) {
+            for &(name, root) in &vcpu.live {
+                let here = nested.iter().filter(|found| found.0 == root);
+                vcpu.nested.extend(here.map(|&(_, page, op, to)| ((name, root), page, op, to)));
+            }
+            for (page, what, who, to, op) in linear {
+                for name in [0, 1, 2] {
+                    vcpu.linear.insert((name, page, what, who, to, op));
+                }
+            }
+        }
+    }
+
+    /// Whether what a CPU has found was where L2's address led at some time since the last flush that covers it.
+    fn is_legal(&self, vcpu: usize, (va, what, who): (u64, What, Who), gfn: u64, ngfn: Option<u64>) -> bool {
+        let Vcpu { nested, linear, name, live, .. } = &self.vcpus[vcpu];
+        let (asid, root) = self.context(vcpu);
+        let ept = self.is_ept();
+        let contexts = live.iter().filter(|context| context.0 == asid && (!ept || context.1 == root));
+        let contexts: Vec<_> = contexts.collect();
+        linear.iter().any(|&(of, page, what2, who2, to, op)| {
+            (of, page, what2, who2) == (*name, va >> 12, what, who)
+                && ngfn.is_none_or(|ngfn| ngfn == to)
+                && contexts.iter().any(|&&context| nested.contains(&(context, to, op, gfn)))
+        })
+    }
+
+    /// Carries out what an event asked for.
+    pub fn apply(&mut self, vcpu: usize, request: L2Request) {
+        let _ = self.vcpus[vcpu].mmus.apply(request);
+    }
+
+    /// VM entry, or VMRUN, into L2.
+    pub fn enter_l2(&mut self, vcpu: usize, control: TlbControl) {
+        let ept = self.is_ept();
+        let v = &mut self.vcpus[vcpu];
+        if std::mem::replace(&mut v.in_l2, true) {
+            return;
+        }
+        let request = match (ept, v.name) {
+            (true, 0) => v.tag.vm_entry(None),
+            (true, name) => v.tag.vm_entry(Some(name)),
+            (false, name) => v.tag.vmrun(name, control),
+        };
+        let tdp12 = tdp12(&v.below);
+        let asid = if ept { 0 } else { v.name };
+        let pdptes = tdp12.pdptes(&self.memory.shared(CPU));
+        let _ = v.mmus.enter_l2(&tdp12, pdptes, asid);
+        let _ = v.mmus.apply(request);
+        // What the architecture flushes.
+        match (ept, v.name, control) {
+            (true, 0, _) => self.forget_linear(vcpu, 0),
+            (true, ..) | (false, _, TlbControl::Nothing) => {}
+            (false, name, TlbControl::Asid | TlbControl::AsidRetainingGlobals) => {
+                self.forget_asid(vcpu, name)
+            }
+            (false, _, TlbControl::Everything) => {
+                for name in [1, 2] {
+                    self.forget_asid(vcpu, name);
+                }
+            }
+        }
+        let context = self.context(vcpu);
+        if self.vcpus[vcpu].live.insert(context) {
+            self.remember();
+        }
+    }
+
+    /// VM exit to L1.
+    pub fn leave_l2(&mut self, vcpu: usize) {
+        let ept = self.is_ept();
+        let v = &mut self.vcpus[vcpu];
+        if !std::mem::replace(&mut v.in_l2, false) {
+            return;
+        }
+        let request = match (ept, v.name) {
+            (true, 0) => v.tag.vm_exit(None),
+            (true, name) => v.tag.vm_exit(Some(name)),
+            (false, _) => v.tag.vmexit(),
+        };
+        let _ = v.mmus.leave_nested();
+        let _ = v.mmus.apply(request);
+        if ept && v.name == 0 {
+            self.forget_linear(vcpu, 0);
+        }
+    }
+
+    fn forget_linear(&mut self, vcpu: usize, name: u16) {
+        self.vcpus[vcpu].linear.retain(|entry| entry.0 != name);
+        self.remember();
+    }
+
+    fn forget_asid(&mut self, vcpu: usize, asid: u16) {
+        let context = self.context(vcpu);
+        let v = &mut self.vcpus[vcpu];
+        v.nested.retain(|entry| entry.0 .0 != asid);
+        v.live.retain(|live| live.0 != asid || *live == context);
+        self.forget_linear(vcpu, asid);
+    }
+
+    /// INVEPT by L1: of one pointer, or of all.
+    pub fn invept(&mut self, vcpu: usize, pointer: Option<u64>) {
+        self.leave_l2(vcpu);
+        let v = &mut self.vcpus[vcpu];
+        let request = match pointer {
+            Some(pointer) => v.tag.invept_single(pointer),
+            None => v.tag.invept_global(),
+        };
+        let _ = v.mmus.apply(request);
+        v.nested.retain(|entry| pointer.is_some_and(|pointer| entry.0 .1 != pointer & !0xfff));
+        self.remember();
+    }
+
+    pub fn invvpid(&mut self, vcpu: usize, what: Invvpid) {
+        self.leave_l2(vcpu);
+        let v = &mut self.vcpus[vcpu];
+        let request = v.tag.invvpid(what);
+        let _ = v.mmus.apply(request);
+        v.linear.retain(|entry| match what {
+            Invvpid::Address { vpid, address } => (entry.0, entry.1) != (vpid, address.bits() >> 12),
+            Invvpid::Single { vpid } | Invvpid::SingleRetainingGlobals { vpid } => entry.0 != vpid,
+            Invvpid::All => entry.0 == 0,
+        });
+        self.remember();
+    }
+
+    pub fn invlpga(&mut self, vcpu: usize, va: u64, asid: u16) {
+        self.leave_l2(vcpu);
+        let v = &mut self.vcpus[vcpu];
+        let request = v.tag.invlpga(Gva::new(va), asid);
+        let _ = v.mmus.apply(request);
+        v.linear.retain(|entry| (entry.0, entry.1) != (asid, va >> 12));
+        self.remember();
+    }
+
+    /// L2 flushes an address, or all, of its own: the processor does it, on the tag it runs with.
+    pub fn l2_flush(&mut self, vcpu: usize, va: Option<u64>) {
+        self.enter_l2(vcpu, TlbControl::Nothing);
+        self.ready(vcpu);
+        let tag = self.tag(true);
+        let v = &mut self.vcpus[vcpu];
+        match va {
+            Some(va) => v.tlb.flush_page(tag, va >> 12),
+            None => v.tlb.flush(tag),
+        }
+        let name = v.name;
+        v.linear.retain(|entry| entry.0 != name || va.is_some_and(|va| entry.1 != va >> 12));
+        self.remember();
+    }
+
+    /// L1 runs another L2: other tables, or another name.
+    pub fn switch(&mut self, vcpu: usize, below: usize, name: u16) {
+        self.leave_l2(vcpu);
+        (self.vcpus[vcpu].below, self.vcpus[vcpu].name) = (self.belows[below], name);
+    }
+
+    /// Whatever is due before L2 runs, and the entry: the TLB is flushed as that says.
+    fn ready(&mut self, vcpu: usize) {
+        for round in 0.. {
+            assert!(round < 12, "A4: no root");
+            let entered = {
+                let entered = self.vcpus[vcpu].mmus.tdp12_mmu.enter(self.memory, cpu(vcpu));
+                (entered.is_obsolete(), entered.flush())
+            };
+            self.flush(vcpu, true, entered.1);
+            if !entered.0 {
+                return;
+            }
+            self.tables.fill(&mut self.cache);
+            let mut guard = exclusive(self.memory, self.direct);
+            let mmu = &mut self.vcpus[vcpu].mmus.tdp12_mmu;
+            let done = mmu.carry_out(&mut self.kind, &mut guard, &mut self.cache);
+            match done.outcome {
+                Ok(()) | Err(NoShadowRoot::NeedTables | NoShadowRoot::Wait) => {}
+                Err(other) => panic!("{other:?}"),
+            }
+        }
+    }
+
+    fn flush(&mut self, vcpu: usize, l2: bool, flush: TagFlush) {
+        let tag = self.tag(l2);
+        let tlb = &mut self.vcpus[vcpu].tlb;
+        match flush {
+            TagFlush::None => {}
+            TagFlush::Address(address) => tlb.flush_page(tag, address.bits() >> 12),
+            TagFlush::All => {
+                tlb.flush(tag);
+                self.flushes += 1;
+            }
+        }
+    }
+
+    pub fn shadowed(&self, vcpu: usize) -> Shadowed<'_, H> {
+        let v = &self.vcpus[vcpu];
+        let root = v.mmus.tdp12_mmu.root();
+        let role = v.mmus.tdp12_mmu.root_role();
+        let told_apart = match v.below {
+            Below::Ept(m) => m.mode_based,
+            Below::Npt(m) => m.smep,
+        };
+        Shadowed {
+            host: self.host,
+            tables: &self.tables,
+            root: root.hpa.pfn().number(),
+            level: root.level as u32,
+            flags: role.base().accessed_dirty(),
+            told_apart,
+        }
+    }
+
+    /// The processor: where an access leads, as a frame of the host, or the exit it makes. With `cached` it uses its TLB.
+    fn hardware(&mut self, vcpu: usize, va: u64, what: What, who: Who, cached: bool) -> (End, Option<u64>) {
+        let tag = self.tag(true);
+        let ept = self.is_ept();
+        let root = if ept { self.shadowed(vcpu).root } else { 0 };
+        if cached {
+            if let Some((frame, op)) = self.vcpus[vcpu].tlb.combined(tag, root, va >> 12, what, who) {
+                return (End::At(frame << 12 | va & 0xfff, u64::MAX, op), None);
+            }
+        }
+        let kept = RefCell::new(vec![]);
+        let v = &self.vcpus[vcpu];
+        let shadowed = self.shadowed(vcpu);
+        let second = |gpa: u64, op: Op, told: Told| {
+            let cached = v.tlb.guest_physical(tag, root, gpa >> 12, op).filter(|_| cached);
+            let frame = match cached.map_or_else(|| shadowed.frame(gpa, op), Ok) {
+                Ok(frame) => frame,
+                Err(_) => return Err(self.reported(op, told)),
+            };
+            kept.borrow_mut().push((gpa >> 12, op, frame));
+            // Contents are by L1's frames.
+            let gfn = if told.table_walk { frame % MOVED } else { frame };
+            Ok(gfn << 12 | gpa & 0xfff)
+        };
+        let end = v.below.both(self.ram(), &v.l2, &second, va, what, who);
+        let tlb = &mut self.vcpus[vcpu].tlb;
+        for (page, op, frame) in kept.into_inner() {
+            tlb.keep_guest_physical(tag, root, page, op, frame);
+        }
+        if let End::At(at, gpa, op) = end {
+            tlb.keep(tag, root, va >> 12, (what, who), (at >> 12, op));
+            return (end, Some(gpa >> 12));
+        }
+        (end, None)
+    }
+
+    /// An exit as the processor reports it, but for what only Umbra's own entries say.
+    fn reported(&self, op: Op, told: Told) -> Exit {
+        if self.is_ept() {
+            let bits = match op.what {
+                What::Read => 1,
+                What::Write if told.table_walk => 3,
+                What::Write => 2,
+                What::Fetch => 4,
+            };
+            return Exit::Violation(bits | told.bits);
+        }
+        let write = u64::from(op.what == What::Write) << 1;
+        let fetch = u64::from(op.what == What::Fetch) << 4;
+        let place = if told.table_walk { 2u64 << 32 } else { 1 << 32 };
+        Exit::NestedPageFault(place | write | fetch | u64::from(op.user) << 2)
+    }
+
+    /// A1 to A4 for L2, G1 to G4: an access of it as it makes it.
+    ///
+    /// What the TLB says of L2's tables may be old, and a fault with it: then the access is tried without.
+    pub fn access(&mut self, vcpu: usize, va: u64, what: What, who: Who, mut cached: bool) -> Ended {
+        for _ in 0..40 {
+            self.enter_l2(vcpu, TlbControl::Nothing);
+            self.ready(vcpu);
+            let (end, ngfn) = self.hardware(vcpu, va, what, who, cached);
+            let (gpa, exit) = match end {
+                End::At(at, ..) => return self.reached(vcpu, (va, what, who), at, ngfn),
+                End::PageFault(code) => {
+                    let expected = self.expected(vcpu, va, what, who);
+                    if cached && expected != End::PageFault(code) {
+                        cached = false;
+                        continue;
+                    }
+                    assert_eq!(expected, End::PageFault(code), "A2: {va:#x} {what:?} {who:?}");
+                    return Ended::PageFault(code);
+                }
+                End::ToL1(gpa, exit) => (gpa, exit),
+            };
+            let context = self.context(vcpu);
+            let (tag, root) = (self.tag(true), if self.is_ept() { self.shadowed(vcpu).root } else { 0 });
+            self.vcpus[vcpu].tlb.violated(tag, root, gpa >> 12, va >> 12);
+            let at = NGpa::new_truncate(gpa);
+            let exit = match exit {
+                Exit::Violation(bits) => L2Exit::from_ept(at, bits, Gva::new(va)),
+                Exit::NestedPageFault(bits) => L2Exit::from_npf(at, bits),
+                Exit::Misconfiguration => unreachable!("reported as a violation"),
+            };
+            let expected = self.expected(vcpu, va, what, who);
+            match self.l2_fault(vcpu, &exit, &Unheard) {
+                L2Fault::ToL1(fault) => {
+                    let told = Ended::ToL1(fault.address, self.rendered(&fault));
+                    if cached && !matches!(expected, End::ToL1(gpa, exit) if Ended::ToL1(gpa, exit) == told) {
+                        cached = false;
+                        continue;
+                    }
+                    let End::ToL1(gpa, exit) = expected else {
+                        panic!("G4: L1 gets {told:x?} where {expected:x?} is expected");
+                    };
+                    assert_eq!(told, Ended::ToL1(gpa, exit), "G2, G3: {va:#x} {what:?} {who:?}");
+                    let v = &mut self.vcpus[vcpu];
+                    v.nested.retain(|entry| entry.0 != context || entry.1 != gpa >> 12);
+                    self.to_l1 += 1;
+                    self.remember();
+                    self.check();
+                    self.leave_l2(vcpu);
+                    return told;
+                }
+                L2Fault::LogFull => panic!("L1 logs nothing"),
+                L2Fault::Here(fault) => {
+                    self.remember();
+                    self.check();
+                    self.here += 1;
+                    let table_walk = exit.place == mmu::Place::TableWalk;
+                    let leads = match (&expected, table_walk) {
+                        (End::At(at, ..), _) => Some(*at),
+                        (_, true) => None,
+                        _ if cached => None,
+                        (other, false) => panic!("G4: {other:x?} was L1's to know, {fault:?}"),
+                    };
+                    match fault {
+                        ShadowFault::Mapped | ShadowFault::Spurious | ShadowFault::Retry => {}
+                        ShadowFault::Wait | ShadowFault::NoRoot | ShadowFault::NeedTables => {}
+                        ShadowFault::Mmio(gpa) => {
+                            assert_eq!(self.slot_of(gpa.bits() >> 12), None);
+                            assert!(leads.is_none_or(|leads| leads == gpa.bits()));
+                            return Ended::Device(gpa.bits());
+                        }
+                        ShadowFault::ReadOnly(gpa) => {
+                            let slot = self.slot_of(gpa.bits() >> 12).unwrap();
+                            assert!(SLOTS[slot].2);
+                            return Ended::ReadOnly(gpa.bits());
+                        }
+                        ShadowFault::WriteTracked(gpa) => {
+                            assert!(self.memory.shared(CPU).is_write_tracked(gpa.gfn()));
+                            self.emulated += 1;
+                            return Ended::Emulated(gpa.bits());
+                        }
+                        other => panic!("{other:?}"),
+                    }
+                }
+            }
+        }
+        panic!("A4: livelock at {va:#x}, {what:?} {who:?}");
+    }
+
+    /// What L1's tables say now.
+    pub fn expected(&self, vcpu: usize, va: u64, what: What, who: Who) -> End {
+        let Vcpu { below, l2, .. } = &self.vcpus[vcpu];
+        let word = |at: u64| self.word(at);
+        let second = |gpa: u64, op, told| below.locate(&word, gpa, op, told).map(|found| found.address);
+        below.both(self.ram(), l2, &second, va, what, who)
+    }
+
+    pub fn rendered(&self, fault: &FaultInfo) -> Exit {
+        if !self.is_ept() {
+            return Exit::NestedPageFault(fault.npf_info().bits());
+        }
+        match fault.ept_exit() {
+            EptExit::Violation(info) => Exit::Violation(info.bits()),
+            EptExit::Misconfiguration => Exit::Misconfiguration,
+        }
+    }
+
+    pub fn l2_fault(&mut self, vcpu: usize, exit: &L2Exit, log: &impl MarkObserver) -> L2Fault {
+        self.tables.fill(&mut self.cache);
+        let tdp12 = tdp12(&self.vcpus[vcpu].below);
+        let walked = tdp12.walk_exit(&self.memory.shared(CPU), exit, log);
+        let mut guard = exclusive(self.memory, self.direct);
+        let mmus = &mut self.vcpus[vcpu].mmus;
+        mmus.l2_fault(&tdp12, &mut self.kind, &mut guard, &mut self.cache, &walked).outcome
+    }
+
+    /// An access has reached a frame of the host: it is one that L2's address leads to, or led to since the last flush.
+    fn reached(
+        &mut self,
+        vcpu: usize,
+        (va, what, who): (u64, What, Who),
+        at: u64,
+        ngfn: Option<u64>,
+    ) -> Ended {
+        let frame = at >> 12;
+        let gfn = frame % MOVED;
+        let case = format!("{what:?} {who:?} at {va:#x} reaches frame {gfn:#x}");
+        assert_eq!(self.memory.backing().frame(gfn), frame, "C3: {case}: the host has moved it");
+        let slot = self.slot_of(gfn).unwrap_or_else(|| panic!("I2: {case}: no slot"));
+        assert!(
+            self.is_legal(vcpu, (va, what, who), gfn, ngfn),
+            "A3, C5, C6: {case} by {ngfn:x?}; now {:x?}",
+            self.expected(vcpu, va, what, who)
+        );
+        self.written(what, slot, gfn, true);
+        Ended::At(gfn << 12 | va & 0xfff)
+    }
+
+    /// What has to hold when a processor has written without an exit.
+    fn written(&self, what: What, slot: usize, gfn: u64, in_l2: bool) {
+        if what != What::Write {
+            return;
+        }
+        assert!(!SLOTS[slot].2, "G1: frame {gfn:#x} is read-only");
+        let shared = self.memory.shared(CPU);
+        assert!(!shared.is_write_tracked(Gfn::new_truncate(gfn)), "D6: frame {gfn:#x}");
+        let by_bits = shared.slots().any(|slot| slot.flags.contains(SlotFlags::DIRTY_BITS));
+        if by_bits && !in_l2 {
+            return;
+        }
+        if let Some(log) = shared.dirty_log(Gfn::new_truncate(SLOTS[slot].0)) {
+            let page = gfn - SLOTS[slot].0;
+            assert!(log.read(page as usize / 64) >> (page % 64) & 1 == 1, "H1: frame {gfn:#x}");
+        }
+    }
+
+    /// L1 stores an entry of its tables; it is not in L2 then.
+    pub fn l1_store(&mut self, vcpu: usize, at: u64, len: usize, entry: u64) {
+        // Every other entry makes the table one that is written without exits.
+        match self.l1_access(vcpu, at, What::Write, at / 8 % 2 == 1) {
+            Ended::At(_) => {
+                if len == 8 {
+                    self.ram().set(at, entry);
+                } else {
+                    self.ram().set_u32(at, entry as u32);
+                }
+                self.remember();
+            }
+            _ => self.put(at, len, entry),
+        }
+    }
+
+    /// A store by emulation.
+    pub fn put(&mut self, at: u64, len: usize, entry: u64) {
+        let gpa = Gpa::new_truncate(at);
+        self.memory.shared(CPU).write(gpa, &entry.to_le_bytes()[..len]).unwrap();
+        let _ = self.kind.track_write(&mut exclusive(self.memory, self.direct), gpa, len);
+        self.remember();
+        self.check();
+    }
+
+    /// C6, D6: an access of L1 itself, on the direct kind and with its own tag. With `unsync` it may write to lowest tables
+    /// without exits from then on.
+    pub fn l1_access(&mut self, vcpu: usize, gpa: u64, what: What, unsync: bool) -> Ended {
+        self.leave_l2(vcpu);
+        let op = Op { what, user: true };
+        let tag = self.tag(false);
+        for _ in 0..12 {
+            let entered = {
+                let entered = self.vcpus[vcpu].mmus.root_mmu.enter(self.memory, cpu(vcpu));
+                (entered.is_obsolete(), entered.flush())
+            };
+            self.flush(vcpu, false, entered.1);
+            if entered.0 {
+                let _ = self.vcpus[vcpu].mmus.root_mmu.set_root(self.direct.root());
+                continue;
+            }
+            let root = self.direct.root();
+            let walked = Shadowed {
+                host: self.host,
+                tables: &self.tables,
+                root: root.hpa.pfn().number(),
+                level: root.level as u32,
+                flags: true,
+                told_apart: false,
+            };
+            let context = if self.is_ept() { walked.root } else { 0 };
+            let cached = self.vcpus[vcpu].tlb.guest_physical(tag, context, gpa >> 12, op);
+            if let Ok(frame) = cached.map_or_else(|| walked.frame(gpa, op), Ok) {
+                let tlb = &mut self.vcpus[vcpu].tlb;
+                tlb.keep_guest_physical(tag, context, gpa >> 12, op, frame);
+                assert_eq!(frame, self.memory.backing().frame(gpa >> 12), "C3, C6: L1 at {gpa:#x}");
+                let slot = self.slot_of(gpa >> 12).expect("I2");
+                self.written(what, slot, gpa >> 12, false);
+                return Ended::At(gpa);
+            }
+            let kind = match what {
+                What::Read => AccessKind::Read,
+                What::Write => AccessKind::Write,
+                What::Fetch => AccessKind::Execute,
+            };
+            self.tables.fill(&mut self.cache);
+            let shared = self.memory.shared(CPU);
+            let outcome = self.direct.fault(&shared, &mut self.cache, Gpa::new_truncate(gpa), kind);
+            drop(shared);
+            match outcome {
+                FaultOutcome::Mapped | FaultOutcome::Spurious | FaultOutcome::Retry => {}
+                FaultOutcome::NeedTables => {}
+                FaultOutcome::Mmio(at) => return Ended::Device(at.bits()),
+                FaultOutcome::ReadOnly(at) => return Ended::ReadOnly(at.bits()),
+                FaultOutcome::WriteTracked(at) => {
+                    let mut guard = exclusive(self.memory, self.direct);
+                    if !unsync || !self.kind.let_write(&mut guard, at.gfn()).outcome {
+                        return Ended::Emulated(at.bits());
+                    }
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+        panic!("A4: livelock of L1 at {gpa:#x}");
+    }
+
+    /// L2 stores through its linear address.
+    pub fn l2_store(&mut self, vcpu: usize, va: u64, entry: u64) -> Ended {
+        let ended = self.access(vcpu, va, What::Write, Who::Supervisor, true);
+        match ended {
+            Ended::At(at) => {
+                self.ram().set(at & !7, entry);
+                self.remember();
+            }
+            Ended::Emulated(at) => self.put(at & !7, 8, entry),
+            _ => {}
+        }
+        ended
+    }
+
+    /// What the shadow says of an address of L2.
+    pub fn leaf(&self, vcpu: usize, gpa: u64) -> Leaf {
+        let shadowed = self.shadowed(vcpu);
+        let mut table = shadowed.root;
+        for level in (1..=shadowed.level).rev() {
+            let entry = self.tables.peek(table, (gpa >> (12 + 9 * (level - 1)) & 511) as usize).unwrap();
+            let of = [Level::L1, Level::L2, Level::L3, Level::L4, Level::L5][level as usize - 1];
+            if let Some(leaf) = self.kind.format().leaf(entry, of) {
+                return leaf;
+            }
+            table = (entry & 0x000f_ffff_ffff_f000) >> 12;
+        }
+        panic!("nothing is mapped at {gpa:#x}");
+    }
+
+    /// Flushes all that L1 can of its nested tables.
+    pub fn flush_nested(&mut self, vcpu: usize, pointer: Option<u64>) {
+        if self.is_ept() {
+            self.invept(vcpu, pointer);
+        } else {
+            self.enter_l2(vcpu, TlbControl::Everything);
+            self.leave_l2(vcpu);
+        }
+    }
+
+    /// Begins the log of the first slot, in both kinds.
+    pub fn start_log(&mut self, by: LogBy) {
+        let mut sweep = self.exclusive().start_dirty_log(Gfn::default(), by).unwrap();
+        let mut progress = ZapProgress::default();
+        while !progress.is_done() {
+            let _ = self.kind.rearm(&mut self.exclusive(), &sweep, &mut progress);
+        }
+        while !sweep.is_done() {
+            let _ = self.direct.rearm(&self.memory.shared(CPU), &mut sweep).issue();
+        }
+        self.check();
+    }
+
+    pub fn logs(&self) -> bool {
+        self.memory.shared(CPU).dirty_log(Gfn::default()).is_some()
+    }
+
+    pub fn stop_log(&mut self) {
+        let range = self.exclusive().stop_dirty_log(Gfn::default()).unwrap().range();
+        let mut progress = ZapProgress::default();
+        while !progress.is_done() {
+            let _ = self.kind.collapse(&mut self.exclusive(), range, &mut progress);
+        }
+        self.check();
+    }
+
+    /// The frames that the log has, and takes them out.
+    pub fn harvest(&mut self) -> Vec<u64> {
+        let all = slot(0).range;
+        let mut sweep = Sweep::over(all);
+        while !sweep.is_done() {
+            let _ = self.direct.collect_dirty(&self.memory.shared(CPU), &mut sweep).issue();
+        }
+        let mut progress = ZapProgress::default();
+        while !progress.is_done() {
+            let _ = self.kind.collect_dirty(&mut self.exclusive(), all, &mut progress);
+        }
+        let mut found = vec![];
+        for index in 0..all.pages() / 64 {
+            let first = Gfn::new_truncate(index * 64);
+            let mask = {
+                let shared = self.memory.shared(CPU);
+                let mask = shared.dirty_log(Gfn::default()).unwrap().clear(index as usize, u64::MAX);
+                let _ = self.direct.rearm_pages(&shared, first, mask).issue();
+                mask
+            };
+            let _ = self.kind.rearm_pages(&mut self.exclusive(), first, mask);
+            found.extend((0..64).filter(|bit| mask >> bit & 1 != 0).map(|bit| index * 64 + bit));
+        }
+        self.check();
+        found
+    }
+
+    pub fn zap(&mut self, range: GfnRange) {
+        let mut progress = ZapProgress::default();
+        while !progress.is_done() {
+            let _ = self.kind.zap(&mut exclusive(self.memory, self.direct), range, &mut progress);
+        }
+        let mut sweep = Sweep::over(range);
+        while !sweep.is_done() {
+            let _ = self.direct.zap(&self.memory.shared(CPU), &mut sweep).issue();
+        }
+        self.check();
+    }
+
+    /// The host moves a frame.
+    pub fn move_frame(&mut self, gfn: u64) {
+        let range = GfnRange::of(Gfn::new_truncate(gfn));
+        let invalidation = self.exclusive().begin_invalidation(range);
+        self.zap(range);
+        *self.memory.backing().moves.lock().unwrap().entry(gfn).or_default() += 1;
+        drop(invalidation);
+    }
+
+    /// Takes a slot away, or puts it back.
+    pub fn toggle_slot(&mut self, index: usize) {
+        let slot = slot(index);
+        if self.present[index] {
+            let mut guard = exclusive(self.memory, self.direct);
+            let mut sweep = guard.remove_slot(Gfn::new_truncate(slot.range.start())).unwrap();
+            while !sweep.is_done() {
+                let _ = self.direct.zap(&guard, &mut sweep).issue();
+            }
+            let mut progress = ZapProgress::default();
+            while !progress.is_done() {
+                let _ = self.kind.zap(&mut guard, slot.range, &mut progress);
+            }
+        } else {
+            self.memory.exclusive(CPU).insert_slot(&slot).unwrap();
+        }
+        self.present[index] ^= true;
+        self.remember();
+        self.check();
+    }
+
+    pub fn obsolete(&mut self) {
+        let root = self.tables.allocate();
+        match self.direct.invalidate_all(&mut exclusive(self.memory, self.direct), root) {
+            Ok(flush) => drop(flush.issue()),
+            Err(root) => self.tables.release(root),
+        }
+    }
+
+    pub fn zap_obsolete(&mut self) {
+        let mut progress = ZapProgress::default();
+        while !progress.is_done() {
+            let _ = self.kind.zap_obsolete(&mut exclusive(self.memory, self.direct), &mut progress);
+        }
+        let mut sweep = Sweep::over(GfnRange::ALL);
+        while !sweep.is_done() {
+            let _ = self.direct.zap_obsolete(&self.memory.shared(CPU), &mut sweep).issue();
+        }
+        self.check();
+    }
+
+    /// Loads all that L2 may reach now into the TLB, as a processor may at any time.
+    pub fn speculate(&mut self, vcpu: usize) {
+        self.enter_l2(vcpu, TlbControl::Nothing);
+        self.ready(vcpu);
+        for va in self.linear.clone() {
+            for (what, who) in WHATS {
+                let _ = self.hardware(vcpu, va, what, who, true);
+            }
+        }
+    }
+
+    pub fn check(&self) {
+        if let Err(broken) = self.kind.check(&self.exclusive()) {
+            panic!("{broken}");
+        }
+        let _ = self.kind.reclaim(self.memory, usize::MAX, |page| self.tables.release(page));
+        let _ = self.direct.reclaim(self.memory, usize::MAX, |page| self.tables.release(page));
+    }
+
+    /// C3: no table page is lost.
+    pub fn finish(mut self) {
+        self.check();
+        self.tables.drain(&mut self.cache);
+        self.kind.dismantle(|page| self.tables.release(page));
+        let direct = self.direct.page_counts().tables as usize;
+        assert_eq!(self.tables.in_use(), direct, "but for the direct kind's");
+    }
+}
+
+/// The exclusive guard, which names the direct kind.
+fn exclusive<F: EntryFormat>(
+    memory: &'static VmMemory<Ram>,
+    direct: &'static DirectMmu<F, HostTables>,
+) -> Exclusive<'static, Ram> {
+    memory.exclusive(CPU).beside(direct)
+}
+
+fn told_is_walk(told: &Told) -> bool {
+    told.table_walk
+}
+
+fn cpu(vcpu: usize) -> CpuId {
+    CpuId::new(vcpu).unwrap()
+}
+
+/// L1's nested paging as the crate sees it.
+pub fn tdp12(below: &Below) -> Tdp12 {
+    match below {
+        Below::Ept(m) => {
+            let cpu = GuestEpt {
+                max_phys_addr: m.maxphyaddr as u8,
+                execute_only: m.execute_only,
+                five_level: true,
+                mib_pages: m.mib_pages,
+                gib_pages: m.gib_pages,
+                accessed_dirty: true,
+                advanced_info: true,
+                mode_based_execute: m.mode_based,
+            };
+            let length = u64::from(m.levels - 1) << 3;
+            let pointer = m.root | length | 6 | u64::from(m.accessed_dirty) << 6;
+            Tdp12::ept(pointer, &cpu).unwrap()
+        }
+        Below::Npt(m) => {
+            let (regs, cpu) = registers(m);
+            Tdp12::npt(m.cr3, &regs, 0x0007_0406_0007_0406, &cpu, m.smep).unwrap()
+        }
+    }
+}
+
+/// What L2 accesses: with paging, what its tables map; without, its physical addresses.
+fn l2_addresses(l2: &Machine) -> Vec<u64> {
+    if !l2.pg {
+        return (0..28).chain([512, 513, 1023, 1024, 1025, 1 << 20]).map(|page| page << 12 | 8).collect();
+    }
+    (0..32).map(|page| page << 12 | 8).collect()
+}
