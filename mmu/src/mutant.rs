@@ -119,10 +119,90 @@ mutants! {
         Unlink = "flush_unlink" by ["c3_tables_come_back"];
         /// A table gives way to a huge page.
         Collapse = "flush_collapse" by ["c3_a_collapsed_table"];
-        /// The shadow kind takes a translation away.
-        Shadow = "flush_shadow" by [];
         /// The shadow kind takes a table out.
-        ShadowPage = "flush_shadow_page" by [];
+        ShadowPage = "flush_shadow_page" by ["c3_pages_of_a_shadow"];
+        /// Shadow: a leaf is gone, and its record in the reverse map: whoever asks for its frame later does not find it.
+        ShadowDropLeaf = "flush_shadow_drop_leaf" by ["c2_every_loss"];
+        /// Shadow: a link is gone: what was below it is found by no sync any more.
+        ShadowDropLink = "flush_shadow_drop_link" by ["c2_every_loss"];
+        /// Shadow: a leaf lost W, for its frame is shadowed or to be noticed.
+        ShadowProtect = "flush_shadow_protect" by ["c2_every_loss"];
+        /// Shadow: a leaf lost W, for the guest's entry has.
+        ShadowSync = "flush_shadow_sync" by ["c2_every_loss"];
+        /// Shadow: a leaf without W took the place of one with it.
+        ShadowReplace = "flush_shadow_replace" by ["c2_every_loss"];
+        /// Shadow: a leaf lost W or D, so that the next write is logged.
+        ShadowRearm = "flush_shadow_rearm" by ["c2_every_loss"];
+        /// Shadow: all roots became obsolete: who runs on one has to leave it.
+        ShadowRetire = "flush_shadow_retire" by ["shadow"];
+        /// Shadow: the direct kind beside this one took something away.
+        ShadowBeside = "flush_shadow_beside" by ["shadow"];
+        /// A vCPU loads CR3.
+        MovToCr3 = "flush_mov_to_cr3" by ["c5_mov_to_cr3"];
+        /// A vCPU turns paging on or off.
+        MovToCr0 = "flush_mov_to_cr0" by ["every_mode", "any_sequence"];
+        /// A vCPU changes a bit of CR4 that flushes everything.
+        MovToCr4 = "flush_mov_to_cr4" by ["c5_mov_to_cr4"];
+        /// A vCPU sets CR4.SMEP.
+        MovToCr4Smep = "flush_mov_to_cr4_smep" by ["c5_mov_to_cr4"];
+        /// A vCPU invalidates an address.
+        Invlpg = "flush_invlpg" by ["c5_invlpg"];
+        /// A vCPU invalidates an address under a PCID.
+        InvpcidAddress = "flush_invpcid_address" by ["c5_invpcid"];
+        /// A vCPU invalidates a PCID.
+        InvpcidSingle = "flush_invpcid_single" by ["c5_invpcid"];
+        /// A vCPU gets a page fault, which invalidates its address.
+        PageFault = "flush_page_fault" by ["page_fault", "c8"];
+        /// A vCPU flushes everything.
+        FlushGuest = "flush_guest" by ["c5_invpcid"];
+        /// A vCPU is reset.
+        Init = "flush_init" by ["init_in_each"];
+        /// A vCPU enters or leaves system-management mode.
+        SwitchSmm = "flush_switch_smm" by ["smm"];
+        /// Registers are set from outside.
+        SetFromOutside = "flush_set_from_outside" by ["registers_set_from_outside"];
+        /// All roots of an ASID are flushed.
+        FlushContext = "flush_context" by ["c5_a_flush_of_the_asid", "flush_context"];
+        /// A vCPU goes to another root with the same tag.
+        RootSwitch = "flush_root_switch" by ["c4_the_tag", "any_sequence"];
+        /// An address of the current root is synced.
+        BehindAddress = "flush_behind_address" by ["c5_invlpg", "any_sequence"];
+        /// The current root is synced.
+        BehindAll = "flush_behind_all" by ["any_sequence"];
+        /// A vCPU enters L2 on a root that is not there yet.
+        NestedLoad = "flush_nested_load" by ["c6", "nested"];
+        /// What L1's tag owes is remembered.
+        NoteL1 = "flush_note_l1" by ["c6", "c5"];
+        /// What L2's tag owes is remembered.
+        NoteL2 = "flush_note_l2" by ["c6", "c5"];
+        /// VM entry without a VPID.
+        VmEntry = "flush_vm_entry" by ["c5_without_a_vpid"];
+        /// VM exit without a VPID, or with one tag for both.
+        VmExit = "flush_vm_exit" by ["c5_without_a_vpid", "c6_one_tag"];
+        /// INVVPID of an address.
+        InvvpidAddress = "flush_invvpid_address" by ["c5_invvpid"];
+        /// INVVPID of a VPID.
+        InvvpidSingle = "flush_invvpid_single" by ["c5_invvpid"];
+        /// INVVPID of all.
+        InvvpidAll = "flush_invvpid_all" by ["c5_invvpid"];
+        /// INVEPT of a table.
+        InveptSingle = "flush_invept_single" by ["g5_invept"];
+        /// INVEPT of all.
+        InveptAll = "flush_invept_all" by ["g5", "any_sequence", "invept"];
+        /// TLB_CONTROL asks for everything.
+        TlbControlAll = "flush_tlb_control_all" by ["c5_tlb_control"];
+        /// TLB_CONTROL asks for the ASID.
+        TlbControlAsid = "flush_tlb_control_asid" by ["c5_tlb_control"];
+        /// #VMEXIT with one tag for both.
+        Vmexit = "flush_vmexit" by ["c6_one_tag"];
+        /// INVLPGA of L1's ASID.
+        InvlpgaL1 = "flush_invlpga_l1" by ["c5_invlpga"];
+        /// INVLPGA of an ASID of L2.
+        InvlpgaL2 = "flush_invlpga_l2" by ["c5_invlpga"];
+        /// L2's tag held translations of another name.
+        AnotherName = "flush_another_name" by ["c6_a_new_asid", "c6_another_name"];
+        /// A fault that L1's tables cause invalidates its address.
+        NestedViolation = "flush_nested_violation" by ["c8_a_violation"];
     }
     bugs {
         /// A step has its own rights, not those of its parents.
@@ -189,6 +269,56 @@ mutants! {
         TrackOneSpace = "commit_0f38453cdb2e.space";
         /// What was resolved in a slot is mapped when the slot has gone.
         SlotChangeKeepsResolved = "cve_2026_23401.slot";
+        /// A link is followed although it leads to the shadow of another table.
+        LinkOfOtherTable = "cve_2026_46113";
+        /// A link is followed although it leads to a shadow of another role.
+        LinkOfOtherRole = "cve_2026_53359";
+        /// A shadow is made for the rights of the whole walk.
+        ShadowOfWholeWalk = "cve_2021_38198.shadow";
+        /// A table is linked as it was when it was shadowed.
+        LinkedUnsynced = "commit_65855ed8b034";
+        /// An entry is not read again once its table is tracked.
+        StaleEntryShadowed = "commit_f7d9c7b7b902";
+        /// Huge entries with other rights share a shadow.
+        HugeShadowShared = "commit_d28c6cfbbc5e";
+        /// The small pages for a huge one all lead to its first frame.
+        SmallPagesOfOneFrame = "commit_e09e90a5";
+        /// A clean huge entry shares the shadow of a dirty one.
+        CleanHugeShadowShared = "commit_5fd5387c89ec";
+        /// An entry that the guest has not used is mapped beforehand.
+        PrefetchUnused = "commit_3ddf6c06e13e";
+        /// A clean entry is mapped writable beforehand.
+        PrefetchClean = "commit_3ddf6c06e13e.clean";
+        /// A leaf of a shadow is changed into one of another page.
+        ShadowChangesFrame = "cve_2026_23402.shadow";
+        /// A huge page of a shadow is executable although that was forbidden.
+        ShadowHugeExecutable = "cve_2018_12207.shadow";
+        /// A write over two entries is taken for one to the first.
+        StraddleIgnored = "misaligned_writes";
+        /// A write to a part of an entry is not noticed.
+        PartialIgnored = "misaligned_writes.partial";
+        /// A root of PAE is found whatever its pointers are.
+        PointersIgnored = "cve_2026_53359.pointers";
+        /// Shadows of nested tables rely on dirty bits for the log.
+        NestedByDirtyBits = "clear_dirty_l2";
+        /// A note about device memory is put over a leaf, and its record stays.
+        ShadowNoteOverLeaf = "cve_2026_23401.shadow";
+        /// Clearing CR4.PCIDE leaves what was cached.
+        PcideKept = "pcide_toggle";
+        /// INIT leaves the role as it was.
+        InitKeepsRole = "commit_03a6e84069d1";
+        /// Registers that are set from outside flush nothing.
+        SetFromOutsideKeeps = "commit_4346db6e6e7a";
+        /// A vCPU that was not running when the flush was requested does not flush.
+        FlushOnlyRunning = "cve_2022_39189";
+        /// A flush of the guest marks the current root only.
+        FlushCurrentOnly = "stale_guest_flush";
+        /// A root is found by a PCID although CR4.PCIDE is clear.
+        PcidWithoutPcide = "pcide_toggle.key";
+        /// The pointers of a 32-bit L1 are kept although it has changed them.
+        PointersOfPaeKept = "commit_ee6268ba3a68.pointers";
+        /// An exit of L2 is always about the final address.
+        ExitAlwaysFinal = "nested_fault_provenance.exit";
     }
     slips {
         /// A shadow permits writes to a page that is not dirty yet.
@@ -339,5 +469,81 @@ mutants! {
         LogBeyondSlot = "log_beyond_slot" by ["h1_all_set"];
         /// Clearing some pages of a log clears all of the word.
         ClearKeepsBits = "clear_all" by ["h1_all_set"];
+        /// A tracked page is mapped writable beforehand.
+        PrefetchTracked = "prefetch_tracked" by ["d6", "any_sequence"];
+        /// A fault goes on while a CPU may still write to a table that it reads.
+        ShadowSettleIgnored = "shadow_settle_ignored" by ["c2_a_fault_waits"];
+        /// A write by way of a shadow is not logged.
+        ShadowWriteUnlogged = "shadow_write_unlogged" by ["h1_a_log_misses"];
+        /// A page of a read-only slot is writable in a shadow.
+        ShadowReadOnlyWritable = "shadow_read_only_writable" by ["any_sequence", "four_levels"];
+        /// A page that a supervisor may write because CR0.WP is clear stays a page of the user.
+        ShadowUserPageKept = "shadow_user_page_kept" by ["without_wp"];
+        /// A write under suspended SMAP leaves a page that SMAP does not guard.
+        SmapHole = "smap_hole" by ["a3_a_write_under_suspended_smap"];
+        /// A table that is not of the lowest level is left unsync.
+        UpperUnsync = "upper_unsync" by ["d5", "any_sequence"];
+        /// The ancestors of an unsync page do not know.
+        UnsyncParentsUnmarked = "unsync_parents_unmarked" by ["d5"];
+        /// A sync leaves W to a leaf whose entry is clean now.
+        SyncKeepsWrite = "sync_keeps_write" by ["f4_a_cleared_dirty_bit"];
+        /// A sync does not compare frames.
+        SyncOtherFrame = "sync_other_frame" by ["d5_unsync"];
+        /// A sync keeps a leaf whose entry is not accessed any more.
+        SyncUnused = "sync_unused" by ["any_sequence"];
+        /// A sync does not go down.
+        SyncThisPageOnly = "sync_this_page_only" by ["d5_unsync"];
+        /// A table that is written again and again stays shadowed.
+        FloodIgnored = "flood_ignored" by ["a_flood_of_writes"];
+        /// A 4 MiB entry that is written loses one of the two entries of its shadow.
+        OneOfTwoEntries = "one_of_two_entries" by ["two_levels"];
+        /// Marks that are too many are forgotten.
+        MarksForgotten = "marks_forgotten" by ["h1_marks_that_are_too_many"];
+        /// A table is shadowed and not tracked.
+        ShadowUntracked = "shadow_untracked" by ["d6", "four_levels"];
+        /// A huge page stays although a table in it is shadowed.
+        ShadowedHuge = "shadowed_huge" by ["d6", "d4"];
+        /// A page of an obsolete generation is used again.
+        ObsoleteReused = "obsolete_reused" by ["d7", "d10"];
+        /// A page that this fault uses is recycled.
+        RecycleInUse = "recycle_in_use" by ["d7_recycled", "d7_direct_pages"];
+        /// A page goes and links to it stay.
+        ZapLeavesParents = "zap_leaves_parents" by ["d7", "any_sequence"];
+        /// A page with something unsync below is linked, and its ancestors do not know.
+        LinkForgetsUnsync = "link_forgets_unsync" by ["d5", "any_sequence"];
+        /// A read maps a page of a logged slot so that the first write goes unnoticed.
+        ShadowUnarmed = "shadow_unarmed" by ["h1_a_log_misses"];
+        /// A leaf of a shadow goes and its D with it.
+        ShadowDirtyLost = "shadow_dirty_lost" by ["h1_a_leaf_that_goes"];
+        /// A note in a shadow holds beyond its generation.
+        ShadowOldNote = "shadow_old_note" by ["i2_a_note_ends"];
+        /// Generations wrap and old notes of a shadow hold again.
+        ShadowEpochIgnored = "shadow_epoch_ignored" by ["i1_notes_do_not_survive"];
+        /// A note answers a write that the guest's tables forbid.
+        ShadowNoteForWrites = "shadow_note_for_writes" by ["i1_a_note_answers"];
+        /// Collapsing drops small pages that are needed.
+        ShadowCollapseLogged = "shadow_collapse_needed" by ["collapse_drops", "logging_ends"];
+        /// Recovery takes pages of logged slots away.
+        ShadowRecoverLogged = "shadow_recover_logged" by ["b6_recovery"];
+        /// A vCPU that moves to another CPU trusts the tag there.
+        TagOfOtherCpu = "tag_of_other_cpu" by ["c4_the_tag"];
+        /// A vCPU enters on an obsolete root.
+        ObsoleteEntered = "obsolete_entered" by ["d7"];
+        /// An address that is due hides a flush of everything.
+        DueAddressOnly = "due_address_only" by ["any_sequence", "vcpu"];
+        /// A vCPU runs on a root that is behind.
+        BehindRootRuns = "behind_root_runs" by ["any_sequence", "stale_guest_flush"];
+        /// The root that was used last goes first.
+        LeastRecentKept = "least_recent_kept" by ["d9_the_least_recently"];
+        /// The second address that is due hides the first.
+        OneSyncOfTwo = "one_sync_of_two" by ["any_sequence", "vcpu"];
+        /// A root that is behind is run on as it is.
+        RootUnsynced = "root_unsynced" by ["stale_guest_flush", "any_sequence"];
+        /// An address that was invalidated is not synced.
+        AddressUnsynced = "address_unsynced" by ["any_sequence"];
+        /// The memory type of L1's entry is ignored.
+        NestedTypeIgnored = "nested_type_ignored" by ["memory_type", "caching"];
+        /// Fetches by user and supervisor of L2 are not told apart.
+        UserFetchesAlike = "user_fetches_alike" by ["mode_based", "g1"];
     }
 }

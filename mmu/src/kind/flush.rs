@@ -87,6 +87,11 @@ impl<'a, F: EntryFormat, M: TableMemory> Flush<'a, F, M> {
         self.needed |= !mutant::drops(site);
     }
 
+    /// Something was taken away, if it is so: at a site that has had its say.
+    pub(super) fn note_if(&mut self, taken: bool) {
+        self.needed |= taken;
+    }
+
     /// Takes over a table that was unlinked at `site` and whose entries are all frozen.
     pub(super) fn adopt(&mut self, table: TableFrame, site: FlushSite) {
         self.note(site);
