@@ -4,7 +4,7 @@
 
 use crate::acpi;
 use crate::cpu::features::Features;
-use crate::cpu::{self, control, lapic, legacy_pic, smp, tsc, PerCpu};
+use crate::cpu::{self, compaction, control, lapic, legacy_pic, smp, tsc, PerCpu};
 use crate::machine::Machine;
 use crate::mm::map::{Kind, MemoryMap, MemorySummary};
 use crate::mm::ranges::{Range, RangeSet};
@@ -39,6 +39,9 @@ pub fn start(boot_info: &'static mut BootInfo) -> ! {
     log::info!("  {features}");
     require(features);
     control::init(features);
+    if !compaction::is_sound() {
+        log::warn!("XSAVEC does not work as the manuals say: guests see neither it nor XSAVES");
+    }
 
     log::info!("memory map");
     let (mut map, memory) = memory_map(boot_info, features);

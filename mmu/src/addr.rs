@@ -343,6 +343,19 @@ impl GfnRange {
         gfn.0.wrapping_sub(self.start) < self.end - self.start
     }
 
+    /// The range without its frames below `gfn`.
+    #[inline]
+    pub(crate) const fn from(self, gfn: u64) -> Self {
+        let start = if gfn < self.start {
+            self.start
+        } else if gfn > self.end {
+            self.end
+        } else {
+            gfn
+        };
+        Self { start, end: self.end }
+    }
+
     /// Whether the two ranges have a frame in common.
     #[inline]
     pub const fn overlaps(self, other: Self) -> bool {

@@ -36,6 +36,8 @@
 //! If the processor says that the page is there, [`fast_fault`](DirectMmu::fast_fault) comes before the fault: it gives back
 //! what logging or aging took. A vCPU whose root [became obsolete](Entered::is_obsolete) takes the root of now.
 //!
+//! [`populate`](DirectMmu::populate) maps a range ahead of its faults.
+//!
 //! Taking translations away ([`MmuKind::zap`](DirectMmu::zap), [`write_protect`](DirectMmu::write_protect)) works in
 //! batches on a [`Sweep`] and returns a [`Flush`]: [`issue`](Flush::issue) it, kick the CPUs it names, and the host memory
 //! is free when the generation [is acknowledged](Shootdown::is_acknowledged). Dropped, it is done by the next entry of
@@ -51,6 +53,25 @@
 //!
 //! A walk that fails gives a [`FaultInfo`], which is rendered where it is needed as a [`PageFaultCode`], an [`EptExit`] or an
 //! [`NpfInfo`].
+//!
+//! # L2
+//!
+//! An L2 on nested tables of L1 runs on a root of [`VcpuMmus::tdp12_mmu`]. L1's nested paging is a [`Tdp12`], made at VM entry;
+//! [`VcpuMmus::enter_l2`] finds the root. An exit of the second stage is an [`L2Exit`]:
+//!
+//! ```text
+//! let walked = tdp12.walk_exit(&memory.shared(cpu), &exit, &observer);
+//! let done = mmus.l2_fault(&tdp12, &mut shadow, &mut memory.exclusive(cpu).beside(&direct), &mut cache, &walked);
+//! match done.outcome {
+//!     L2Fault::ToL1(fault) => L1 gets fault.ept_exit() or fault.npf_info(),
+//!     L2Fault::LogFull => L1 gets "page-modification log full",
+//!     L2Fault::Here(fault) => as for any shadow: run on, or emulate L2's instruction,
+//! }
+//! ```
+//!
+//! What L1 does to translations of L2 is an event of its [`L2Tag`], whose [`L2Request`] goes to [`VcpuMmus::apply`]. A write of
+//! L1 that the direct kind refuses for a shadowed table is emulated and [followed](ShadowMmu::track_write), or
+//! [let through](ShadowMmu::let_write) from then on.
 //!
 //! # What may be relied on
 //!
@@ -149,7 +170,7 @@
 //! | `struct kvm_paging_context` | [`PagingContext`]`<In, Out>` |
 //! | `root_walk`, `walk01` | one type and one value, `PagingContext<Gva, Gpa>`: they never differ |
 //! | `walk12` | `PagingContext<Gva, NGpa>`, reading entries through [`NestedTables`] |
-//! | (the walk of EPT12/NPT12) `tdp12_walk` | `PagingContext<NGpa, Gpa>`, with the role [`CpuRole::nested`] or [`CpuRole::ept`] |
+//! | (the walk of EPT12/NPT12) `tdp12_walk` | `PagingContext<NGpa, Gpa>`, of a [`Tdp12`]: L1's nested paging as VM entry found it |
 //! | `walk` (pointer to one of them) | [`VcpuMmus::walk`], an enum: the stages are types |
 //! | `prev_roots`, `pae_root`, `pml4_root`, `pml5_root` (KVM) | one cache of roots of every kind, found by [`RootKey`] |
 //! | `nested_mmu`, `walk_mmu` | do not exist |
@@ -186,8 +207,8 @@ pub use format::{
 };
 pub use kind::{
     Beside, Direct, DirectMmu, DirectRole, FaultOutcome, Flush, Issued, MmuKind, NoRoot, NoShadowRoot,
-    PageCounts, Resolution, Root, Shadow, ShadowBucket, ShadowCheck, ShadowDone, ShadowFault, ShadowMmu,
-    ShadowPage, ShadowStore, SplitProgress, Sweep, WalkMarks, ZapProgress, MAX_ROOTS,
+    PageCounts, PopulateProgress, Resolution, Root, Shadow, ShadowBucket, ShadowCheck, ShadowDone,
+    ShadowFault, ShadowMmu, ShadowPage, ShadowStore, SplitProgress, Sweep, WalkMarks, ZapProgress, MAX_ROOTS,
 };
 pub use level::{Level, PageSize, ENTRIES};
 pub use memory::{

@@ -1,13 +1,14 @@
 //! The direct kind under random sequences of operations, against a model of the slots, a model TLB and the tables as the
 //! hardware reads them. The names in the checks are the invariants they stand for.
-mod support;
+pub(crate) mod support;
 
 use std::collections::{HashMap, HashSet};
 
 use mmu::{
     AccessKind, CpuId, CpuRole, Cr0, Cr4, DirectMmu, DirectRole, Efer, Entered, FaultOutcome, Flush,
-    Generation, Gfn, GfnRange, GuestCpu, LogBy, Mmu, NoRoot, PageCounts, PageSize, PagingRegs, Root, Shared,
-    Slot, SlotFlags, Space, SpaceGfn, Spaces, SplitProgress, Sweep, TableCache, TagFlush, VmMemory,
+    Generation, Gfn, GfnRange, GuestCpu, LogBy, Mmu, NoRoot, PageCounts, PageSize, PagingRegs,
+    PopulateProgress, Root, Shared, Slot, SlotFlags, Space, SpaceGfn, Spaces, SplitProgress, Sweep,
+    TableCache, TagFlush, VmMemory,
 };
 use proptest::prelude::*;
 use support::blocks::Blocks;
@@ -15,13 +16,13 @@ use support::hardware::{Exit, Found, Tally, Walker};
 use support::machines::{on_every_machine, Host, Machine, HOST};
 use support::tables::HostTables;
 
-const GIB: u64 = 1 << 18;
-const CPUS: usize = 3;
-const VCPUS: usize = 2;
+pub(crate) const GIB: u64 = 1 << 18;
+pub(crate) const CPUS: usize = 3;
+pub(crate) const VCPUS: usize = 2;
 
 /// Slots that the sequences add and remove: (first frame, frames, frame behind the first). Where one is only seen by one
 /// space, see `SPACES`.
-const SLOTS: [(u64, u64, u64); 7] = [
+pub(crate) const SLOTS: [(u64, u64, u64); 7] = [
     (0, 3 * 512, 64 * GIB),
     // Starts and ends inside a 2 MiB block, aligned like its backing.
     (2048 + 7, 1024, 80 * GIB + 2048 + 7),
@@ -41,7 +42,7 @@ const SPACES: [Spaces; SLOTS.len()] =
     [Spaces::NORMAL, Spaces::all(), Spaces::all(), Spaces::all(), Spaces::NORMAL, Spaces::SMM, Spaces::SMM];
 
 /// The slots that are logged: those without a gigabyte, so that splitting them is quick.
-const LOGGED: [usize; 5] = [0, 1, 2, 5, 6];
+pub(crate) const LOGGED: [usize; 5] = [0, 1, 2, 5, 6];
 
 /// The space that a vCPU sees: the second one is in system-management mode.
 fn space_of(vcpu: usize) -> Space {
@@ -54,7 +55,7 @@ fn start_of(slot: usize) -> SpaceGfn {
 }
 
 #[derive(Clone, Debug)]
-enum Op {
+pub(crate) enum Op {
     Enter { vcpu: usize, cpu: usize },
     Exit { vcpu: usize },
     Access { vcpu: usize, gfn: u64, kind: AccessKind, use_tlb: bool },
@@ -68,6 +69,7 @@ enum Op {
     Grant { size: PageSize },
     Invalidate { gfn: u64 },
     LateInstall { gfn: u64, invalidate: bool },
+    Populate { vcpu: usize, gfn: u64, pages: u64 },
     Reclaim { limit: usize },
     StartLog { slot: usize, dirty_bits: bool, all_set: bool, split: bool },
     StopLog { slot: usize },
@@ -123,6 +125,7 @@ fn ops() -> impl Strategy<Value = Op> {
         1 => sizes().prop_map(|size| Op::Grant { size }),
         1 => gfns().prop_map(|gfn| Op::Invalidate { gfn }),
         1 => (gfns(), any::<bool>()).prop_map(|(gfn, invalidate)| Op::LateInstall { gfn, invalidate }),
+        2 => (0..VCPUS, gfns(), 1..2000u64).prop_map(|(vcpu, gfn, pages)| Op::Populate { vcpu, gfn, pages }),
         2 => (1..20usize).prop_map(|limit| Op::Reclaim { limit }),
         18 => features(),
     ]
@@ -469,6 +472,7 @@ impl<'m, M: Machine> World<'m, M> {
                     self.tables.fill(&mut self.cache);
                 }
             }
+            Op::Populate { vcpu, gfn, pages } => self.populate(vcpu, gfn, pages),
             Op::Reclaim { limit } => self.reclaim(limit),
             Op::StartLog { slot, dirty_bits, all_set, split } => {
                 self.start_log(slot, dirty_bits, all_set, split);
@@ -708,6 +712,43 @@ impl<'m, M: Machine> World<'m, M> {
         drop(invalidation);
     }
 
+    /// Maps a range ahead of its faults. What it maps is judged as the rest of the tree is; here, that it maps all.
+    fn populate(&mut self, vcpu: usize, gfn: u64, pages: u64) {
+        let (root, mut left) = (self.vcpus[vcpu].root(), range(gfn, pages));
+        let stopped = loop {
+            let shared = self.memory.shared(cpu(1));
+            let progress = self.kind.populate(&shared, &mut self.cache, root, &mut left);
+            drop(shared);
+            self.tables.fill(&mut self.cache);
+            if progress != PopulateProgress::NeedTables
+                && (progress != PopulateProgress::Batch || left.is_empty())
+            {
+                break progress;
+            }
+        };
+        let obsolete = self.kind.roots().all(|live| live != root) || {
+            let mut mmu = Mmu::new(self.vcpus[vcpu].role(), root);
+            mmu.enter(self.memory, cpu(CPUS)).is_obsolete()
+        };
+        match stopped {
+            PopulateProgress::Batch => assert!(left.is_empty()),
+            PopulateProgress::Retry => assert!(obsolete, "A4"),
+            PopulateProgress::NotRam(at) => {
+                let first = Gfn::new(left.start()).unwrap();
+                assert_eq!((at, self.expected(space_of(vcpu), left.start())), (first.gpa(), None), "A2");
+            }
+            other => panic!("A2: {other:?}"),
+        }
+        if left.start() > gfn {
+            let mut mapped = 0;
+            self.walker(root).check(&mut |leaf| {
+                let (first, end) = (leaf.gfn.max(gfn), (leaf.gfn + leaf.pages).min(left.start()));
+                mapped += end.saturating_sub(first);
+            });
+            assert_eq!(mapped, left.start() - gfn, "every page on the way is mapped");
+        }
+    }
+
     fn reclaim(&mut self, limit: usize) {
         let mut freed = vec![];
         let given = self.kind.reclaim(self.memory, limit, |page| freed.push(page));
@@ -770,7 +811,7 @@ fn flags(read_only: bool) -> SlotFlags {
     }
 }
 
-fn run<M: Machine>(machine: M, five_level: bool, largest: PageSize, ops: &[Op]) {
+pub(crate) fn run<M: Machine>(machine: M, five_level: bool, largest: PageSize, ops: &[Op]) {
     let memory = VmMemory::new(Blocks::default());
     let tables = HostTables::new(4096);
     let machine = machine.on(Host { five_level, ..HOST });

@@ -31,7 +31,7 @@ mod memory;
 #[path = "loom/models.rs"]
 mod models;
 #[cfg(loom)]
-#[path = "../src/mutant.rs"]
+#[path = "../src/mutant/mod.rs"]
 mod mutant;
 #[cfg(loom)]
 #[path = "../src/nested/mod.rs"]
@@ -54,6 +54,9 @@ mod walk;
 mod sync {
     pub(crate) use loom::hint::spin_loop;
     pub(crate) use loom::sync::atomic::{fence, AtomicBool, AtomicU32, AtomicU64, Ordering};
+    pub(crate) fn fence_after_update() {
+        fence(Ordering::SeqCst);
+    }
 }
 
 #[cfg(not(loom))]

@@ -1,11 +1,12 @@
 //! Random sequences of what an L1, its L2s and the host do, in each format, against the reference.
-mod support;
+pub(crate) mod support;
 
 use mmu::{Gfn, GfnRange, Gva, Invvpid, LogBy, TlbControl};
 use proptest::prelude::*;
 use support::flat::FlatRam;
 use support::l1::{
-    belows, ept_setup, npt_setup, pae_setup, short_setup, EPT, L2, L2_UNPAGED, LOWEST, NPT, ROOT_A, ROOT_B,
+    belows, ept5_setup, ept_setup, npt_setup, pae_setup, short_setup, EPT, L2, L2_UNPAGED, LOWEST, NPT,
+    ROOT_A, ROOT_A5, ROOT_B,
 };
 use support::machines::{Amd, Host, Intel, Machine as HostMachine, AMD, HOST, INTEL};
 use support::manual::{ept, Machine, What, Who};
@@ -13,7 +14,7 @@ use support::nested::World;
 use support::two_stage::Below;
 
 #[derive(Clone, Debug)]
-enum Op {
+pub(crate) enum Op {
     Access {
         vcpu: usize,
         at: usize,
@@ -234,7 +235,7 @@ fn apply<H: HostMachine>(world: &mut World<H>, op: &Op) {
     world.check();
 }
 
-fn run<H: HostMachine>(
+pub(crate) fn run<H: HostMachine>(
     host: H,
     (below, l2): (Below, Machine),
     setup: fn(&FlatRam),
@@ -265,13 +266,20 @@ proptest! {
     #[test]
     fn extended_page_tables_without_flags((own, quota, ops) in sequence(ept_entries)) {
         let below = ept::Machine { accessed_dirty: false, ..EPT };
-        run(Intel { mode_based_execute: false, ..INTEL }, (Below::Ept(below), L2_UNPAGED), ept_setup, (own, quota), &ops);
+        run(Intel { mode_based_execute: false, ..INTEL }, (Below::Ept(below), L2), ept_setup, (own, quota), &ops);
     }
 
     #[test]
     fn extended_page_tables_with_mode_based_execute_control((own, quota, ops) in sequence(ept_entries)) {
         let below = ept::Machine { mode_based: true, ..EPT };
         run(INTEL, (Below::Ept(below), L2), ept_setup, (own, quota), &ops);
+    }
+
+    #[test]
+    fn g7_extended_page_tables_of_five_levels((own, quota, ops) in sequence(ept_entries)) {
+        let host = Intel { mode_based_execute: false, ..INTEL };
+        let below = ept::Machine { levels: 5, root: ROOT_A5, ..EPT };
+        run(host, (Below::Ept(below), L2_UNPAGED), ept5_setup, (own, quota), &ops);
     }
 
     #[test]

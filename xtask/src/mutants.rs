@@ -1,6 +1,6 @@
 //! `test --mutants`: every mutant of `mmu` meets the tests, and each must be caught.
 //!
-//! One build has them all (`mmu/src/mutant.rs`); a variable says which one a process has. First the tests run without any
+//! One build has them all (`mmu/src/mutant`); a variable says which one a process has. First the tests run without any
 //! and must pass. Then each mutant meets those that are said, or by its name obliged, to catch it, and then, if it may be
 //! caught by any, the rest, the quickest first.
 
@@ -99,6 +99,8 @@ fn build() -> Result<(Vec<Mutant>, Vec<Program>)> {
     let line = CommandLine::new("cargo")
         .args(["test", "-p", "mmu", "--lib", "--tests", "--no-run", "--target-dir", "target/mutants"])
         .env("RUSTFLAGS", "--cfg mutants")
+        // Nobody looks for a line in a failure that is expected.
+        .env("CARGO_PROFILE_DEV_DEBUG", "false")
         .dir(paths::workspace_root());
     say!("{line}");
     let output =

@@ -10,7 +10,7 @@ use crate::setup::{self, Component};
 use crate::{build, mutants, paths, say};
 
 /// The crates with tests that run on the host.
-const HOST_CRATES: [&str; 5] = ["mmu", "boot", "kernel", "xtask", "tests"];
+const HOST_CRATES: [&str; 6] = ["mmu", "mmu-fuzz", "boot", "kernel", "xtask", "tests"];
 
 /// The command line of `test`.
 #[derive(Clone, Debug, clap::Args)]

@@ -46,5 +46,9 @@ pub fn init(features: &Features) {
         if features.pat {
             msr::write(msr::PAT, PAT_AFTER_RESET);
         }
+        if features.xsave.is_some_and(|xsave| xsave.xsaves) {
+            // Guests have no supervisor states, and nothing switches the register.
+            msr::write(msr::XSS, 0);
+        }
     }
 }

@@ -1,6 +1,8 @@
 //! The processors: features, descriptor tables, exceptions, local APIC, time, and bringing up all of them.
 
 pub mod clock;
+#[cfg(any(target_os = "none", test))]
+pub mod compaction;
 pub mod features;
 
 #[cfg(target_os = "none")]

@@ -11,6 +11,8 @@ pub const APIC_BASE: u32 = 0x1b;
 pub const PAT: u32 = 0x277;
 /// IA32_TSC_DEADLINE.
 pub const TSC_DEADLINE: u32 = 0x6e0;
+/// IA32_XSS.
+pub const XSS: u32 = 0xda0;
 /// First register of a local APIC in x2APIC mode.
 pub const X2APIC: u32 = 0x800;
 /// EFER.

@@ -86,6 +86,8 @@ pub struct VmShape {
     pub tsc_hz: u64,
     /// The guest's tables are shadowed: no PCIDs and no protection keys.
     pub shadow_paging: bool,
+    /// XSAVEC and XSAVES, where the CPU has them, do what the manuals say.
+    pub sound_compaction: bool,
 }
 
 /// What a CPUID result depends on at run time.

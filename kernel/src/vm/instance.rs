@@ -10,7 +10,7 @@ use super::memory::{HostMemory, NotEnoughMemory};
 use super::notes::Notes;
 use super::paging::GuestMemory;
 use super::vcpu::Vcpu;
-use crate::cpu::tsc;
+use crate::cpu::{compaction, tsc};
 use crate::devices::apic_bus::ApicBus;
 use crate::devices::chipset::{Chipset, ChipsetConfig};
 use crate::hw::extended::XsaveFacts;
@@ -123,6 +123,7 @@ impl<V: Vendor> Specification<'_, V> {
                 max_phys_bits: self.machine.features.physical_address_bits.min(48),
                 tsc_hz: tsc::khz() * 1000,
                 shadow_paging: false,
+                sound_compaction: compaction::is_sound(),
             },
         );
         let rsdp = acpi_tables::write_tables(&ram, config.vcpus)

@@ -54,7 +54,7 @@ pub struct Resolution {
 bitflags! {
     /// How a page is mapped, by what its slot and the kind have switched on. Without any: writable, in any size.
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-    struct Policy: u8 {
+    pub(super) struct Policy: u8 {
         /// Never written: the slot is read-only.
         const READ_ONLY = 1 << 0;
         /// Never written: the page is tracked.
@@ -73,7 +73,7 @@ bitflags! {
 }
 
 impl Policy {
-    const fn writability(self) -> Writability {
+    pub(super) const fn writability(self) -> Writability {
         if self.contains(Self::READ_ONLY) {
             Writability::ReadOnly
         } else if self.contains(Self::TRACKED) {
@@ -239,7 +239,7 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
 
     /// How a page of a slot with flags is mapped.
     #[cold]
-    fn policy<B: Backing>(
+    pub(super) fn policy<B: Backing>(
         &self,
         memory: &VmMemory<B>,
         slot: &SlotHit<'_>,
@@ -506,7 +506,7 @@ impl Resolution {
 
 /// The level above; a chain of new tables ends below the root, so there always is one.
 #[inline]
-const fn level_above(level: Level) -> Level {
+pub(super) const fn level_above(level: Level) -> Level {
     match level {
         Level::L1 => Level::L2,
         Level::L2 => Level::L3,

@@ -8,6 +8,7 @@ mod fault;
 mod flush;
 mod mmio;
 mod nx;
+mod populate;
 mod roots;
 mod shadow;
 mod split;
@@ -18,6 +19,7 @@ pub use counters::PageCounts;
 pub use direct::{Direct, DirectMmu};
 pub use fault::{FaultOutcome, Resolution};
 pub use flush::{Flush, Issued};
+pub use populate::PopulateProgress;
 pub use roots::{DirectRole, NoRoot, Root, MAX_ROOTS};
 pub use shadow::{
     NoShadowRoot, Shadow, ShadowBucket, ShadowCheck, ShadowDone, ShadowFault, ShadowMmu, ShadowPage,

@@ -221,9 +221,15 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
         let by = self.log_by(guard, first);
         let mut flush = self.obligation(guard.memory());
         let spaces = self.spaces_of(guard, first).unwrap_or(first.space.into());
-        for bit in (0..u64::BITS).filter(|bit| mask >> bit & 1 != 0) {
-            let Ok(gfn) = Gfn::new(first.gfn.number() + u64::from(bit)) else { break };
-            let mut sweep = Sweep::over(GfnRange::of(gfn)).within(spaces);
+        let mut left = mask;
+        while left != 0 {
+            // Neighbours at once: a log is seldom of single pages.
+            let start = left.trailing_zeros();
+            let pages = (left >> start).trailing_ones();
+            left &= u64::MAX.checked_shl(start + pages).unwrap_or(0);
+            let run = Gfn::new(first.gfn.number() + u64::from(start));
+            let Ok(run) = run.and_then(|gfn| GfnRange::new(gfn, pages.into())) else { break };
+            let mut sweep = Sweep::over(run).within(spaces);
             while !sweep.is_done() {
                 self.sweep_into(guard, &mut sweep, Operation::Rearm(by), &mut flush);
             }

@@ -10,7 +10,7 @@
 //! number costs liveness and statistics, never safety.
 use crate::cpu::{CpuId, CpuSet, MAX_CPUS};
 use crate::mutant::{self, Mutant};
-use crate::sync::{fence, spin_loop, AtomicBool, AtomicU64, Ordering};
+use crate::sync::{fence, fence_after_update, spin_loop, AtomicBool, AtomicU64, Ordering};
 
 /// A flush generation: a point in time after which no CPU may use an older translation.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
@@ -119,7 +119,7 @@ impl Shootdown {
         // First visible as in the guest, then looking for requests: a requester that still sees the seat idle is
         // seen here (store buffering; a fence on both sides).
         let before = seat.state.fetch_add(IN_GUEST, Ordering::Acquire);
-        fence(Ordering::SeqCst);
+        fence_after_update();
         let generation = self.requested();
         if before == 0 || mutant::is(Mutant::AcknowledgesInWalk) {
             seat.acknowledged.store(generation.0, Ordering::Release);
@@ -139,7 +139,7 @@ impl Shootdown {
         loop {
             // Store buffering again: whoever takes the VM, or a table, and still sees the seat idle is seen here.
             seat.state.fetch_add(WALK, Ordering::Acquire);
-            fence(Ordering::SeqCst);
+            fence_after_update();
             if !self.exclusive.load(Ordering::Acquire) {
                 return;
             }

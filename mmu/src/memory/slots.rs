@@ -180,6 +180,13 @@ impl SlotHit<'_> {
         RamAddr { gpa: self.gpa, slot_offset: self.slot_offset, cookie }
     }
 
+    /// The same slot at another of its addresses.
+    #[inline(always)]
+    pub(crate) fn at(&self, gpa: Gpa) -> Self {
+        let slot_offset = self.slot_offset.wrapping_add(gpa.bits().wrapping_sub(self.gpa.bits()));
+        Self { gpa, slot_offset, ..*self }
+    }
+
     /// The slot's flags.
     #[inline(always)]
     pub(crate) fn flags(&self) -> SlotFlags {

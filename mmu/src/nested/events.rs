@@ -28,7 +28,7 @@ pub enum Roots {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use = "hand it to `VcpuMmus::apply`"]
 pub struct L2Request {
-    /// Roots to sync. What a sync takes away is flushed by itself, on every CPU.
+    /// Roots to sync, and so to flush.
     pub roots: Roots,
     /// What must go from the tag of L2.
     pub l2: TagFlush,
@@ -63,7 +63,8 @@ impl VcpuMmus {
             Roots::Asid(asid) => self.tdp12_mmu.roots_behind(|key| key.tag().context == asid),
             Roots::All => self.tdp12_mmu.roots_behind(|_| true),
         };
-        Requests { flush: request.l2, ..requests }
+        let flush = if requests.flush == TagFlush::All { TagFlush::All } else { request.l2 };
+        Requests { flush, ..requests }
     }
 }
 

@@ -55,7 +55,8 @@ pub enum L2Fault {
 }
 
 impl L2Exit {
-    /// An EPT violation with this exit qualification (Intel SDM vol. 3, table 28-7).
+    /// An EPT violation with this exit qualification (Intel SDM vol. 3, table 28-7). An EPT misconfiguration, which so is a
+    /// note about device memory, has none: zero is a read, and if L2's instruction did more, its emulation finds out.
     pub fn from_ept(at: NGpa, qualification: u64, linear: Gva) -> Self {
         let bits = EptViolation::from_bits_truncate(qualification);
         let kind = if bits.contains(EptViolation::WRITE) {

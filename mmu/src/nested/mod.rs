@@ -19,10 +19,10 @@
 //!
 //! # What ends a translation
 //!
-//! A TLB holds nothing that the shadow has not said since the last flush of its tag. So an event of L1 that invalidates
-//! translations of its nested tables (INVEPT, or on SVM any flush of an ASID) *syncs* the roots it names, and the sync itself
-//! requests a flush if it took anything away. An event about linear addresses (INVVPID, and on SVM the same flushes) is the
-//! processor's matter, on the tag that L2 runs with.
+//! An event of L1 that invalidates translations of its nested tables (INVEPT, or on SVM any flush of an ASID) *syncs* the
+//! roots it names, and flushes the tag that L2 runs on them with. An event about linear addresses (INVVPID, and on SVM the
+//! same flushes) is the processor's matter, on that tag. On VMX a flush of all that the tag holds is one of its guest-physical
+//! translations, too, of every EPT pointer that the vCPU has run L2 with: these are tagged by the pointer's table alone.
 mod events;
 mod fault;
 mod tables;

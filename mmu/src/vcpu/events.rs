@@ -7,7 +7,7 @@ use super::requests::{Requests, Sync, TagFlush};
 use super::Mmu;
 use crate::addr::{Gva, NonCanonical};
 use crate::mutant::{self, FlushSite, Mutant};
-use crate::role::{CpuRole, Cr0, Cr4, Efer, GuestCpu, PagingRegs};
+use crate::role::{CpuRole, Cr0, Cr4, Efer, GuestCpu, PagingMode, PagingRegs};
 use crate::walk::PageFaultCode;
 
 /// Bit 63 of the operand of MOV to CR3: keep the translations of the PCID.
@@ -124,6 +124,9 @@ impl Mmu {
 
     /// INVPCID, in any mode.
     pub fn invpcid(&mut self, what: Invpcid) -> Requests {
+        if mutant::is(Mutant::NoHookUnpaged) && self.role.mode() == PagingMode::Unpaged {
+            return Requests::NONE;
+        }
         match what {
             Invpcid::Address { pcid, address } => self.then(Sync::Address(address), |of| {
                 of.pcid == pcid && !mutant::drops(FlushSite::InvpcidAddress)

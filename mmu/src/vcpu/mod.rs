@@ -396,6 +396,29 @@ mod tests {
         assert_eq!(enter(&mut mmu, CpuId::BOOT), TagFlush::None);
     }
 
+    /// One address is flushed by itself only while nothing else is due.
+    #[test]
+    fn c5_an_address_is_flushed_alone_or_with_everything() {
+        let memory = VmMemory::new(());
+        let mut mmu = Mmu::new(role(Cr0::PG), root(0x1000));
+        let (at, other) = (Gva::new(0x1000), Gva::new(0x2000));
+        let on = [CpuId::BOOT, CpuId::new(1).unwrap()];
+        assert_eq!(mmu.flush_address(at), TagFlush::All, "a tag that may hold anything");
+        drop(mmu.enter(&memory, on[0]));
+        assert_eq!(mmu.flush_address(at), TagFlush::Address(at));
+        assert_eq!(mmu.flush_address(at), TagFlush::Address(at));
+        assert_eq!(mmu.enter(&memory, on[0]).flush(), TagFlush::Address(at));
+        assert_eq!(mmu.enter(&memory, on[0]).flush(), TagFlush::None);
+        let _ = mmu.flush_address(at);
+        assert_eq!(mmu.flush_address(other), TagFlush::All);
+        assert_eq!(mmu.enter(&memory, on[0]).flush(), TagFlush::All);
+        let _ = mmu.flush_address(at);
+        assert_eq!(mmu.enter(&memory, on[1]).flush(), TagFlush::All, "another CPU");
+        let _ = mmu.flush_address(at);
+        memory.shootdown().request();
+        assert_eq!(mmu.enter(&memory, on[1]).flush(), TagFlush::All, "a newer generation");
+    }
+
     /// D7: no vCPU enters on an obsolete root unnoticed.
     #[test]
     fn d7_an_obsolete_root_is_noticed_at_the_entry() {

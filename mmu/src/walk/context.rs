@@ -8,7 +8,7 @@ use super::result::{GuestWalk, Trail};
 use super::source::{BelowError, LogFull, TableSource, Update};
 use super::walker::{self, Full, Quick, Walker};
 use crate::access::{Access, AccessKind, Agent, Prot};
-use crate::addr::{Address, NGpa, PAGE_SIZE};
+use crate::addr::{Address, NGpa, Stage, PAGE_SIZE};
 use crate::level::Level;
 use crate::mutant::{self, Mutant};
 use crate::role::{CpuRole, PagingMode, RoleFlags};
@@ -198,6 +198,7 @@ impl<In: Address, Out: Address> PagingContext<In, Out> {
         address: In,
         access: Access,
     ) -> Result<(Translation<Out>, Trail), WalkError> {
+        let address = self.linear(address);
         for _ in 0..MAX_RESTARTS {
             let mut trail = Trail::new();
             let mut walker =
@@ -301,6 +302,17 @@ impl<In: Address, Out: Address> PagingContext<In, Out> {
                 || self.role.flags().contains(RoleFlags::WP)
                 || mutant::is(Mutant::KeyIgnoresWp));
         no_access || no_write
+    }
+
+    /// The address that is meant: a linear one outside long mode has 32 bits.
+    #[inline]
+    pub(super) fn linear(&self, address: In) -> In {
+        match (In::STAGE, self.role.mode()) {
+            (Stage::Gva, PagingMode::Unpaged | PagingMode::TwoLevel | PagingMode::Pae) => {
+                In::from_bits_truncate(address.bits() & 0xffff_ffff)
+            }
+            _ => address,
+        }
     }
 
     /// A fault at `level`, of an entry that is not present unless the caller knows better.

@@ -275,7 +275,7 @@ impl<S: TableSource<Gpa>> NestedWalk<'_, S> {
                 ..found
             }),
             Err(WalkError::Fault(fault)) => Err(WalkError::Fault(FaultInfo {
-                linear: Some(Linear { address, prot: linear.prot }),
+                linear: Some(Linear { address: self.context.linear(address), prot: linear.prot }),
                 ..fault
             })),
             Err(other) => Err(other),

@@ -9,7 +9,7 @@ use crate::access::AccessKind;
 use crate::addr::{Gfn, GfnRange, Pfn};
 use crate::cpu::CpuId;
 use crate::format::{Entry, EntryFormat, Npt, NptHost, Writability};
-use crate::kind::{DirectMmu, FaultOutcome, Sweep};
+use crate::kind::{DirectMmu, FaultOutcome, PopulateProgress, Sweep};
 use crate::level::{Level, PageSize, ENTRIES};
 use crate::memory::{Backing, LogBy, NoPage, RamAddr, Resolved, Slot, SlotFlags, SlotNotes, VmMemory};
 use crate::role::{CpuRole, Cr0, Cr4, Efer, GuestCpu, PagingRegs};
@@ -23,13 +23,15 @@ static EXECUTIONS: Plain = Plain::new(0);
 /// Preemptions per execution: what bounds a model. More than two have not shown anything that two do not.
 const PREEMPTIONS: usize = 5;
 
-const MODELS: [(&str, fn()); 12] = [
+const MODELS: [(&str, fn()); 14] = [
     ("litmus_fences_order_relaxed_accesses", litmus_fences_order_relaxed_accesses),
     ("litmus_without_fences_both_can_miss", litmus_without_fences_both_can_miss),
     ("concurrent_populate", concurrent_populate),
     ("populate_of_neighbours_without_tables", populate_of_neighbours_without_tables),
     ("a_chain_appears_whole", a_chain_appears_whole),
     ("populate_against_zap_and_reclaim", populate_against_zap_and_reclaim),
+    ("a_range_is_populated_beside_a_fault", a_range_is_populated_beside_a_fault),
+    ("a_range_is_populated_against_zap_and_reclaim", a_range_is_populated_against_zap_and_reclaim),
     ("fast_fault_against_write_protection", fast_fault_against_write_protection),
     ("fast_fault_against_the_dirty_log", fast_fault_against_the_dirty_log),
     ("frozen_entries_take_no_page", frozen_entries_take_no_page),
@@ -236,6 +238,14 @@ impl Vm {
         }
     }
 
+    /// One batch over the first pages.
+    fn populate_range(&self, on: usize, cache: &mut TableCache, pages: u64) -> (PopulateProgress, bool) {
+        let mut left = range(0, pages);
+        let shared = self.memory.shared(cpu(on));
+        let progress = self.kind.populate(&shared, cache, self.kind.root(), &mut left);
+        (progress, left.is_empty())
+    }
+
     /// The leaf for `gfn`, as a processor finds it.
     fn leaf(&self, gfn: u64) -> Option<u64> {
         let format = self.kind.format();
@@ -387,6 +397,58 @@ fn populate_against_zap_and_reclaim() {
             matches!(outcome, FaultOutcome::Mapped | FaultOutcome::Retry | FaultOutcome::NeedTables),
             "{outcome:?}"
         );
+        other.join().unwrap();
+        vm.check();
+        vm.kind.reclaim(&vm.memory, usize::MAX, |page| vm.tables.release(page));
+        assert_eq!(vm.kind.page_counts().tables, 3, "the table of leaves is gone");
+        assert_eq!(vm.mapped(), 0, "what was mapped before the zap ended went with it");
+    });
+}
+
+/// A range is populated where no tables are, while another CPU maps one of its pages: all are mapped under the same tables,
+/// and who lost has its pages back, empty.
+fn a_range_is_populated_beside_a_fault() {
+    explore(|| {
+        let vm = Vm::new(7);
+        let (mut mine, mut theirs) = (vm.cache(3), vm.cache(3));
+        let there = vm.clone();
+        let other = thread::spawn(move || {
+            let outcome = there.fault(1, &mut theirs, 1, AccessKind::Write);
+            (outcome, theirs)
+        });
+        assert_eq!(vm.populate_range(0, &mut mine, 2), (PopulateProgress::Batch, true));
+        let (outcome, mut theirs) = other.join().unwrap();
+        assert!(matches!(outcome, FaultOutcome::Mapped | FaultOutcome::Spurious), "{outcome:?}");
+        assert_eq!(vm.kind.page_counts().tables, 4);
+        assert_eq!(vm.mapped(), 2);
+        vm.check();
+        let mut kept = 0;
+        for page in std::iter::from_fn(|| mine.pop().or_else(|| theirs.pop())) {
+            let frame = page.into_frame();
+            kept += 1;
+            for index in 0..ENTRIES {
+                assert_eq!(vm.tables.cell(&TableFrame::linked(frame), index).load(), 0, "left behind");
+            }
+        }
+        assert_eq!(kept, 3);
+    });
+}
+
+/// One CPU populates a range while the other zaps it and gives back the tables nobody can reach.
+fn a_range_is_populated_against_zap_and_reclaim() {
+    explore(|| {
+        let vm = Vm::new(5);
+        vm.populate(&[1]);
+        let there = vm.clone();
+        let other = thread::spawn(move || {
+            let mut sweep = Sweep::over(range(0, 512));
+            drop(there.kind.zap(&there.memory.shared(cpu(1)), &mut sweep));
+            there.kind.reclaim(&there.memory, usize::MAX, |page| there.tables.release(page));
+        });
+        let (progress, done) = vm.populate_range(0, &mut TableCache::new(), 1);
+        let whole = (progress, done) == (PopulateProgress::Batch, true);
+        let stopped = matches!(progress, PopulateProgress::NeedTables | PopulateProgress::Retry);
+        assert!(whole || stopped, "{progress:?}");
         other.join().unwrap();
         vm.check();
         vm.kind.reclaim(&vm.memory, usize::MAX, |page| vm.tables.release(page));

@@ -37,7 +37,7 @@ pub struct Walker<'t, M> {
 }
 
 /// A leaf of the tree, as the processor and the notes in it have it.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Found {
     pub gfn: u64,
     pub pages: u64,

@@ -8,6 +8,8 @@ use super::two_stage::Below;
 /// Frames of L1 that the two trees consist of, the lowest tables last.
 pub const ROOT_A: u64 = 0x1000;
 pub const ROOT_B: u64 = 0x6000;
+pub const ROOT_A5: u64 = 0xa000;
+pub const ROOT_B5: u64 = 0xb000;
 pub const LOWEST: [u64; 3] = [0x4000, 0x9000, 0x5000];
 
 pub const EPT: ept::Machine = ept::Machine {
@@ -84,6 +86,13 @@ pub fn ept_setup(ram: &FlatRam) {
     l2_tables(ram);
 }
 
+/// The same under a level more.
+pub fn ept5_setup(ram: &FlatRam) {
+    ept_setup(ram);
+    ram.set(ROOT_A5, ROOT_A | 0x407);
+    ram.set(ROOT_B5, ROOT_B | 0x407);
+}
+
 pub fn npt_setup(ram: &FlatRam) {
     trees(ram, 0x67, 0x67);
     l2_tables(ram);
@@ -132,7 +141,8 @@ pub fn belows(below: Below) -> Vec<Below> {
         Below::Ept(m) => {
             let of = |root, accessed_dirty| Below::Ept(ept::Machine { root, accessed_dirty, ..m });
             let flags = m.accessed_dirty;
-            vec![of(ROOT_A, flags), of(ROOT_B, flags), of(ROOT_A, false)]
+            let (a, b) = if m.levels == 5 { (ROOT_A5, ROOT_B5) } else { (ROOT_A, ROOT_B) };
+            vec![of(a, flags), of(b, flags), of(a, false)]
         }
         Below::Npt(m) => [ROOT_A, ROOT_B].map(|cr3| Below::Npt(Machine { cr3, ..m })).to_vec(),
     }

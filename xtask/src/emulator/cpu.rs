@@ -16,8 +16,7 @@ pub enum BochsCpu {
     Ryzen,
     /// Intel with VMX, EPT, VPID, unrestricted guest, APIC virtualization and page-modification log.
     SkylakeX,
-    /// Intel with VMX, EPT, VPID, unrestricted guest, APIC virtualization and AVX2, but without XSAVES and AVX-512: Linux's
-    /// programs run well there.
+    /// Intel with VMX, EPT, VPID, unrestricted guest, APIC virtualization and AVX2, but without XSAVES and AVX-512.
     Haswell,
     /// Intel with VMX, EPT, VPID and unrestricted guest, but without APIC virtualization: bits 8 and 9 of
     /// IA32_VMX_PROCBASED_CTLS2 are clear; nor has its EPT accessed and dirty flags.

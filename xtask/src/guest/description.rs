@@ -21,17 +21,8 @@ pub struct Request {
     pub cmdline: Option<String>,
 }
 
-/// The Linux guest's command line: the console, and in Bochs no AVX-512.
-///
-/// On Bochs's `corei7_skylake_x` programs of a Linux guest under Umbra crash now and then, most with AVX-512: see the README.
-pub fn linux_cmdline(bochs: bool) -> &'static str {
-    if bochs {
-        // CPUID 7 EBX bit 16, as Linux numbers it.
-        "console=ttyS0 clearcpuid=304"
-    } else {
-        "console=ttyS0"
-    }
-}
+/// The Linux guest's command line: the console.
+pub const LINUX_CMDLINE: &str = "console=ttyS0";
 
 /// Writes the guest into the folder `dir`, from where it can be run again and varied with `run --vm`.
 pub fn write(request: &Request, linux: Option<&Linux>, dir: &Path) -> Result<Bundle> {
@@ -40,7 +31,7 @@ pub fn write(request: &Request, linux: Option<&Linux>, dir: &Path) -> Result<Bun
         name: "linux",
         kernel: "kernel",
         initrd: request.initrd.is_some(),
-        cmdline: linux_cmdline(false),
+        cmdline: LINUX_CMDLINE,
         exit_port: false,
     };
     match (&request.kernel, linux) {

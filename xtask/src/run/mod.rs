@@ -164,10 +164,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
             let request = description::Request {
                 kernel: options.kernel.clone(),
                 initrd: options.initrd.clone(),
-                cmdline: options.cmdline.clone().or_else(|| {
-                    let bochs = options.emulator == Kind::Bochs && options.kernel.is_none();
-                    bochs.then(|| description::linux_cmdline(true).to_owned())
-                }),
+                cmdline: options.cmdline.clone(),
             };
             description::write(&request, ready.linux.as_ref(), &dir.join("guest"))?
         }

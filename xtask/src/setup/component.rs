@@ -20,6 +20,8 @@ pub enum Component {
     Grub,
     /// The Linux guest.
     Linux,
+    /// What counts the instructions of a program.
+    Valgrind,
     /// The linter of Debian's compiler, where that is the one that builds for the bare-metal target.
     Clippy,
 }
@@ -37,6 +39,7 @@ impl Component {
             Self::Bochs => ("Bochs", "it is the second emulator that Umbra is tested in"),
             Self::Grub => ("GRUB's image tools", "they make bootable images"),
             Self::Linux => ("Linux guest", "it is the guest that `run` boots"),
+            Self::Valgrind => ("valgrind", "it counts instructions of `bench mmu-host`"),
             Self::Clippy => ("clippy for Debian's compiler", "it checks the bare-metal crates"),
         }
     }
@@ -70,6 +73,7 @@ impl Component {
                     .or_else(|| folders.into_iter().filter(|_| debian).find_map(no_file))
             }
             Self::Linux => host.linux().err(),
+            Self::Valgrind => no_program("valgrind"),
             Self::Clippy if host.compiler() == Some(Compiler::Debian) => no_file("/usr/bin/cargo-clippy"),
             // rustup brings its own.
             Self::Clippy => None,
@@ -99,6 +103,8 @@ impl Component {
             (Self::Grub, Brew) => &["i686-elf-grub", "x86_64-elf-grub", "xorriso", "mtools"],
             // Downloaded and unpacked into the cache, not installed; see `linux`.
             (Self::Linux, _) => &[],
+            (Self::Valgrind, Apt | Dnf | Pacman) => &["valgrind"],
+            (Self::Valgrind, Brew) => &[],
             (Self::Clippy, Apt) => &["rust-web-clippy"],
             (Self::Clippy, _) => &[],
         }

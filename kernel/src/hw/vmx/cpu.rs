@@ -11,7 +11,7 @@ use super::instructions::vmxon;
 use super::msr_bitmap;
 use super::vcpu::VmxVcpu;
 use crate::cpu::features::Features;
-use crate::cpu::{self, msr};
+use crate::cpu::{self, compaction, msr};
 use crate::hw::tag::TagAllocator;
 use crate::hw::{GuestPage, OutOfMemory, Refusal, Vendor};
 use crate::mm::{self, FrameSize, Zone};
@@ -160,7 +160,11 @@ impl Vendor for Vmx {
         let read = |index| unsafe { msr::read(index) };
         let linear_bits = if features.la57 { 57 } else { 48 };
         let capabilities = VmxCapabilities::read(read, features.physical_address_bits, linear_bits);
-        let controls = examine(&capabilities, true).map_err(refusal)?;
+        let mut controls = examine(&capabilities, true).map_err(refusal)?;
+        if !compaction::is_sound() {
+            // Hidden from guests: #UD, as without it.
+            controls.secondary -= Secondary::XSAVES;
+        }
         let signature = core::arch::x86_64::__cpuid(1).eax;
         let ept = capabilities.ept_vpid;
         // Without unrestricted guest the processor walks identity tables that the guest must not change. With these flags

@@ -302,6 +302,9 @@ impl Features {
                 features.ext1_ecx |= CMP_LEGACY;
             }
         }
+        if !shape.sound_compaction {
+            features.xsave_eax &= !(XSAVEC | XSAVES);
+        }
         if shape.shadow_paging {
             features.leaf1_ecx &= !PCID;
             features.leaf7_ebx &= !INVPCID;

@@ -135,7 +135,7 @@ const HOSTS: [&Table; 6] =
     [&EMULATED_AMD, &ZEN, &SKYLAKE, &OLD_INTEL, &coherence::NEHALEM, &coherence::ICELAKE];
 
 fn shape(vcpus: u8) -> VmShape {
-    VmShape { vcpus, max_phys_bits: 48, tsc_hz: 1_000_000_000, shadow_paging: false }
+    VmShape { vcpus, max_phys_bits: 48, tsc_hz: 1_000_000_000, shadow_paging: false, sound_compaction: true }
 }
 
 fn cpu(apic_id: u8) -> CpuState {
@@ -376,7 +376,10 @@ fn absurd_hosts_are_survived() {
     for fill in [0, 1, 0x8000_0000, !0] {
         let host = Function(|_, _| CpuidLeaf::new(fill, fill, fill, fill));
         check(&host, &shape(3));
-        check(&host, &VmShape { vcpus: 7, max_phys_bits: 255, tsc_hz: u64::MAX, shadow_paging: true });
+        check(
+            &host,
+            &VmShape { vcpus: 7, max_phys_bits: 255, tsc_hz: u64::MAX, shadow_paging: true, ..shape(1) },
+        );
     }
     let table = CpuidTable::new(&ZEN, &VmShape { vcpus: 0, ..shape(1) });
     assert_eq!(table.lookup(0xb, 1, &cpu(0)).ebx, 1);
@@ -427,6 +430,19 @@ fn bits_that_follow_registers() {
     // Without XSAVEC there is no compacted size.
     let emulated = CpuidTable::new(&EMULATED_AMD, &shape(1));
     assert_eq!(emulated.lookup(0xd, 1, &CpuState { xcr0: 7, ..off }).ebx, 0);
+}
+
+#[test]
+fn unsound_compaction_is_hidden() {
+    let on = CpuState { xcr0: 7, ..cpu(0) };
+    for host in [&SKYLAKE, &ZEN] {
+        let table = CpuidTable::new(host, &VmShape { sound_compaction: false, ..shape(1) });
+        check(host, &VmShape { sound_compaction: false, ..shape(1) });
+        // XSAVEOPT and XGETBV of 1 stay; without the compacted format it has no size.
+        assert_eq!(table.lookup(0xd, 1, &on), CpuidLeaf::new(0b101, 0, 0, 0));
+        assert_eq!(table.lookup(0xd, 0, &on), CpuidTable::new(host, &shape(1)).lookup(0xd, 0, &on));
+        assert!(!table.caps().xsaves, "no IA32_XSS");
+    }
 }
 
 #[test]
@@ -529,7 +545,7 @@ proptest! {
                 _ => CpuidLeaf::new(random(1), random(2), random(3), random(4)),
             }
         });
-        check(&host, &VmShape { vcpus, max_phys_bits: 52, tsc_hz, shadow_paging });
+        check(&host, &VmShape { vcpus, max_phys_bits: 52, tsc_hz, shadow_paging, ..shape(1) });
     }
 
     #[test]

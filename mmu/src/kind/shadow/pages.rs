@@ -3,7 +3,7 @@ use super::sites::FlushSite;
 use super::{is_above, is_nested, number, shadows, split, Kept, Note, ShadowMmu, ShadowPage, Stop, NONE};
 use crate::access::AccessKind;
 use crate::addr::{Gfn, Pfn};
-use crate::format::{EntryFormat, Leaf, Writability};
+use crate::format::{EntryFormat, Writability};
 use crate::level::{Level, PageSize, ENTRIES};
 use crate::memory::{Backing, Exclusive, Held, Pages};
 use crate::mutant::{self, Mutant};
@@ -117,10 +117,7 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
                 }
                 self.took_away(FlushSite::ShadowDropLeaf);
             }
-            Kept::Link(_) => {
-                self.page_mut(page).stale[index / 64] &= !(1 << (index % 64));
-                self.took_away(FlushSite::ShadowDropLink);
-            }
+            Kept::Link(_) => self.page_mut(page).stale[index / 64] &= !(1 << (index % 64)),
         }
     }
 
@@ -159,18 +156,13 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         }
     }
 
-    /// Gives a leaf another value for the same page of memory. TLBs lose every right that it loses: whoever flushes what the
-    /// guest's tables say relies on that they hold no more than the shadow does.
+    /// Gives a leaf another value for the same page of memory.
     pub(super) fn replace(&mut self, pages: &dyn Pages, entry: u32, gfn: Gfn, value: u64, site: FlushSite) {
         let old = self.write(entry, value);
-        let Some(role) = self.role(split(entry).0) else { return };
-        if !self.format.is_dirty(value) {
+        if let Some(role) = self.role(split(entry).0).filter(|_| !self.format.is_dirty(value)) {
             self.lose_dirty(pages, &role, gfn, old);
         }
-        let writable = self.format.may_be_cached_writable(old);
-        let leaves = (self.format.leaf(old, role.level), self.format.leaf(value, role.level));
-        let kept = matches!(leaves, (Some(old), Some(new)) if keeps_rights(&old, &new));
-        if !kept || (writable && !self.format.permits(value, AccessKind::Write)) {
+        if self.format.may_be_cached_writable(old) && !self.format.permits(value, AccessKind::Write) {
             self.took_away(site);
         }
     }
@@ -444,12 +436,4 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
             at = after;
         }
     }
-}
-
-/// Whether `new` permits every read and fetch that `old` does.
-const fn keeps_rights(old: &Leaf, new: &Leaf) -> bool {
-    (new.read || !old.read)
-        && (new.user || !old.user)
-        && (new.execute || !old.execute)
-        && (new.execute_user || !old.execute_user)
 }

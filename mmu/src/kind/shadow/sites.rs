@@ -1,4 +1,5 @@
-//! Where the shadow kind takes something away that TLBs may still have. What is not named here needs no flush: notes about
+//! Where the shadow kind takes something away that TLBs may still have. What is not named here needs no flush: links (their
+//! tables are owed a flush when they go) and other rights than W, for a guest's own flush is one of its tag; notes about
 //! device memory, permission that is given, aging.
 use super::ShadowMmu;
 use crate::format::EntryFormat;

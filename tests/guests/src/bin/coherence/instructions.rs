@@ -22,15 +22,26 @@ struct Instruction {
     works_with: Option<u64>,
     /// QEMU's TCG does not look whether the feature is there.
     lax_on_tcg: bool,
+    /// Umbra hides it where it is unsound, and on these platforms nothing makes it fault then.
+    unsound_on: fn() -> bool,
     run: fn(),
 }
 
 macro_rules! instruction {
     ($name:literal, $bits:expr, $works:expr, lax, $($asm:tt)*) => {
-        Instruction { name: $name, bits: $bits, works_with: $works, lax_on_tcg: true, run: || exec!($($asm)*) }
+        Instruction {
+            name: $name, bits: $bits, works_with: $works, lax_on_tcg: true, unsound_on: || false, run: || exec!($($asm)*)
+        }
+    };
+    ($name:literal, $bits:expr, $works:expr, unsound $on:expr, $($asm:tt)*) => {
+        Instruction {
+            name: $name, bits: $bits, works_with: $works, lax_on_tcg: false, unsound_on: $on, run: || exec!($($asm)*)
+        }
     };
     ($name:literal, $bits:expr, $works:expr, $($asm:tt)*) => {
-        Instruction { name: $name, bits: $bits, works_with: $works, lax_on_tcg: false, run: || exec!($($asm)*) }
+        Instruction {
+            name: $name, bits: $bits, works_with: $works, lax_on_tcg: false, unsound_on: || false, run: || exec!($($asm)*)
+        }
     };
 }
 
@@ -79,10 +90,10 @@ const INSTRUCTIONS: &[Instruction] = &[
     instruction!("XSAVE", &[(1, 0, C, 26)], Some(CR4_OSXSAVE), "xsave [rdi]", in("rdi") AREA.get(), in("eax") 1, in("edx") 0),
     instruction!("XSAVEOPT", &[(0xd, 1, A, 0)], Some(CR4_OSXSAVE), "xsaveopt [rdi]", in("rdi") AREA.get(), in("eax") 1,
         in("edx") 0),
-    instruction!("XSAVEC", &[(0xd, 1, A, 1)], Some(CR4_OSXSAVE), "xsavec [rdi]", in("rdi") AREA.get(), in("eax") 1,
-        in("edx") 0),
-    instruction!("XSAVES", &[(0xd, 1, A, 3)], Some(CR4_OSXSAVE), "xsaves [rdi]", in("rdi") AREA.get(), in("eax") 1,
-        in("edx") 0),
+    instruction!("XSAVEC", &[(0xd, 1, A, 1)], Some(CR4_OSXSAVE), unsound || platform::bochs_vmx() || platform::bochs_svm(),
+        "xsavec [rdi]", in("rdi") AREA.get(), in("eax") 1, in("edx") 0),
+    instruction!("XSAVES", &[(0xd, 1, A, 3)], Some(CR4_OSXSAVE), unsound platform::bochs_svm, "xsaves [rdi]",
+        in("rdi") AREA.get(), in("eax") 1, in("edx") 0),
     instruction!("POPCNT", &[(1, 0, C, 23)], Some(0), "popcnt eax, ecx", out("eax") _),
     instruction!("MOVBE", &[(1, 0, C, 22)], Some(0), "movbe eax, [rdi]", in("rdi") AREA.get(), out("eax") _),
     instruction!("CMPXCHG16B", &[(1, 0, C, 13)], Some(0), "mov r8, rbx", "cmpxchg16b [rdi]", "mov rbx, r8",
@@ -139,6 +150,9 @@ fn one(t: &mut Case, instruction: &Instruction) {
     } else {
         if instruction.lax_on_tcg && t.skip_on_tcg("it executes this whatever CPUID says") {
             return;
+        }
+        if (instruction.unsound_on)() && bit((1, 0, C, 26)) {
+            return t.skip("Bochs's compacted format is wrong, so it is hidden, but executes");
         }
         if bit((1, 0, C, 26)) {
             // What needs CR4.OSXSAVE must not fault for want of it.

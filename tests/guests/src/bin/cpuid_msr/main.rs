@@ -4,6 +4,7 @@
 // Cases execute the instructions they are about.
 #![allow(unsafe_code)]
 
+mod areas;
 mod control;
 mod cpuid;
 mod features;
@@ -17,6 +18,7 @@ fn run() {
     cpuid::run();
     features::run();
     xsave::run();
+    areas::run();
     msr::run();
     virt::run();
     control::run();

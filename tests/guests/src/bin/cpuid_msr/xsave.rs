@@ -98,7 +98,7 @@ pub(crate) fn run() {
 }
 
 /// Sets CR4.OSXSAVE and the x87-only XCR0; skips without XSAVE.
-fn enable(t: &mut Case) -> bool {
+pub(crate) fn enable(t: &mut Case) -> bool {
     if !has(1, 0, |r| r.ecx, 26) {
         t.skip("no XSAVE");
         return false;
@@ -108,7 +108,7 @@ fn enable(t: &mut Case) -> bool {
     true
 }
 
-fn offered() -> u64 {
+pub(crate) fn offered() -> u64 {
     let leaf = cpuid(0xd, 0);
     u64::from(leaf.eax) | u64::from(leaf.edx) << 32
 }

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use anyhow::{bail, Context, Result};
 
+use super::grouped;
 use crate::bundle::Bundle;
 use crate::emulator::{check_model, Boot, Icount, Kind, Machine, Session};
 use crate::setup::{self, Component};
@@ -14,21 +15,18 @@ use crate::{build, paths, say};
 /// The guest needs seconds; a guest that hangs must not.
 const LIMIT: Duration = Duration::from_secs(600);
 
-/// The command line of `bench`.
-#[derive(Clone, Debug, clap::Subcommand)]
-pub enum Bench {
-    /// Instructions and exits per operation of a guest
-    Exits {
-        /// One line of JSON on standard output
-        #[arg(long)]
-        json: bool,
-        /// The emulator: QEMU for SVM, Bochs for VMX
-        #[arg(long, value_enum, default_value_t)]
-        emulator: Kind,
-        /// The emulator's processor [default: the one that offers most]
-        #[arg(long, value_name = "MODEL")]
-        cpu: Option<String>,
-    },
+/// The command line of `bench exits`.
+#[derive(Clone, Debug, clap::Args)]
+pub struct Options {
+    /// One line of JSON on standard output
+    #[arg(long)]
+    json: bool,
+    /// The emulator: QEMU for SVM, Bochs for VMX
+    #[arg(long, value_enum, default_value_t)]
+    emulator: Kind,
+    /// The emulator's processor [default: the one that offers most]
+    #[arg(long, value_name = "MODEL")]
+    cpu: Option<String>,
 }
 
 /// An operation, and what it costs under KVM in the same emulator, where that is known: Linux 6.1 with
@@ -58,9 +56,9 @@ struct Cost {
     exits: u64,
 }
 
-/// Runs a benchmark.
-pub fn bench(bench: &Bench) -> Result<ExitCode> {
-    let Bench::Exits { json, emulator, cpu } = bench;
+/// Boots the guest that measures, and prints what it reports.
+pub(super) fn bench(options: &Options) -> Result<ExitCode> {
+    let Options { json, emulator, cpu } = options;
     let needed = match emulator {
         Kind::Qemu => &[Component::Target, Component::Qemu][..],
         Kind::Bochs => &[Component::Target, Component::Bochs, Component::Grub],
@@ -163,19 +161,6 @@ fn table(costs: &[Cost], on: &str, emulator: Kind) -> String {
     text
 }
 
-/// `1234567` as `1,234,567`.
-fn grouped(number: u64) -> String {
-    let digits = number.to_string();
-    let mut text = String::new();
-    for (at, digit) in digits.chars().enumerate() {
-        if at > 0 && (digits.len() - at).is_multiple_of(3) {
-            text.push(',');
-        }
-        text.push(digit);
-    }
-    text
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -241,7 +226,5 @@ mod tests {
         let text = table(&costs, "on Bochs, VMX", Kind::Bochs);
         assert!(text.contains("CPUID                             1,234      1\n"), "{text}");
         assert!(!text.contains("KVM"), "{text}");
-        assert_eq!(grouped(1_234_567), "1,234,567");
-        assert_eq!((grouped(0), grouped(999)), ("0".into(), "999".into()));
     }
 }

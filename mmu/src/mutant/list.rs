@@ -1,100 +1,4 @@
-//! Mutants: slips of a kind that has been made before, each at one place, which the tests must notice.
-//!
-//! In a build with `--cfg mutants` the variable [`VARIABLE`] names the one that a process is to have; in any other build
-//! there are none, and no trace of them. `cargo xtask test --mutants` lets every mutant meet the tests.
-//!
-//! Some bring back a bug that another hypervisor had. Their names begin with what the bug is known by (a CVE, a commit), up to
-//! a dot, and a test with that in its name must catch them; `tests/past_bugs.rs` has the table. The others say which tests are
-//! likely to catch them, and any may.
-
-/// Declares mutants: `Variant = "name" by ["part of a test's name", ...];`, and bugs of old: `Variant = "row.more";`.
-macro_rules! mutants {
-    (
-        flushes { $($(#[$flush_doc:meta])* $site:ident = $flush:literal by [$($flush_test:literal),* $(,)?];)* }
-        bugs { $($(#[$bug_doc:meta])* $bug:ident = $row:literal;)* }
-        slips { $($(#[$slip_doc:meta])* $mutant:ident = $slip:literal by [$($slip_test:literal),* $(,)?];)* }
-    ) => {
-        /// A place where something is taken away that a TLB may have: the flush that it asks for can be dropped there.
-        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-        pub(crate) enum FlushSite {
-            $($(#[$flush_doc])* $site,)*
-        }
-
-        /// A slip.
-        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-        pub(crate) enum Mutant {
-            $($(#[$bug_doc])* $bug,)*
-            $($(#[$slip_doc])* $mutant,)*
-        }
-
-        /// Every mutant, flushes first.
-        #[cfg(mutants)]
-        pub const MUTANTS: &[MutantInfo] = &[
-            $(MutantInfo { name: $flush, by: &[$($flush_test),*], row: false },)*
-            $(MutantInfo { name: $row, by: &[], row: true },)*
-            $(MutantInfo { name: $slip, by: &[$($slip_test),*], row: false },)*
-        ];
-
-        #[cfg(mutants)]
-        const FLUSHES: usize = [$(FlushSite::$site),*].len();
-    };
-}
-
-/// What the outside knows of a mutant.
-#[cfg(mutants)]
-#[derive(Clone, Copy, Debug)]
-pub struct MutantInfo {
-    /// Its name.
-    pub name: &'static str,
-    /// Parts of the names of tests that are likely to catch it.
-    pub by: &'static [&'static str],
-    /// It brings a bug of old back: up to a dot, the name is that of the row.
-    pub row: bool,
-}
-
-/// Names the mutant that a process has; none, if it is not set.
-#[cfg(mutants)]
-pub const VARIABLE: &str = "MMU_MUTANT";
-
-/// Whether this process has `mutant`.
-#[cfg(not(mutants))]
-#[inline(always)]
-pub(crate) const fn is(mutant: Mutant) -> bool {
-    let _ = mutant;
-    false
-}
-
-/// Whether this process has the mutant that drops the flush of `site`.
-#[cfg(not(mutants))]
-#[inline(always)]
-pub(crate) const fn drops(site: FlushSite) -> bool {
-    let _ = site;
-    false
-}
-
-/// Whether this process has `mutant`.
-#[cfg(mutants)]
-pub(crate) fn is(mutant: Mutant) -> bool {
-    chosen() == Some(FLUSHES + mutant as usize)
-}
-
-/// Whether this process has the mutant that drops the flush of `site`.
-#[cfg(mutants)]
-pub(crate) fn drops(site: FlushSite) -> bool {
-    chosen() == Some(site as usize)
-}
-
-/// The place in [`MUTANTS`] of the one that this process has.
-#[cfg(mutants)]
-fn chosen() -> Option<usize> {
-    static CHOSEN: std::sync::OnceLock<Option<usize>> = std::sync::OnceLock::new();
-    *CHOSEN.get_or_init(|| {
-        let name = std::env::var(VARIABLE).ok().filter(|name| !name.is_empty())?;
-        let place = MUTANTS.iter().position(|mutant| mutant.name == name);
-        Some(place.unwrap_or_else(|| panic!("no mutant `{name}`")))
-    })
-}
-
+//! The mutants. Those of the kind that has no shadows come first, then those of shadows, vCPUs and nested paging.
 mutants! {
     flushes {
         /// A leaf of the direct kind is zapped.
@@ -123,8 +27,6 @@ mutants! {
         ShadowPage = "flush_shadow_page" by ["c3_pages_of_a_shadow"];
         /// Shadow: a leaf is gone, and its record in the reverse map: whoever asks for its frame later does not find it.
         ShadowDropLeaf = "flush_shadow_drop_leaf" by ["c2_every_loss"];
-        /// Shadow: a link is gone: what was below it is found by no sync any more.
-        ShadowDropLink = "flush_shadow_drop_link" by ["c2_every_loss"];
         /// Shadow: a leaf lost W, for its frame is shadowed or to be noticed.
         ShadowProtect = "flush_shadow_protect" by ["c2_every_loss"];
         /// Shadow: a leaf lost W, for the guest's entry has.
@@ -205,6 +107,8 @@ mutants! {
         NestedViolation = "flush_nested_violation" by ["c8_a_violation"];
     }
     bugs {
+        /// INVPCID without paging is not known.
+        NoHookUnpaged = "cve_2022_1789";
         /// A step has its own rights, not those of its parents.
         StepRightsOfItself = "cve_2021_38198.itself";
         /// A step has the rights of the entry above it alone.
