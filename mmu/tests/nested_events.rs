@@ -1,7 +1,7 @@
 //! What L1 does to translations of L2, one event at a time: each with its scope, and no more than that.
 mod support;
 
-use mmu::{Gva, Invvpid, L2Request, L2Tag, Roots, TableAddress, TagFlush, TlbControl};
+use mmu::{CpuId, Gva, Invvpid, L2Request, L2Tag, Roots, TableAddress, TagFlush, TlbControl};
 use support::l1::{belows, ept_setup, npt_setup, pae_setup, EPT, L2, L2_UNPAGED, NPT, ROOT_A, ROOT_B};
 use support::machines::{Amd, Intel, AMD, INTEL};
 use support::manual::{ept, Machine, What, Who};
@@ -147,6 +147,21 @@ fn c6_one_tag_for_both_is_flushed_by_each_transition() {
         assert_eq!(world.flushes - before, if own_tags { 0 } else { 10 });
         world.finish();
     }
+}
+
+/// C6: what L1's tag owes is due when L1 enters.
+#[test]
+fn c6_what_l1_owes_is_due_when_it_enters() {
+    let mut world = svm(true);
+    let enter = |world: &mut World<Amd>| {
+        let memory = world.memory;
+        world.vcpus[0].mmus.root_mmu.enter(memory, CpuId::BOOT).flush()
+    };
+    let _ = enter(&mut world);
+    assert_eq!(enter(&mut world), TagFlush::None);
+    world.apply(0, L2Request { l1: TagFlush::All, ..L2Request::NONE });
+    assert_eq!(enter(&mut world), TagFlush::All);
+    world.finish();
 }
 
 /// C5: TLB_CONTROL of VMRUN.

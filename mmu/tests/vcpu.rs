@@ -2,8 +2,8 @@
 mod support;
 
 use mmu::{
-    BadInvpcid, CpuRole, Cr0, Cr4, Efer, GuestCpu, Gva, Invpcid, Level, Mmu, PageFaultCode, PagingState,
-    Requests, RootSet, Running, Sync, TagFlush, Tags, VcpuMmus, Walk,
+    BadInvpcid, CpuRole, Cr0, Cr4, Efer, GuestCpu, Gva, Invpcid, Level, Mmu, PageFaultCode, PagingRegs,
+    PagingState, Requests, RootSet, Running, Sync, TagFlush, Tags, VcpuMmus, Walk,
 };
 use support::flat::FlatRam;
 use support::machines::AMD;
@@ -245,6 +245,22 @@ fn c5_mov_to_cr4_by_what_it_changes() {
     assert_eq!(with(none, Cr4::PCIDE).map(|(how, _)| how), Some(Sync::All));
     let mut world = world();
     assert_eq!(world.vcpus[0].mmu.mov_to_cr4(Cr4::PAE | Cr4::PCIDE, [0; 4]), Requests::NONE, "PCIDE set");
+}
+
+/// C5: what changes CR0.PG leaves no translation of before, and so does INIT. CR0.WP is another role.
+#[test]
+fn c5_mov_to_cr0_and_init_by_what_they_change() {
+    let change = |event: fn(&mut Mmu, PagingRegs) -> Requests| {
+        let mut world = with_pcids(Tags::One);
+        let regs = world.vcpus[0].mmu.state().regs;
+        event(&mut world.vcpus[0].mmu, regs).sync.map(|(how, _)| how)
+    };
+    let paging = change(|mmu, regs| {
+        mmu.mov_to_cr0(regs.cr0.difference(Cr0::PG), regs.efer.difference(Efer::LMA), [0; 4])
+    });
+    assert_eq!(paging, Some(Sync::All));
+    assert_eq!(change(|mmu, regs| mmu.mov_to_cr0(regs.cr0 ^ Cr0::WP, regs.efer, [0; 4])), None);
+    assert_eq!(change(|mmu, _| mmu.init()), Some(Sync::All));
 }
 
 /// B4, B5, B7, B8: another role is another key, and the root of before is found again with nothing to do.

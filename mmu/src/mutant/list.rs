@@ -42,7 +42,7 @@ mutants! {
         /// A vCPU loads CR3.
         MovToCr3 = "flush_mov_to_cr3" by ["c5_mov_to_cr3"];
         /// A vCPU turns paging on or off.
-        MovToCr0 = "flush_mov_to_cr0" by ["every_mode", "any_sequence"];
+        MovToCr0 = "flush_mov_to_cr0" by ["c5_mov_to_cr0"];
         /// A vCPU changes a bit of CR4 that flushes everything.
         MovToCr4 = "flush_mov_to_cr4" by ["c5_mov_to_cr4"];
         /// A vCPU sets CR4.SMEP.
@@ -58,23 +58,19 @@ mutants! {
         /// A vCPU flushes everything.
         FlushGuest = "flush_guest" by ["c5_invpcid"];
         /// A vCPU is reset.
-        Init = "flush_init" by ["init_in_each"];
+        Init = "flush_init" by ["c5_mov_to_cr0"];
         /// A vCPU enters or leaves system-management mode.
         SwitchSmm = "flush_switch_smm" by ["smm"];
         /// Registers are set from outside.
         SetFromOutside = "flush_set_from_outside" by ["registers_set_from_outside"];
-        /// All roots of an ASID are flushed.
-        FlushContext = "flush_context" by ["c5_a_flush_of_the_asid", "flush_context"];
         /// A vCPU goes to another root with the same tag.
         RootSwitch = "flush_root_switch" by ["c4_the_tag", "any_sequence"];
         /// An address of the current root is synced.
         BehindAddress = "flush_behind_address" by ["c5_invlpg", "any_sequence"];
         /// The current root is synced.
         BehindAll = "flush_behind_all" by ["any_sequence"];
-        /// A vCPU enters L2 on a root that is not there yet.
-        NestedLoad = "flush_nested_load" by ["c6", "nested"];
         /// What L1's tag owes is remembered.
-        NoteL1 = "flush_note_l1" by ["c6", "c5"];
+        NoteL1 = "flush_note_l1" by ["c6_what_l1_owes"];
         /// What L2's tag owes is remembered.
         NoteL2 = "flush_note_l2" by ["c6", "c5"];
         /// VM entry without a VPID.
@@ -107,7 +103,7 @@ mutants! {
         NestedViolation = "flush_nested_violation" by ["c8_a_violation"];
     }
     bugs {
-        /// INVPCID without paging is not known.
+        /// INVPCID without paging goes where there is nothing.
         NoHookUnpaged = "cve_2022_1789";
         /// A step has its own rights, not those of its parents.
         StepRightsOfItself = "cve_2021_38198.itself";
@@ -177,22 +173,20 @@ mutants! {
         LinkOfOtherTable = "cve_2026_46113";
         /// A link is followed although it leads to a shadow of another role.
         LinkOfOtherRole = "cve_2026_53359";
-        /// A shadow is made for the rights of the whole walk.
-        ShadowOfWholeWalk = "cve_2021_38198.shadow";
+        /// A table is shadowed with the rights of the levels above the one that leads to it.
+        ShadowOfUpperLevels = "cve_2021_38198.shadow";
         /// A table is linked as it was when it was shadowed.
         LinkedUnsynced = "commit_65855ed8b034";
         /// An entry is not read again once its table is tracked.
         StaleEntryShadowed = "commit_f7d9c7b7b902";
         /// Huge entries with other rights share a shadow.
         HugeShadowShared = "commit_d28c6cfbbc5e";
-        /// The small pages for a huge one all lead to its first frame.
-        SmallPagesOfOneFrame = "commit_e09e90a5";
-        /// A clean huge entry shares the shadow of a dirty one.
-        CleanHugeShadowShared = "commit_5fd5387c89ec";
+        /// The small pages for a clean huge one are writable.
+        CleanHugeWritable = "commit_e09e90a5";
+        /// A write to a large page does not make it dirty without CR0.WP.
+        LargeNeverDirty = "commit_5fd5387c89ec";
         /// An entry that the guest has not used is mapped beforehand.
         PrefetchUnused = "commit_3ddf6c06e13e";
-        /// A clean entry is mapped writable beforehand.
-        PrefetchClean = "commit_3ddf6c06e13e.clean";
         /// A leaf of a shadow is changed into one of another page.
         ShadowChangesFrame = "cve_2026_23402.shadow";
         /// A huge page of a shadow is executable although that was forbidden.
@@ -201,8 +195,6 @@ mutants! {
         StraddleIgnored = "misaligned_writes";
         /// A write to a part of an entry is not noticed.
         PartialIgnored = "misaligned_writes.partial";
-        /// A root of PAE is found whatever its pointers are.
-        PointersIgnored = "cve_2026_53359.pointers";
         /// Shadows of nested tables rely on dirty bits for the log.
         NestedByDirtyBits = "clear_dirty_l2";
         /// A note about device memory is put over a leaf, and its record stays.
@@ -217,24 +209,20 @@ mutants! {
         FlushOnlyRunning = "cve_2022_39189";
         /// A flush of the guest marks the current root only.
         FlushCurrentOnly = "stale_guest_flush";
-        /// A root is found by a PCID although CR4.PCIDE is clear.
-        PcidWithoutPcide = "pcide_toggle.key";
         /// The pointers of a 32-bit L1 are kept although it has changed them.
         PointersOfPaeKept = "commit_ee6268ba3a68.pointers";
-        /// An exit of L2 is always about the final address.
-        ExitAlwaysFinal = "nested_fault_provenance.exit";
     }
     slips {
         /// A shadow permits writes to a page that is not dirty yet.
         ShadowWriteWithoutDirty = "shadow_write_without_dirty" by ["f4_a_clean_leaf_is_shadowed_read_only"];
         /// A walk sets accessed bits before it knows that the access is permitted.
-        MarkFailedWalks = "mark_failed_walks" by ["four_levels_exhaustive"];
+        MarkFailedWalks = "mark_failed_walks" by ["a_fault_of_the_first_stage"];
         /// Any access makes a leaf dirty.
-        DirtyOnReads = "dirty_on_reads" by ["four_levels_exhaustive"];
+        DirtyOnReads = "dirty_on_reads" by ["f4_a_clean_leaf_is_shadowed_read_only"];
         /// A write makes links dirty, too.
-        DirtyLinks = "dirty_links" by ["four_levels_exhaustive"];
+        DirtyLinks = "dirty_links" by ["both_stages_translate_and_mark"];
         /// Accessed bits are set in leaves only.
-        AccessedLeavesOnly = "accessed_leaves_only" by ["four_levels_exhaustive"];
+        AccessedLeavesOnly = "accessed_leaves_only" by ["cve_2022_1158"];
         /// A walk goes on although the guest has changed an entry under it.
         GuestStoreIgnored = "guest_store_ignored" by ["f2_a_guest_store"];
         /// A page becomes dirty in L1's tables and is not in its log.
@@ -256,7 +244,7 @@ mutants! {
         /// Only the leaf's rights count.
         LeafRightsOnly = "leaf_rights_only" by ["four_levels_exhaustive"];
         /// The error code says that the access was a fetch although neither NX nor SMEP is on.
-        FetchAlwaysReported = "fetch_always_reported" by ["walker"];
+        FetchAlwaysReported = "fetch_always_reported" by ["golden_npf_exit_info_1"];
         /// Reading an entry through nested tables is no write.
         TablesReadForReading = "nested_tables_only_read" by ["g3_rights_of_the_leaves_of_tables", "nested_tables_are_read_as_user_accesses"];
         /// What both stages permit is what the second permits.
@@ -298,7 +286,7 @@ mutants! {
         /// A fast fault notes the write before the page becomes writable.
         FastNoteBefore = "fast_note_before" by ["h1_a_harvest_during"];
         /// A fast fault makes a page of a logged slot writable and does not say so.
-        FastForgetsLog = "fast_forgets_log" by ["h1_a_log_misses"];
+        FastForgetsLog = "fast_forgets_log" by ["h1_the_fast_path_logs"];
         /// A huge page of a logged slot becomes writable.
         HugeLoggedWritable = "huge_logged_writable" by ["the_fast_path_leaves_huge"];
         /// A fast fault makes a tracked page writable.
@@ -318,7 +306,7 @@ mutants! {
         /// A table that the range covers in part goes as a whole.
         ZapTooMuch = "zap_too_much" by ["zap_takes_what_it_covers"];
         /// A table that was taken out is left empty, not frozen.
-        NotFrozen = "not_frozen" by ["populate_against_zap"];
+        NotFrozen = "not_frozen" by ["e6_a_fault"];
         /// A note about device memory of another generation is honoured.
         OldNoteHonoured = "old_note_honoured" by ["i1_a_note_holds"];
         /// Generations wrap and old notes hold again.
@@ -332,7 +320,7 @@ mutants! {
         /// The small pages of a huge page that was not executable for its size are not, either.
         SplitKeepsNx = "split_keeps_nx" by ["a_split_of_a_page_that_must_not"];
         /// A fault maps into a root that is obsolete.
-        ObsoleteRootLive = "obsolete_root_live" by ["d7_invalidating_all"];
+        ObsoleteRootLive = "obsolete_root_live" by ["d7_a_root_that_is_held"];
         /// A root is taken apart that somebody holds.
         HeldRootDropped = "held_root_dropped" by ["d7_a_root_that_is_held"];
         /// A root that nobody holds is still mapped into.
@@ -364,19 +352,17 @@ mutants! {
         /// A block with a tracked page is mapped huge.
         HugeTracked = "huge_tracked" by ["d4_tracked_pages"];
         /// A page is tracked no more when the first of two gives it up.
-        UntrackedByOne = "untracked_by_one" by ["tracked_pages"];
+        UntrackedByOne = "untracked_by_one" by ["0f38453cdb2e"];
         /// What the hypervisor writes to guest memory is not logged.
         EmulatedWriteUnlogged = "emulated_write_unlogged" by ["h1_writes_of_the_hypervisor"];
         /// A write goes to a read-only slot.
-        ReadOnlySlotWritten = "read_only_slot_written" by ["guest_memory"];
+        ReadOnlySlotWritten = "read_only_slot_written" by ["a_copy_is_whole"];
         /// The log has bits of pages that the slot has not.
         LogBeyondSlot = "log_beyond_slot" by ["h1_all_set"];
         /// Clearing some pages of a log clears all of the word.
         ClearKeepsBits = "clear_all" by ["h1_all_set"];
         /// A tracked page is mapped writable beforehand.
         PrefetchTracked = "prefetch_tracked" by ["d6", "any_sequence"];
-        /// A fault goes on while a CPU may still write to a table that it reads.
-        ShadowSettleIgnored = "shadow_settle_ignored" by ["c2_a_fault_waits"];
         /// A write by way of a shadow is not logged.
         ShadowWriteUnlogged = "shadow_write_unlogged" by ["h1_a_log_misses"];
         /// A page of a read-only slot is writable in a shadow.
@@ -449,5 +435,11 @@ mutants! {
         NestedTypeIgnored = "nested_type_ignored" by ["memory_type", "caching"];
         /// Fetches by user and supervisor of L2 are not told apart.
         UserFetchesAlike = "user_fetches_alike" by ["mode_based", "g1"];
+        /// A clean entry is mapped writable beforehand.
+        PrefetchClean = "prefetch_clean" by ["an_emulated_write_maps"];
+        /// A root of PAE is found whatever its pointers are.
+        PointersIgnored = "pae_pointers_ignored" by ["any_sequence_with_pae"];
+        /// An exit of L2 is always about the final address.
+        ExitAlwaysFinal = "exit_always_final" by ["cve_2026_46032_a_root_outside"];
     }
 }

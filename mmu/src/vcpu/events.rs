@@ -124,9 +124,7 @@ impl Mmu {
 
     /// INVPCID, in any mode.
     pub fn invpcid(&mut self, what: Invpcid) -> Requests {
-        if mutant::is(Mutant::NoHookUnpaged) && self.role.mode() == PagingMode::Unpaged {
-            return Requests::NONE;
-        }
+        assert!(!mutant::is(Mutant::NoHookUnpaged) || self.role.mode() != PagingMode::Unpaged);
         match what {
             Invpcid::Address { pcid, address } => self.then(Sync::Address(address), |of| {
                 of.pcid == pcid && !mutant::drops(FlushSite::InvpcidAddress)
@@ -195,12 +193,6 @@ impl Mmu {
         self.context = context;
         self.mode.nested = context != 0;
         self.then(Sync::All, |_| false)
-    }
-
-    /// What L1 calls `context` has no translations from now on: INVVPID of types 1 and 3, TLB_CONTROL of VMRUN, and entries
-    /// and exits without VPIDs.
-    pub fn flush_context(&mut self, context: u16) -> Requests {
-        self.and_then(Sync::All, |tag| tag.context == context && !mutant::drops(FlushSite::FlushContext))
     }
 
     /// What follows: roots whose tag `covers` names are behind by `how`, and the root for the registers of now is selected.

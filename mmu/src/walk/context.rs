@@ -235,11 +235,14 @@ impl<In: Address, Out: Address> PagingContext<In, Out> {
             tables.log_dirty(page).map_err(|LogFull| WalkError::LogFull)?;
         }
         let leaf = trail.leaf();
+        let never = mutant::is(Mutant::LargeNeverDirty)
+            && leaf > Level::L1
+            && !self.role.flags().contains(RoleFlags::WP);
         for (level, step) in trail.steps_mut() {
             let leaf = level == leaf;
             let dirties =
                 (leaf || mutant::is(Mutant::DirtyLinks)) && (write || mutant::is(Mutant::DirtyOnReads));
-            let marked = step.entry | accessed | if dirties { dirty } else { 0 };
+            let marked = step.entry | accessed | if dirties && !never { dirty } else { 0 };
             if marked == step.entry || !leaf && mutant::is(Mutant::AccessedLeavesOnly) {
                 continue;
             }

@@ -73,7 +73,9 @@ impl<Out: Address> GuestWalk<Out> {
         let dirty = !keeps || leaf & if ept { EPT_DIRTY } else { DIRTY } != 0;
         let mut shadow_prot = translation.prot;
         // A write that could not mark the leaf, in read-only memory, was a write all the same.
-        if !dirty && access.kind != AccessKind::Write && !mutant::is(Mutant::ShadowWriteWithoutDirty) {
+        let kept = mutant::is(Mutant::ShadowWriteWithoutDirty)
+            || mutant::is(Mutant::CleanHugeWritable) && trail.leaf > Level::L1;
+        if !dirty && access.kind != AccessKind::Write && !kept {
             shadow_prot.remove(Prot::WRITE);
         }
         Self {

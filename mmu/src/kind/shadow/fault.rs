@@ -96,7 +96,7 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
     ) -> Result<ShadowFault, ShadowFault> {
         let mut page = self.root_page(guard, root).ok_or(ShadowFault::NoRoot)?;
         // What was protected before must be so on every CPU, or what is read now may change unseen.
-        if !self.settle(guard) && !mutant::is(Mutant::ShadowSettleIgnored) {
+        if !self.settle(guard) {
             return Err(ShadowFault::Wait);
         }
         let root_role = self.role(page).filter(|_| !self.is_empty_root(page)).ok_or(ShadowFault::NoRoot)?;
@@ -159,9 +159,8 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         let role = self.role(page).ok_or(ShadowFault::Retry)?;
         let first = Gfn::new_truncate(gfn.number() & !(role.level.pages() - 1));
         let shared = mutant::is(Mutant::HugeShadowShared);
-        let clean = if mutant::is(Mutant::CleanHugeShadowShared) { walk.translation.prot } else { prot };
         let child = role
-            .child(index, if shared { role.access } else { clean }, true)
+            .child(index, if shared { role.access } else { prot }, true)
             .ok_or(ShadowFault::Retry)?
             .cached(caching);
         self.descend_to(guard, cache, walk, page, index, first, &child)
@@ -205,8 +204,8 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
     ) -> Result<(Gfn, Prot), ShadowFault> {
         if !is_above(role) {
             let below = role.level.down().and_then(|below| walk.step(below)).ok_or(ShadowFault::Retry)?;
-            let whole = mutant::is(Mutant::ShadowOfWholeWalk);
-            return Ok((below.at.gfn(), if whole { walk.translation.prot } else { below.parents }));
+            let upper = mutant::is(Mutant::ShadowOfUpperLevels);
+            return Ok((below.at.gfn(), if upper { role.access } else { below.parents }));
         }
         if role.level == Level::L3 {
             if let Some(pdpte) = walk.pdpte {
@@ -368,7 +367,6 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         let index = level.index(frame);
         let entry = number(page, index);
         let inside = goal.gfn.number() & (goal.block_size.pages() - 1) & !(goal.size.pages() - 1);
-        let inside = if mutant::is(Mutant::SmallPagesOfOneFrame) { 0 } else { inside };
         let first = Gfn::new_truncate(goal.gfn.number() & !(goal.size.pages() - 1));
         let pfn = Pfn::new_truncate(goal.block.number() + inside);
         let Some(role) = self.role(page) else { return Err(ShadowFault::Retry) };
@@ -387,7 +385,9 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         if !goal.write {
             value = self.armed(memory, &role, first, value);
         }
-        let mapped = (self.note(entry).kept == Kept::Leaf(first)).then(|| self.value(entry));
+        let kept = self.note(entry).kept;
+        let any = matches!(kept, Kept::Leaf(_)) && mutant::is(Mutant::ShadowChangesFrame);
+        let mapped = (any || kept == Kept::Leaf(first)).then(|| self.value(entry));
         match mapped
             .and_then(|old| Some((old, self.format.leaf(old, level)?, self.format.leaf(value, level)?)))
         {
