@@ -157,6 +157,8 @@ fn c6_what_l1_owes_is_due_when_it_enters() {
         let memory = world.memory;
         world.vcpus[0].mmus.root_mmu.enter(memory, CpuId::BOOT).flush()
     };
+    let root = world.direct.root();
+    let _ = world.vcpus[0].mmus.root_mmu.set_root(root);
     let _ = enter(&mut world);
     assert_eq!(enter(&mut world), TagFlush::None);
     world.apply(0, L2Request { l1: TagFlush::All, ..L2Request::NONE });

@@ -175,7 +175,7 @@ mutants! {
         LinkOfOtherRole = "cve_2026_53359";
         /// A table is shadowed with the rights of the levels above the one that leads to it.
         ShadowOfUpperLevels = "cve_2021_38198.shadow";
-        /// A table is linked as it was when it was shadowed.
+        /// A table that is unsync is linked and not synced, and nobody knows.
         LinkedUnsynced = "commit_65855ed8b034";
         /// An entry is not read again once its table is tracked.
         StaleEntryShadowed = "commit_f7d9c7b7b902";

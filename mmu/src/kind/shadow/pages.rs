@@ -134,7 +134,8 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         };
         self.enter_chain(entry, Kept::Link(child));
         self.write(entry, value);
-        if unsync && !mutant::is(Mutant::LinkForgetsUnsync) {
+        let forgets = mutant::is(Mutant::LinkForgetsUnsync) || mutant::is(Mutant::LinkedUnsynced);
+        if unsync && !forgets {
             self.mark_parents(child);
         }
     }
