@@ -1,6 +1,6 @@
 //! The direct kind under random sequences of operations, against a model of the slots, a model TLB and the tables as the
 //! hardware reads them. The names in the checks are the invariants they stand for.
-mod support;
+pub(crate) mod support;
 
 use std::collections::{HashMap, HashSet};
 
@@ -16,13 +16,13 @@ use support::hardware::{Exit, Found, Tally, Walker};
 use support::machines::{on_every_machine, Host, Machine, HOST};
 use support::tables::HostTables;
 
-const GIB: u64 = 1 << 18;
-const CPUS: usize = 3;
-const VCPUS: usize = 2;
+pub(crate) const GIB: u64 = 1 << 18;
+pub(crate) const CPUS: usize = 3;
+pub(crate) const VCPUS: usize = 2;
 
 /// Slots that the sequences add and remove: (first frame, frames, frame behind the first). Where one is only seen by one
 /// space, see `SPACES`.
-const SLOTS: [(u64, u64, u64); 7] = [
+pub(crate) const SLOTS: [(u64, u64, u64); 7] = [
     (0, 3 * 512, 64 * GIB),
     // Starts and ends inside a 2 MiB block, aligned like its backing.
     (2048 + 7, 1024, 80 * GIB + 2048 + 7),
@@ -42,7 +42,7 @@ const SPACES: [Spaces; SLOTS.len()] =
     [Spaces::NORMAL, Spaces::all(), Spaces::all(), Spaces::all(), Spaces::NORMAL, Spaces::SMM, Spaces::SMM];
 
 /// The slots that are logged: those without a gigabyte, so that splitting them is quick.
-const LOGGED: [usize; 5] = [0, 1, 2, 5, 6];
+pub(crate) const LOGGED: [usize; 5] = [0, 1, 2, 5, 6];
 
 /// The space that a vCPU sees: the second one is in system-management mode.
 fn space_of(vcpu: usize) -> Space {
@@ -55,7 +55,7 @@ fn start_of(slot: usize) -> SpaceGfn {
 }
 
 #[derive(Clone, Debug)]
-enum Op {
+pub(crate) enum Op {
     Enter { vcpu: usize, cpu: usize },
     Exit { vcpu: usize },
     Access { vcpu: usize, gfn: u64, kind: AccessKind, use_tlb: bool },
@@ -811,7 +811,7 @@ fn flags(read_only: bool) -> SlotFlags {
     }
 }
 
-fn run<M: Machine>(machine: M, five_level: bool, largest: PageSize, ops: &[Op]) {
+pub(crate) fn run<M: Machine>(machine: M, five_level: bool, largest: PageSize, ops: &[Op]) {
     let memory = VmMemory::new(Blocks::default());
     let tables = HostTables::new(4096);
     let machine = machine.on(Host { five_level, ..HOST });

@@ -1,5 +1,5 @@
 //! Random sequences of what an L1, its L2s and the host do, in each format, against the reference.
-mod support;
+pub(crate) mod support;
 
 use mmu::{Gfn, GfnRange, Gva, Invvpid, LogBy, TlbControl};
 use proptest::prelude::*;
@@ -14,7 +14,7 @@ use support::nested::World;
 use support::two_stage::Below;
 
 #[derive(Clone, Debug)]
-enum Op {
+pub(crate) enum Op {
     Access {
         vcpu: usize,
         at: usize,
@@ -235,7 +235,7 @@ fn apply<H: HostMachine>(world: &mut World<H>, op: &Op) {
     world.check();
 }
 
-fn run<H: HostMachine>(
+pub(crate) fn run<H: HostMachine>(
     host: H,
     (below, l2): (Below, Machine),
     setup: fn(&FlatRam),

@@ -1,7 +1,7 @@
 //! The shadow kind under random sequences, in each paging mode: guests that write their tables in every way, flush as the
 //! manuals say and switch between PCIDs; two vCPUs with TLBs; slots that change, a small quota. After each step the whole
 //! kind and every TLB that a guest runs with are checked, and each access against the reference walk.
-mod support;
+pub(crate) mod support;
 
 use mmu::{Gfn, GfnRange, Gva, Invpcid, Tags};
 use proptest::prelude::*;
@@ -14,7 +14,7 @@ const PCIDE: u64 = 1 << 17;
 const PGE: u64 = 1 << 7;
 
 #[derive(Clone, Debug)]
-enum Op {
+pub(crate) enum Op {
     Access {
         vcpu: usize,
         at: usize,
@@ -91,7 +91,7 @@ enum Op {
 }
 
 /// A guest: its registers, its memory, and what it uses.
-struct Guest {
+pub(crate) struct Guest {
     m: Machine,
     roots: [u64; 2],
     entry_bytes: u64,
@@ -100,14 +100,14 @@ struct Guest {
     setup: fn(&FlatRam),
 }
 
-const FOUR: Guest = Guest {
+pub(crate) const FOUR: Guest = Guest {
     m: BASE,
     roots: [0x1000, 0x6000],
     entry_bytes: 8,
     indexes: &[(39, 2), (30, 2), (21, 3), (12, 11)],
     setup: four_levels,
 };
-const FIVE: Guest = Guest {
+pub(crate) const FIVE: Guest = Guest {
     m: Machine { la57: true, cr3: 0x8000, ..BASE },
     roots: [0x8000, 0x9000],
     entry_bytes: 8,
@@ -119,7 +119,7 @@ const FIVE: Guest = Guest {
         }
     },
 };
-const PAE: Guest = Guest {
+pub(crate) const PAE: Guest = Guest {
     m: Machine { lma: false, cr3: 0xa000, ..BASE },
     roots: [0xa000, 0xa020],
     entry_bytes: 8,
@@ -132,7 +132,7 @@ const PAE: Guest = Guest {
         ram.set(0x6000, 0x5000 | 0x67);
     },
 };
-const TWO: Guest = Guest {
+pub(crate) const TWO: Guest = Guest {
     m: Machine { lma: false, pae: false, pse: true, nxe: false, ..BASE },
     roots: [0x1000, 0x6000],
     entry_bytes: 4,
@@ -234,7 +234,7 @@ impl Guest {
         world.check();
     }
 
-    fn run(&self, quota: usize, tags: Tags, ops: &[Op]) {
+    pub(crate) fn run(&self, quota: usize, tags: Tags, ops: &[Op]) {
         let mut world = World::with(self.m, quota, self.addresses(), tags, self.setup);
         for op in ops {
             self.apply(&mut world, op);

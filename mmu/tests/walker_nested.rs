@@ -2,15 +2,14 @@
 //! exactly a walk failed.
 mod support;
 
-use std::cell::RefCell;
-
 use mmu::{
-    Access, AccessKind, BelowError, CpuId, CpuRole, EptExit, Gpa, GuestEpt, Gva, NGpa, NestedTables,
-    NestedWalk, PagingContext, PdpteError, Prot, Stage, VmMemory, WalkError, WalkRegs,
+    Access, AccessKind, BelowError, CpuId, CpuRole, EptExit, Gpa, Gva, NGpa, NestedTables, NestedWalk,
+    PagingContext, PdpteError, Prot, VmMemory, WalkError, WalkRegs,
 };
 use support::flat::FlatRam;
-use support::manual::guest::{access, accesses, context, memory, registers, BASE, RAM_BYTES};
-use support::manual::{ept, walk, Machine, What, Who};
+use support::manual::guest::{accesses, context, memory, registers, BASE, RAM_BYTES};
+use support::manual::nested::{found, Below, End};
+use support::manual::{ept, Machine, What, Who};
 
 /// L1's tables for L2 at 0x1000 to 0x4000, one entry each on the upper levels; L2's own at L2 address 0x10000 on, which are at
 /// 0x5000 to 0x7000 of L1, where each has an entry for [`VA`].
@@ -24,186 +23,6 @@ const L1_PAGE: u64 = 0x28;
 const L2_TABLES: [(u64, u64); 3] = [(0x10, 0x5000), (0x11, 0x6000), (0x12, 0x7000)];
 /// L2's entries for [`VA`], where L1 sees them.
 const L2_ENTRIES: [u64; 4] = [0x5000, 0x5000 + 5 * 8, 0x6000 + 7 * 8, 0x7000 + 9 * 8];
-
-/// How L1's tables are read.
-#[derive(Clone, Copy, Debug)]
-enum Below {
-    Ept(ept::Machine),
-    /// Nested tables of AMD, with guest mode execute trap or not.
-    Npt(Machine),
-}
-
-/// What L1 is told.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Exit {
-    /// EPT violation with this exit qualification.
-    Violation(u64),
-    Misconfiguration,
-    /// Nested page fault with this EXITINFO1.
-    NestedPageFault(u64),
-}
-
-/// How an access of L2 ends.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum End {
-    /// At this address of L1.
-    At(u64),
-    /// L2 gets a page fault with this error code.
-    PageFault(u32),
-    /// L1 gets an exit for this L2 address.
-    ToL1(u64, Exit),
-}
-
-/// An address of L1, and the entries that change on the way there.
-type Located = (u64, Vec<(u64, u64)>);
-
-impl Below {
-    /// The reference: where the L2 address leads. `kind` is the access, `user` who fetches, in the sense of the format;
-    /// `qualification` is bits 11:7 of an exit qualification.
-    fn locate(
-        &self,
-        ram: &FlatRam,
-        gpa: u64,
-        (kind, user): (What, bool),
-        (table_walk, qualification): (bool, u64),
-    ) -> Result<Located, (u64, Exit)> {
-        let word = |at| ram.get(at);
-        match self {
-            Below::Ept(m) => {
-                let (op, op_bits) = match kind {
-                    What::Read => (ept::Op::Read, 1),
-                    What::Write => (ept::Op::Write, if table_walk { 3 } else { 2 }),
-                    What::Fetch => (ept::Op::Fetch { user }, 4),
-                };
-                match ept::walk(m, &word, gpa, op) {
-                    Ok(reached) => Ok((reached.address, reached.marks)),
-                    Err(ept::Failed::Misconfiguration) => Err((gpa, Exit::Misconfiguration)),
-                    Err(ept::Failed::Violation(rights)) => {
-                        Err((gpa, Exit::Violation(op_bits | rights | qualification)))
-                    }
-                }
-            }
-            Below::Npt(m) => {
-                let who = if user { Who::User } else { Who::Supervisor };
-                let place = if table_walk { 2u64 << 32 } else { 1 << 32 };
-                match walk(m, &word, gpa, kind, who) {
-                    Ok(reached) => Ok((reached.address, reached.marks)),
-                    Err(code) => Err((gpa, Exit::NestedPageFault(place | u64::from(code)))),
-                }
-            }
-        }
-    }
-
-    /// The reference: an access of L2, both stages. Marks memory.
-    fn end(&self, ram: &FlatRam, l2: &Machine, what: What, who: Who) -> End {
-        let failed = RefCell::new(None);
-        let reads_write = match self {
-            Below::Ept(m) => m.accessed_dirty,
-            Below::Npt(_) => true,
-        };
-        let table = |gpa: u64, kind| match self.locate(ram, gpa, (kind, true), (true, 1 << 7)) {
-            Ok((at, marks)) => {
-                marks.iter().for_each(|&(at, entry)| ram.set(at, entry));
-                Some(at)
-            }
-            Err(exit) => {
-                failed.replace(Some(exit));
-                None
-            }
-        };
-        let word = |gpa: u64| ram.get(table(gpa, if reads_write { What::Write } else { What::Read })?);
-        let reached = walk(l2, &word, VA, what, who);
-        if let Some((gpa, exit)) = failed.take() {
-            return End::ToL1(gpa, exit);
-        }
-        let reached = match reached {
-            Ok(reached) => reached,
-            Err(code) => return End::PageFault(code),
-        };
-        for (gpa, entry) in reached.marks {
-            let Some(at) = table(gpa, What::Write) else {
-                let (gpa, exit) = failed.take().unwrap();
-                return End::ToL1(gpa, exit);
-            };
-            ram.set(at, entry);
-        }
-        // Who fetches: by linear address under mode-based execute control, by privilege level under guest mode execute trap.
-        let entries: Vec<u64> = L2_ENTRIES.iter().map(|&at| ram.get(at).unwrap()).collect();
-        let user_address = entries.iter().all(|entry| entry & 4 != 0);
-        let user = match self {
-            _ if what != What::Fetch => true,
-            Below::Ept(_) => user_address,
-            Below::Npt(m) => !m.smep || who == Who::User,
-        };
-        let writable = entries.iter().all(|entry| entry & 2 != 0);
-        let no_execute = l2.nxe && entries.iter().any(|entry| entry >> 63 != 0);
-        let advanced = u64::from(user_address) << 9 | u64::from(writable) << 10 | u64::from(no_execute) << 11;
-        match self.locate(ram, reached.address, (what, user), (false, 3 << 7 | advanced)) {
-            Ok((at, marks)) => {
-                marks.iter().for_each(|&(at, entry)| ram.set(at, entry));
-                End::At(at)
-            }
-            Err((gpa, exit)) => End::ToL1(gpa, exit),
-        }
-    }
-
-    /// The crate's context, and the root.
-    fn context(&self) -> (PagingContext<NGpa, Gpa>, u64) {
-        match self {
-            Below::Ept(m) => {
-                let cpu = GuestEpt {
-                    max_phys_addr: m.maxphyaddr as u8,
-                    execute_only: m.execute_only,
-                    five_level: false,
-                    mib_pages: m.mib_pages,
-                    gib_pages: m.gib_pages,
-                    accessed_dirty: true,
-                    advanced_info: true,
-                    mode_based_execute: m.mode_based,
-                };
-                let pointer = ROOT | 0x1e | u64::from(m.accessed_dirty) << 6;
-                (PagingContext::new(CpuRole::ept(pointer, &cpu).unwrap()), pointer)
-            }
-            Below::Npt(m) => {
-                let (regs, cpu) = registers(m);
-                (PagingContext::new(CpuRole::nested(&regs, &cpu, m.smep)), ROOT)
-            }
-        }
-    }
-}
-
-fn found(memory: &VmMemory<FlatRam>, below: &Below, l2: &Machine, what: What, who: Who) -> End {
-    let (tables, root) = below.context();
-    let l2_context = registers(l2);
-    let l2_context = PagingContext::<Gva, NGpa>::new(CpuRole::new(&l2_context.0, &l2_context.1));
-    let shared = memory.shared(CpuId::BOOT);
-    let walk = NestedWalk {
-        context: &l2_context,
-        regs: WalkRegs { cr3: l2.cr3, ac: l2.ac, ..WalkRegs::default() },
-        tables: NestedTables {
-            context: &tables,
-            regs: WalkRegs { cr3: root, ..WalkRegs::default() },
-            memory: &shared,
-        },
-    };
-    match walk.translate(Gva::new(VA), access(what, who)) {
-        Ok(found) => End::At(found.address.bits()),
-        Err(WalkError::Fault(fault)) if fault.stage == Stage::Gva => {
-            assert_eq!(fault.address, VA);
-            End::PageFault(fault.page_fault_code().bits())
-        }
-        Err(WalkError::Fault(fault)) => {
-            assert_eq!(fault.linear.unwrap().address, Gva::new(VA));
-            let exit = match (below, fault.ept_exit()) {
-                (Below::Npt(_), _) => Exit::NestedPageFault(fault.npf_info().bits()),
-                (_, EptExit::Misconfiguration) => Exit::Misconfiguration,
-                (_, EptExit::Violation(info)) => Exit::Violation(info.bits()),
-            };
-            End::ToL1(fault.address, exit)
-        }
-        Err(other) => panic!("{other:?}"),
-    }
-}
 
 /// Memory with all tables, their rights full. `link` and `leaf` are L1's entries without an address.
 fn world(link: u64, leaf: u64) -> VmMemory<FlatRam> {
@@ -275,8 +94,8 @@ fn compare(below: &Below, l2: &Machine, change: &dyn Fn(&FlatRam), what: What, w
     let (one, other) = (world(link, leaf), world(link, leaf));
     change(one.backing());
     change(other.backing());
-    let expected = below.end(one.backing(), l2, what, who);
-    let got = found(&other, below, l2, what, who);
+    let (expected, _) = below.end(one.backing(), l2, VA, what, who);
+    let got = found(&other, below, l2, VA, what, who);
     assert_eq!(got, expected, "{below:?} {l2:?} {what:?} {who:?}");
     for at in (0..RAM_BYTES).step_by(8) {
         assert_eq!(other.backing().get(at), one.backing().get(at), "{below:?} {what:?} {who:?} at {at:#x}");
@@ -435,6 +254,29 @@ fn g7_l2_without_paging() {
     assert_eq!(info.bits(), 0x7ac, "fetch; readable, executable; linear address, final; user, writable");
 }
 
+/// Outside long mode an exit has a linear address of 32 bits, wherever the walk failed.
+#[test]
+fn exits_of_a_32_bit_l2_have_32_bit_linear_addresses() {
+    let l2 = Machine { cr3: L2_CR3, lma: false, pae: false, ..BASE };
+    for below in belows() {
+        let leaf = kind_of_leaf(&below).1;
+        let read_only = leaf & !2;
+        // L1 permits nothing, or no writes: of the page, of the table, and where the table is marked.
+        for (page, leaf) in [(L2_PAGE, 0), (0x12, 0), (L2_PAGE, read_only), (0x12, read_only)] {
+            let memory = world(kind_of_leaf(&below).0, kind_of_leaf(&below).1);
+            let ram = memory.backing();
+            ram.set_u32(0x5000 + 5 * 4, 0x12007);
+            ram.set_u32(0x7000 + 7 * 4, (L2_PAGE as u32) << 12 | 7);
+            let at = if page == L2_PAGE { L1_PAGE << 12 } else { 0x7000 };
+            ram.set(LEAVES + page * 8, at | leaf);
+            let va = 0xabcd_0000_0000 | 5 << 22 | 7 << 12;
+            let (expected, _) = below.end(ram, &l2, va, What::Write, Who::User);
+            assert_eq!(found(&memory, &below, &l2, va, What::Write, Who::User), expected);
+            assert!(matches!(expected, End::ToL1(..)), "{below:?} {page:#x} {leaf:#x}: {expected:?}");
+        }
+    }
+}
+
 /// What both stages permit, and the smaller of their pages.
 #[test]
 fn the_result_is_what_both_stages_agree_on() {
@@ -455,9 +297,18 @@ fn the_result_is_what_both_stages_agree_on() {
     let found = walk.translate(Gva::new(VA), read).unwrap();
     assert_eq!(found.prot, Prot::READ | Prot::USER | Prot::EXECUTE);
     assert_eq!(found.page_bytes, 0x1000);
+    ram.set(LEAVES + L2_PAGE * 8, L1_PAGE << 12 | 7);
+    ram.set(L2_ENTRIES[3], L2_PAGE << 12 | 5);
+    assert_eq!(walk.translate(Gva::new(VA), read).unwrap().prot, Prot::READ | Prot::USER | Prot::EXECUTE);
     // A large page of L2 in small pages of L1 is a small page.
     ram.set(L2_ENTRIES[2], 0x80 | 7);
     ram.set(LEAVES + 9 * 8, 0x6000 | 7);
     let found = walk.translate(Gva::new(VA), read).unwrap();
     assert_eq!((found.address.bits(), found.page_bytes), (0x6123, 0x1000));
+    // And so is a small page of L2 in a large page of L1.
+    ram.set(L2_ENTRIES[2], 0x12 << 12 | 7);
+    ram.set(L2_ENTRIES[3], 0x205 << 12 | 7);
+    ram.set(0x3008, 0x80 | 7);
+    let found = walk.translate(Gva::new(VA), read).unwrap();
+    assert_eq!((found.address.bits(), found.page_bytes), (0x5123, 0x1000));
 }

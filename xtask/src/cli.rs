@@ -7,7 +7,7 @@ use clap::{Parser, Subcommand};
 
 use crate::bench::Bench;
 use crate::setup::{self, Component};
-use crate::{bench, build, check, image, run, test};
+use crate::{bench, build, check, fuzz, image, miri, run, test};
 
 /// Umbra's developer commands.
 #[derive(Debug, Parser)]
@@ -33,6 +33,10 @@ enum Command {
     Run(run::Options),
     /// Run every test, on the host and in emulators; the last line is `N passed, N failed`
     Test(test::Options),
+    /// Run the fuzz targets of `mmu`, for ten minutes each (status 1 if there is a finding)
+    Fuzz(fuzz::Options),
+    /// Run the tests of `mmu`'s unsafe code and threads under Miri (installs it if need be)
+    Miri,
     /// Measure what operations cost
     #[command(subcommand)]
     Bench(Bench),
@@ -56,6 +60,8 @@ impl Cli {
             }
             Command::Run(options) => run::run(&options),
             Command::Test(options) => test::test(&options),
+            Command::Fuzz(options) => fuzz::fuzz(&options),
+            Command::Miri => miri::miri(),
             Command::Bench(which) => bench::bench(&which),
             Command::Check => check::check(),
         }
@@ -80,6 +86,10 @@ mod tests {
             &["image", "--bundle", "umbra.toml", "-o", "umbra.iso"],
             &["run", "--vm", "umbra.toml", "--until", "login:", "--timeout", "60"],
             &["test", "--long", "--filter", "boot"],
+            &["test", "--mutants"],
+            &["fuzz"],
+            &["fuzz", "walk", "--time", "60", "--random"],
+            &["miri"],
             &["bench", "exits", "--json"],
             &["bench", "exits", "--emulator", "bochs", "--cpu", "ryzen"],
             &["bench", "mmu-host"],
@@ -88,9 +98,14 @@ mod tests {
         ] {
             assert!(Cli::try_parse_from(["cargo xtask"].iter().chain(args)).is_ok(), "{args:?}");
         }
-        for args in
-            [&[][..], &["bench"], &["fly"], &["test", "--what"], &["bench", "mmu-host", "--emulator", "qemu"]]
-        {
+        for args in [
+            &[][..],
+            &["bench"],
+            &["fly"],
+            &["test", "--what"],
+            &["bench", "mmu-host", "--emulator", "qemu"],
+            &["fuzz", "--time", "long"],
+        ] {
             assert!(Cli::try_parse_from(["cargo xtask"].iter().chain(args)).is_err(), "{args:?}");
         }
     }

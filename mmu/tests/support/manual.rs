@@ -1,7 +1,9 @@
 //! Reference walk of a guest's tables, as slow and as close to the manuals as possible (Intel SDM vol. 3, 4.3 to 4.7; AMD
 //! APM vol. 2, 5.2 to 5.6). Shares nothing with the crate.
 pub mod ept;
+pub mod ept_guest;
 pub mod guest;
+pub mod nested;
 
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Machine {
@@ -46,6 +48,20 @@ pub struct Reached {
     pub page_bytes: u64,
     /// Entries that change, with the value they get, in the order of the walk.
     pub marks: Vec<(u64, u64)>,
+    /// What the entries permit together.
+    pub rights: Rights,
+}
+
+/// Rights of a linear address (of others, all).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rights {
+    pub writable: bool,
+    pub user: bool,
+    pub executable: bool,
+}
+
+impl Rights {
+    pub const ALL: Self = Self { writable: true, user: true, executable: true };
 }
 
 struct Step {
@@ -57,8 +73,8 @@ struct Step {
     has_accessed_bit: bool,
 }
 
-/// Where `va` leads, or the error code of the page fault. `word` reads the aligned 8 bytes at an address, `None` outside
-/// RAM, which counts as not present.
+/// Where `va` leads, or the error code of the page fault. `word` reads the aligned 8 bytes that an entry's address is
+/// in, `None` outside RAM, which counts as not present.
 pub fn walk(
     m: &Machine,
     word: &dyn Fn(u64) -> Option<u64>,
@@ -78,7 +94,12 @@ pub fn walk(
         code |= 16;
     }
     if !m.pg {
-        return Ok(Reached { address: va & 0xffff_ffff, page_bytes: 1 << 32, marks: vec![] });
+        return Ok(Reached {
+            address: va & 0xffff_ffff,
+            page_bytes: 1 << 32,
+            marks: vec![],
+            rights: Rights::ALL,
+        });
     }
     let entry_bytes = if m.lma || m.pae { 8 } else { 4 };
     // (shift of the index, number of index bits) from the top.
@@ -104,7 +125,7 @@ pub fn walk(
     for &(shift, index_bits) in levels {
         let index = (va >> shift) & ((1 << index_bits) - 1);
         let at = table + index * entry_bytes;
-        let Some(bytes) = word(at & !7) else { return Err(code) };
+        let Some(bytes) = word(at) else { return Err(code) };
         let entry = if entry_bytes == 8 { bytes } else { (bytes >> ((at & 4) * 8)) & 0xffff_ffff };
         if entry & 1 == 0 {
             return Err(code);
@@ -191,7 +212,8 @@ pub fn walk(
             marks.push((step.at, marked));
         }
     }
-    Ok(Reached { address, page_bytes, marks })
+    let rights = Rights { writable, user: user_page, executable };
+    Ok(Reached { address, page_bytes, marks, rights })
 }
 
 fn reserved_bit_set(

@@ -5,6 +5,7 @@ pub mod blocks;
 pub mod flat;
 pub mod hardware;
 pub mod l1;
+pub mod lent;
 pub mod machines;
 pub mod manual;
 pub mod nested;

@@ -9,11 +9,12 @@ use mmu::{
     AccessKind, Backing, CpuId, CpuRole, DirectMmu, EntryFormat, EptExit, Exclusive, FaultInfo, FaultOutcome,
     Gfn, GfnRange, Gpa, GuestEpt, Gva, Invvpid, L2Exit, L2Fault, L2Request, L2Tag, Leaf, Level, LogBy,
     MarkObserver, Mmu, NGpa, NoPage, NoShadowRoot, Pae, PaeHost, PageSize, PagingState, Pfn, RamAddr,
-    Resolved, ShadowBucket, ShadowFault, ShadowMmu, ShadowPage, ShadowStore, Slot, SlotFlags, SlotNotes,
-    Sweep, TableCache, TagFlush, Tags, Tdp12, TlbControl, VcpuMmus, VmMemory, ZapProgress,
+    Resolved, ShadowFault, ShadowMmu, Slot, SlotFlags, SlotNotes, Sweep, TableCache, TagFlush, Tags, Tdp12,
+    TlbControl, VcpuMmus, VmMemory, ZapProgress,
 };
 
 use super::flat::FlatRam;
+use super::lent::{Lent, LentStore};
 use super::machines::Machine as Host;
 use super::manual::guest::registers;
 use super::manual::{Machine, What, Who};
@@ -156,6 +157,9 @@ pub struct World<H: Host> {
     pub to_l1: usize,
     pub here: usize,
     pub flushes: usize,
+    lent_memory: Lent<VmMemory<Ram>>,
+    lent_direct: Lent<DirectMmu<H::Format, HostTables>>,
+    lent_store: LentStore,
 }
 
 /// How an access of L2 ended.
@@ -187,15 +191,14 @@ impl<H: Host> World<H> {
         quota: usize,
         setup: fn(&FlatRam),
     ) -> Self {
-        let memory: &'static _ = Box::leak(Box::new(memory()));
+        let (lent_memory, memory) = Lent::new(Box::new(memory()));
+        let memory: &'static _ = memory;
         setup(&memory.backing().flat);
         let tables = HostTables::new(quota + 256);
         let direct =
             DirectMmu::new(memory, host.format(), tables.clone(), tables.allocate(), 46, PageSize::Size2M);
-        let direct: &'static _ = Box::leak(Box::new(direct));
-        let pages: Vec<ShadowPage> = (0..quota).map(|_| ShadowPage::UNUSED).collect();
-        let buckets = vec![ShadowBucket::EMPTY; quota / 2 + 1];
-        let store = ShadowStore { pages: Vec::leak(pages), buckets: Vec::leak(buckets) };
+        let (lent_direct, direct) = Lent::new(Box::new(direct));
+        let (lent_store, store) = LentStore::new(quota);
         let pae = Pae::new(&PaeHost { max_phys_addr: 46 });
         let kind = ShadowMmu::new(memory, host.format(), pae, tables.clone(), store).unwrap();
         let physical = (0..28).chain([512, 513, 1023, 1024, 1025]).map(|page| page << 12).collect();
@@ -216,6 +219,9 @@ impl<H: Host> World<H> {
             to_l1: 0,
             here: 0,
             flushes: 0,
+            lent_memory,
+            lent_direct,
+            lent_store,
         };
         for _ in 0..2 {
             let vcpu = world.vcpu(below, l2);
@@ -1007,12 +1013,21 @@ impl<H: Host> World<H> {
     }
 
     /// C3: no table page is lost.
+    #[allow(unsafe_code)] // Takes back what was lent, at the end of all.
     pub fn finish(mut self) {
         self.check();
         self.tables.drain(&mut self.cache);
         self.kind.dismantle(|page| self.tables.release(page));
         let direct = self.direct.page_counts().tables as usize;
         assert_eq!(self.tables.in_use(), direct, "but for the direct kind's");
+        // SAFETY: the shadow kind is dismantled; nothing else refers to the direct one and to memory, but the world itself.
+        let (memory, direct) = unsafe {
+            self.lent_store.take_back();
+            (self.lent_memory.take_back(), self.lent_direct.take_back())
+        };
+        direct.dismantle(|page| self.tables.release(page));
+        assert_eq!(self.tables.in_use(), 0);
+        drop(memory);
     }
 }
 

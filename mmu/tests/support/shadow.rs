@@ -17,6 +17,7 @@ use seen::{page, Remembered};
 use tlb::{top, walk_shadow, Tlb};
 
 use super::flat::FlatRam;
+use super::lent::{Lent, LentStore};
 use super::manual::guest::{access, registers, regs};
 use super::manual::{walk, Machine, What, Who};
 use super::tables::HostTables;
@@ -78,6 +79,8 @@ pub struct World {
     /// Addresses that no other slot has at the moment, and those that are read-only.
     pub hidden: std::ops::Range<u64>,
     pub fixed: std::ops::Range<u64>,
+    lent_memory: Lent<VmMemory<NotedRam>>,
+    lent_store: LentStore,
 }
 
 /// What an architectural TLB loses.
@@ -126,13 +129,15 @@ impl World {
         tags: Tags,
         setup: impl Fn(&FlatRam),
     ) -> Self {
-        let memory: &'static _ = Box::leak(Box::new(memory_of(slots)));
+        let (lent_memory, memory) = Lent::new(Box::new(memory_of(slots)));
+        let memory: &'static _ = memory;
+        let (lent_store, store) = LentStore::new(quota);
         setup(&memory.backing().flat);
         let tables = HostTables::new(quota + 64);
         let host =
             NptHost { five_level: m.la57, max_phys_addr: 46, no_execute: true, largest: PageSize::Size2M };
         let pae = Pae::new(&PaeHost { max_phys_addr: 46 });
-        let kind = Kind::new(memory, Npt::new(&host), pae, tables.clone(), store(quota)).unwrap();
+        let kind = Kind::new(memory, Npt::new(&host), pae, tables.clone(), store).unwrap();
         let mut world = Self {
             memory,
             kind,
@@ -145,6 +150,8 @@ impl World {
             slot: Some(false),
             hidden: 0..0,
             fixed: 0..0,
+            lent_memory,
+            lent_store,
         };
         for number in 0..2 {
             let state = world.state(&m, 0);
@@ -691,6 +698,7 @@ impl World {
     }
 
     /// C3: no table page is lost.
+    #[allow(unsafe_code)] // Gives back what was lent, at the end of all.
     pub fn finish(mut self) {
         self.check();
         for vcpu in 0..2 {
@@ -702,6 +710,11 @@ impl World {
         self.tables.drain(&mut self.cache);
         self.kind.dismantle(|page| self.tables.release(page));
         assert_eq!(self.tables.in_use(), 0);
+        // SAFETY: the kind is dismantled, and no vCPU is entered.
+        unsafe {
+            self.lent_store.take_back();
+            drop(self.lent_memory.take_back());
+        }
     }
 }
 

@@ -3,7 +3,7 @@
 
 use std::cell::RefCell;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use mmu::{EntryCell, HwEntry, Pfn, TableCache, TableFrame, TableMemory, TablePage, ENTRIES};
 
@@ -12,6 +12,7 @@ pub const FIRST_PFN: u64 = 0x7_0000;
 
 thread_local! {
     static INTERFERE: RefCell<Option<Box<dyn FnOnce()>>> = const { RefCell::new(None) };
+    static INTERFERE_LOAD: RefCell<Option<(usize, Box<dyn FnOnce()>)>> = const { RefCell::new(None) };
 }
 
 /// Runs `action` just before this thread's next compare-exchange of an entry: another CPU at the worst moment.
@@ -19,11 +20,21 @@ pub fn interfere(action: impl FnOnce() + 'static) {
     INTERFERE.set(Some(Box::new(action)));
 }
 
-/// An entry whose compare-exchange can be interfered with.
+/// Runs `action` just before the load of an entry that follows after `loads` others of this thread.
+pub fn interfere_after_loads(loads: usize, action: impl FnOnce() + 'static) {
+    INTERFERE_LOAD.set(Some((loads, Box::new(action))));
+}
+
+/// An entry whose loads and compare-exchanges can be interfered with.
 pub struct Cell(HwEntry);
 
 impl EntryCell for Cell {
     fn load(&self) -> u64 {
+        match INTERFERE_LOAD.take() {
+            Some((0, action)) => action(),
+            Some((loads, action)) => INTERFERE_LOAD.set(Some((loads - 1, action))),
+            None => {}
+        }
         self.0.load()
     }
     fn store(&self, entry: u64) {
@@ -48,26 +59,27 @@ struct Page {
     in_use: AtomicBool,
 }
 
-/// A pool of table pages, shared by the kind (as its table memory) and the test (as its allocator).
+/// A pool of table pages, shared by the kind (as its table memory) and the test (as its allocator). A page is made when it is
+/// used first.
 #[derive(Clone)]
 pub struct HostTables {
-    pages: Arc<Vec<Page>>,
+    pages: Arc<Vec<OnceLock<Box<Page>>>>,
     free: Arc<Mutex<Vec<u64>>>,
 }
 
 impl HostTables {
     pub fn new(count: usize) -> Self {
-        let page =
-            || Page { entries: [const { Cell(HwEntry::new(0)) }; ENTRIES], in_use: AtomicBool::new(false) };
         Self {
-            pages: Arc::new((0..count).map(|_| page()).collect()),
+            pages: Arc::new((0..count).map(|_| OnceLock::new()).collect()),
             free: Arc::new(Mutex::new((0..count as u64).rev().collect())),
         }
     }
 
     pub fn allocate(&self) -> TablePage {
         let index = self.free.lock().unwrap().pop().expect("the pool is large enough");
-        let page = &self.pages[index as usize];
+        let new =
+            || Page { entries: [const { Cell(HwEntry::new(0)) }; ENTRIES], in_use: AtomicBool::new(false) };
+        let page = self.pages[index as usize].get_or_init(|| Box::new(new()));
         assert!(!page.in_use.swap(true, Ordering::SeqCst));
         assert!(page.entries.iter().all(|entry| entry.load() == 0), "pages come back zeroed");
         // SAFETY: the pool maps every frame it hands out, and hands out each once.
@@ -80,7 +92,7 @@ impl HostTables {
 
     pub fn release_frame(&self, pfn: Pfn) {
         let index = pfn.number() - FIRST_PFN;
-        assert!(self.pages[index as usize].in_use.swap(false, Ordering::SeqCst));
+        assert!(self.page(index).in_use.swap(false, Ordering::SeqCst));
         self.free.lock().unwrap().push(index);
     }
 
@@ -96,19 +108,23 @@ impl HostTables {
         }
     }
 
+    fn page(&self, index: u64) -> &Page {
+        self.pages[index as usize].get().expect("a page that was handed out")
+    }
+
     pub fn in_use(&self) -> usize {
-        self.pages.iter().filter(|page| page.in_use.load(Ordering::SeqCst)).count()
+        self.pages.iter().filter_map(OnceLock::get).filter(|page| page.in_use.load(Ordering::SeqCst)).count()
     }
 
     /// The entry at `index` of the table in frame `pfn`; `None` if that is no table page.
     pub fn peek(&self, pfn: u64, index: usize) -> Option<u64> {
-        let page = self.pages.get(pfn.checked_sub(FIRST_PFN)? as usize)?;
+        let page = self.pages.get(pfn.checked_sub(FIRST_PFN)? as usize)?.get()?;
         page.in_use.load(Ordering::SeqCst).then(|| page.entries[index].load())
     }
 
     /// The entry at `index` of the table in frame `pfn`, as the hardware walker sets A and D.
     pub fn mark(&self, pfn: u64, index: usize, bits: u64) {
-        let entry = &self.pages[(pfn - FIRST_PFN) as usize].entries[index];
+        let entry = &self.page(pfn - FIRST_PFN).entries[index];
         let old = entry.load();
         entry.compare_exchange(old, old | bits).unwrap();
     }
@@ -118,7 +134,7 @@ impl TableMemory for HostTables {
     type Cell = Cell;
 
     fn cell<'a>(&'a self, table: &'a TableFrame, index: usize) -> &'a Cell {
-        let page = &self.pages[(table.pfn().number() - FIRST_PFN) as usize];
+        let page = self.page(table.pfn().number() - FIRST_PFN);
         assert!(page.in_use.load(Ordering::SeqCst), "an entry of a page that was given back");
         &page.entries[index]
     }

@@ -1,6 +1,6 @@
 //! Reference walk of extended page tables, as slow and as close to the manual as possible (Intel SDM vol. 3, 29.3.2, 29.3.3
 //! and 29.3.5). Shares nothing with the crate.
-use super::Reached;
+use super::{Reached, Rights};
 
 /// What L1 has, and the controls it runs L2 with.
 #[derive(Clone, Copy, Debug)]
@@ -103,5 +103,5 @@ pub fn walk(m: &Machine, word: &dyn Fn(u64) -> Option<u64>, gpa: u64, op: Op) ->
             marks.push((at, marked));
         }
     }
-    Ok(Reached { address, page_bytes, marks })
+    Ok(Reached { address, page_bytes, marks, rights: Rights::ALL })
 }

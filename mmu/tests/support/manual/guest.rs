@@ -6,8 +6,8 @@ use mmu::{
     PagingContext, PagingRegs, Slot, SlotFlags, VmMemory, WalkError, WalkRegs,
 };
 
+use super::super::flat::FlatRam;
 use super::{walk, Machine, What, Who};
-use crate::support::flat::FlatRam;
 
 pub const RAM_BYTES: u64 = 0x8000;
 pub const BASE: Machine = Machine {

@@ -6,7 +6,7 @@ use mmu::{
     ShadowPage, ShadowStore, Slot, SlotFlags, SlotNotes, VmMemory,
 };
 
-use crate::support::flat::FlatRam;
+use super::super::flat::FlatRam;
 
 pub const PAGES: u64 = 1024;
 /// Host frames are guest frames plus this.

@@ -4,7 +4,7 @@
 use std::cell::Cell;
 use std::collections::{HashMap, HashSet};
 
-use crate::support::manual::{walk, Machine, What, Who};
+use super::super::manual::{walk, Machine, What, Who};
 
 /// A translation of one page, with the rights of its entries as such: CR0.WP, SMEP and SMAP are applied when it is used
 /// (Intel SDM vol. 3, 4.10.2.2).
@@ -78,7 +78,7 @@ impl Remembered {
             };
             let plain = Machine { smap: false, smep: false, pke: false, pks: false, wp: true, ..*m };
             let marked =
-                |reached: &crate::support::manual::Reached| !reached.marks.iter().all(|&(at, _)| fixed(at));
+                |reached: &super::super::manual::Reached| !reached.marks.iter().all(|&(at, _)| fixed(at));
             let found = again(&plain, What::Read, Who::Supervisor);
             let entries = read.take();
             if m.pg {

@@ -1,9 +1,9 @@
 //! The processor over the shadow: its walk, and a TLB that keeps whatever it is not told to drop.
 use mmu::Root;
 
+use super::super::manual::{Machine, What, Who};
+use super::super::tables::HostTables;
 use super::memory::MOVED;
-use crate::support::manual::{Machine, What, Who};
-use crate::support::tables::HostTables;
 
 /// What the entries down to some point permit. CR0.WP and EFER.NXE are set whenever a guest runs on a shadow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
