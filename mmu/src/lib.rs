@@ -177,7 +177,7 @@
 //! | `shadow_zero_check` | [`EntryFormat::shadow_zero_check`]: of a format value, so per kind; no vCPU |
 //! | `kvm_mmu_reset_context` | does not exist: registers, SMM and CPUID are in the key, so a change finds another root, or takes one |
 //! | `KVM_REQ_TLB_FLUSH_GUEST`, `_CURRENT`, `KVM_REQ_MMU_SYNC` | [`Requests`], which each event returns, and [`Mmu::carry_out`] |
-#![cfg_attr(not(test), no_std)]
+#![cfg_attr(not(any(test, mutants)), no_std)]
 #![deny(unsafe_code)]
 
 mod access;
@@ -187,6 +187,7 @@ mod format;
 mod kind;
 mod level;
 mod memory;
+mod mutant;
 mod nested;
 mod role;
 mod sync;
@@ -215,6 +216,8 @@ pub use memory::{
     RamAddr, Resolved, Shared, Shootdown, Slot, SlotError, SlotFlags, SlotNotes, Space, SpaceGfn, SpaceView,
     Spaces, VmMemory, MAX_SLOTS,
 };
+#[cfg(mutants)]
+pub use mutant::{MutantInfo, MUTANTS, VARIABLE};
 pub use nested::{
     BadNestedRoot, Invvpid, L2Exit, L2Fault, L2Request, L2Tag, L2Walk, Roots, TableAddress, Tdp12, TlbControl,
 };

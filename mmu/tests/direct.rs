@@ -2,13 +2,13 @@
 mod support;
 
 use mmu::{
-    AccessKind, CpuId, DirectMmu, FaultOutcome, Gfn, PageCounts, PageSize, Slot, SlotFlags, SplitProgress,
-    Sweep, TableCache, TagFlush, VmMemory,
+    AccessKind, CpuId, DirectMmu, FaultOutcome, Gfn, LogBy, PageCounts, PageSize, Slot, SlotFlags,
+    SplitProgress, Sweep, TableCache, TagFlush, VmMemory,
 };
-use support::blocks::{Blocks, MOVE};
+use support::blocks::{after_resolve, Blocks, MOVE};
 use support::hardware::Walker;
 use support::machines::{on_every_machine, Host, Machine, AMD, HOST};
-use support::tables::{interfere, HostTables};
+use support::tables::{interfere, interfere_after_loads, HostTables};
 use support::vm::{gpa, mmu_of, range, Vm, CPU, GIB, RW};
 
 on_every_machine! {
@@ -30,6 +30,8 @@ on_every_machine! {
     joined_obligations_cost_one_generation_and_keep_all_pages,
     e1_a_resolution_does_not_survive_an_invalidation,
     e1_no_page_reaches_into_an_invalidation,
+    e1_the_moment_of_a_resolution_is_before_it,
+    e6_a_fault_puts_nothing_into_a_table_that_was_taken_out,
     cve_2026_23401_mmio_where_a_slot_was,
     d8_a_leaf_that_disagrees_with_its_slot_is_zapped_not_changed,
     a_lost_race_leaves_nothing_in_the_cache,
@@ -229,6 +231,7 @@ fn b7_split_keeps_every_translation<M: Machine>(machine: M) {
         let mut vm = Vm::new(machine, &[(0, GIB, flags, 8 * GIB)]);
         assert_eq!(vm.fault(1000, AccessKind::Read), FaultOutcome::Mapped);
         let before = vm.walker().walk(1000, false, true).unwrap();
+        let dirty = vm.leaf(1000).unwrap().dirty;
         assert_eq!(before.pages, GIB);
         let mut sweep = Sweep::over(range(1000, 30));
         while !sweep.is_done() {
@@ -242,7 +245,7 @@ fn b7_split_keeps_every_translation<M: Machine>(machine: M) {
         for gfn in [0, 511, 512, 1000, 1535, 1536, GIB - 1] {
             let hit = vm.walker().walk(gfn, false, true).unwrap();
             assert_eq!(hit.pfn, 8 * GIB + gfn);
-            assert_eq!(hit.writable, before.writable);
+            assert_eq!((hit.writable, vm.leaf(gfn).unwrap().dirty), (before.writable, dirty));
             assert_eq!(hit.pages, if (512..1536).contains(&gfn) { 1 } else { 512 });
         }
         vm.finish();
@@ -331,6 +334,12 @@ fn joined_obligations_cost_one_generation_and_keep_all_pages<M: Machine>(machine
     assert!(before < issued.generation && vm.memory.shootdown().requested() == issued.generation);
     assert_eq!(vm.kind.reclaim(&vm.memory, 4, |page| vm.tables.release(page)), 4, "as many as asked for");
     assert_eq!(vm.reclaim(), 2);
+    // One that asks for nothing takes over what the other asks for.
+    vm.map(0);
+    let shared = vm.memory.shared(CPU);
+    let nothing = vm.kind.zap(&shared, &mut Sweep::over(range(GIB, 1)));
+    assert!(nothing.join(vm.kind.zap(&shared, &mut Sweep::over(range(0, 1)))).issue().is_some());
+    drop(shared);
     vm.finish();
 }
 
@@ -371,6 +380,40 @@ fn e1_no_page_reaches_into_an_invalidation<M: Machine>(machine: M) {
     drop(invalidation);
     vm.cache = cache;
     vm.finish();
+}
+
+/// E1: an invalidation ends, and the memory moves, while the backing answers with what it was.
+fn e1_the_moment_of_a_resolution_is_before_it<M: Machine>(machine: M) {
+    let vm: &'static mut Vm<M> = Box::leak(Box::new(Vm::new(machine, &[(0, GIB, RW, 8 * GIB)])));
+    let mut cache = core::mem::take(&mut vm.cache);
+    let vm: &'static Vm<M> = vm;
+    let invalidation = vm.memory.exclusive(CPU).begin_invalidation(range(512, 512));
+    after_resolve(move || {
+        vm.memory.backing().move_block(700);
+        drop(invalidation);
+    });
+    let mut fault = || vm.kind.fault(&vm.memory.shared(CPU), &mut cache, gpa(700), AccessKind::Write);
+    assert_eq!((fault(), vm.hit(700)), (FaultOutcome::Retry, None));
+    assert_eq!(fault(), FaultOutcome::Mapped);
+    assert_eq!(vm.hit(700).unwrap().0, 8 * GIB + 700 + MOVE);
+}
+
+/// E6: a table is taken out between a fault's look at the link and its look at the entry. The fault finds the entry frozen.
+fn e6_a_fault_puts_nothing_into_a_table_that_was_taken_out<M: Machine>(machine: M) {
+    let vm: &'static mut Vm<M> = Box::leak(Box::new(Vm::new(machine, &[(0, GIB, RW, 8 * GIB)])));
+    vm.memory.backing().set_largest(PageSize::Size4K);
+    // The first write to a page of a logged slot is not the hot path's, which looks once more.
+    let _ = vm.memory.exclusive(CPU).start_dirty_log(Gfn::default(), LogBy::WriteProtection).unwrap();
+    vm.map(3);
+    let mut cache = core::mem::take(&mut vm.cache);
+    let vm: &'static Vm<M> = vm;
+    let levels = vm.machine.levels() as usize;
+    interfere_after_loads(2 * levels - 1, move || vm.zap(0, 512));
+    let mut fault = || vm.kind.fault(&vm.memory.shared(CPU), &mut cache, gpa(5), AccessKind::Write);
+    assert_eq!((fault(), vm.hit(5)), (FaultOutcome::Retry, None));
+    assert_eq!(vm.check().leaves, [0; 3]);
+    assert_eq!(fault(), FaultOutcome::Mapped);
+    assert_eq!((vm.check().leaves, vm.hit(5)), ([1, 0, 0], Some((8 * GIB + 5, 1))));
 }
 
 /// I2, I3: a slot that is taken away takes its mappings along, and what follows there is what the new slots say.

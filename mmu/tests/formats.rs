@@ -243,6 +243,7 @@ fn names_no_memory<M: Machine>(machine: M) {
             let absent = read(old, size.level() as u32) == Reading::Absent;
             assert!(!absent || old & 1 << 51 != 0, "{old:#x}");
         }
+        assert!(format.make_frozen(pfn.number()) & 1 << 51 != 0, "the payload may be a frame");
         let gfn = Gfn::new_truncate(pfn.number());
         let mmio = Mmio { gfn, write: true, user: true, generation: MmioGeneration::default() };
         assert!(format.make_mmio(&mmio).is_none_or(|entry| entry & 1 << 51 != 0));

@@ -12,6 +12,7 @@ use support::vm::{gpa, mmu_of, range, Vm, CPU, GIB, RW};
 on_every_machine! {
     b7_collapse_undoes_a_split_of_any_depth,
     b7_collapse_keeps_what_the_small_pages_permit,
+    c3_a_collapsed_table_comes_back_only_after_every_cpu_acknowledged,
     commit_ef057cbf825e_collapse_stays_inside_the_slot,
     a_block_that_moved_is_not_collapsed,
     cve_2018_12207_huge_pages_are_not_executable,
@@ -77,6 +78,23 @@ fn b7_collapse_keeps_what_the_small_pages_permit<M: Machine>(machine: M) {
     vm.finish();
 }
 
+/// C3: the table that a huge page took the place of stays table memory until the CPU that may walk it has flushed.
+fn c3_a_collapsed_table_comes_back_only_after_every_cpu_acknowledged<M: Machine>(machine: M) {
+    let mut vm = Vm::new(machine, &[(0, GIB, RW, 8 * GIB)]);
+    vm.memory.backing().set_largest(PageSize::Size2M);
+    vm.map(0);
+    split_to(&mut vm, PageSize::Size4K, 0, 512);
+    let mut mmu = mmu_of(&vm);
+    let entered = mmu.enter(&vm.memory, CPU);
+    vm.collapse(Sweep::over(range(0, 512)));
+    assert_eq!(vm.hit(0), Some((8 * GIB, 512)));
+    assert_eq!(vm.reclaim(), 0);
+    drop(entered);
+    assert_eq!(mmu.enter(&vm.memory, CPU).flush(), TagFlush::All);
+    assert_eq!(vm.reclaim(), 1);
+    vm.finish();
+}
+
 /// ef057cbf825e, CVE-2024-26991: a block that is partly outside its slot stays small, at both ends, also in tiny slots.
 fn commit_ef057cbf825e_collapse_stays_inside_the_slot<M: Machine>(machine: M) {
     let slots = [(5, 1000, RW, 8 * GIB + 5), (1536, 512, RW, 8 * GIB + 1536), (2048, 3, RW, 8 * GIB + 2048)];
@@ -129,8 +147,11 @@ fn cve_2018_12207_huge_pages_are_not_executable<M: Machine>(machine: M) {
     let mut vm = Vm::new(machine, &[(0, 2 * GIB, RW, 8 * GIB)]);
     assert_eq!(vm.fault(3, AccessKind::Execute), FaultOutcome::Mapped);
     assert_eq!(vm.leaf(3).unwrap().pages, GIB);
+    let before = vm.kind.resolve(&vm.memory.shared(CPU), gpa(GIB + 3), AccessKind::Write).unwrap();
     no_huge_execute(&vm, true);
     assert_eq!(vm.leaf(3).map(|leaf| leaf.pages), None);
+    let outcome = vm.kind.install(&vm.memory.shared(CPU), &mut vm.cache, &before);
+    assert_eq!(outcome, FaultOutcome::Retry, "it was found when huge pages were executable");
     vm.map(3);
     check_huge(&vm);
     assert_eq!(vm.hit(3), Some((8 * GIB + 3, GIB)));
@@ -279,11 +300,22 @@ fn d7_invalidating_all_leaves_the_old_roots_behind<M: Machine>(machine: M) {
 
 fn d7_a_root_that_is_held_is_not_freed<M: Machine>(machine: M) {
     let mut vm = Vm::new(machine, &[(0, GIB, RW, 8 * GIB)]);
-    let held = vm.kind.get_root(&mut vm.memory.exclusive(CPU), &mut vm.cache, DirectRole::empty()).unwrap();
+    let get = |vm: &mut Vm<M>, role| {
+        let root = vm.kind.get_root(&mut vm.memory.exclusive(CPU), &mut vm.cache, role).unwrap();
+        vm.tables.fill(&mut vm.cache);
+        root
+    };
+    let held = get(&mut vm, DirectRole::empty());
     assert_eq!(held, vm.kind.root());
+    let smm = get(&mut vm, DirectRole::SMM);
     vm.map(5);
     let page = vm.tables.allocate();
     drop(vm.kind.invalidate_all(&mut vm.memory.exclusive(CPU), page).unwrap());
+    for root in [held, smm] {
+        let outcome = vm.kind.fault_on(&vm.memory.shared(CPU), &mut vm.cache, root, gpa(5), AccessKind::Read);
+        assert_eq!(outcome, FaultOutcome::Retry);
+    }
+    vm.kind.put_root(&mut vm.memory.exclusive(CPU), smm);
     let zap =
         |vm: &Vm<M>| vm.run(Sweep::over(GfnRange::ALL), |shared, sweep| vm.kind.zap_obsolete(shared, sweep));
     zap(&vm);

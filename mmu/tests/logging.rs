@@ -13,6 +13,8 @@ on_every_machine! {
     h1_all_set_needs_no_protection_before_the_first_clear,
     h1_what_a_zap_takes_from_the_tables_is_in_the_log,
     h2_a_write_after_clearing_is_logged_again,
+    h1_a_harvest_during_a_fault_leaves_its_write_to_the_next,
+    h1_unprotecting_is_not_for_a_logged_slot,
     h4_a_logged_slot_has_no_huge_writable_page,
     logging_ends_with_huge_pages,
     h1_writes_of_the_hypervisor_are_logged,
@@ -212,6 +214,41 @@ fn logging_ends_with_huge_pages<M: Machine>(machine: M) {
         assert_eq!(vm.reclaim(), 4, "the tables come back");
         vm.finish();
     }
+}
+
+/// H1: the log is harvested just before a fault makes the page writable. The write is in the next harvest: it is noted after
+/// the fact.
+fn h1_a_harvest_during_a_fault_leaves_its_write_to_the_next<M: Machine>(machine: M) {
+    let vm: &'static mut Vm<M> = Box::leak(Box::new(small(machine)));
+    start(vm, LogBy::WriteProtection);
+    for gfn in [3, 4] {
+        assert_eq!(vm.fault(gfn, AccessKind::Read), FaultOutcome::Mapped);
+    }
+    let mut cache = core::mem::take(&mut vm.cache);
+    let vm: &'static Vm<M> = vm;
+    // A leaf that is relaxed, by the slow and by the fast path, and one that is made.
+    for (gfn, by_fast_path) in [(3, false), (4, true), (5, false)] {
+        interfere(move || assert_eq!(vm.harvest(0), []));
+        let (shared, write) = (vm.memory.shared(CPU), AccessKind::Write);
+        let outcome = if by_fast_path {
+            vm.kind.fast_fault(&shared, &mut cache, vm.kind.root(), gpa(gfn), write).unwrap()
+        } else {
+            vm.kind.fault(&shared, &mut cache, gpa(gfn), write)
+        };
+        drop(shared);
+        assert_eq!(outcome, FaultOutcome::Mapped);
+        assert!(vm.hit(gfn).is_some());
+        assert_eq!(vm.harvest(0), [gfn]);
+    }
+}
+
+fn h1_unprotecting_is_not_for_a_logged_slot<M: Machine>(machine: M) {
+    let mut vm = small(machine);
+    vm.map(3);
+    start(&mut vm, LogBy::WriteProtection);
+    vm.run(Sweep::over(range(0, 16)), |shared, sweep| vm.kind.write_unprotect(shared, sweep));
+    assert_eq!(vm.hit(3), None);
+    vm.finish();
 }
 
 fn h1_writes_of_the_hypervisor_are_logged<M: Machine>(machine: M) {

@@ -31,6 +31,9 @@ mod memory;
 #[path = "loom/models.rs"]
 mod models;
 #[cfg(loom)]
+#[path = "../src/mutant/mod.rs"]
+mod mutant;
+#[cfg(loom)]
 #[path = "../src/nested/mod.rs"]
 mod nested;
 #[cfg(loom)]

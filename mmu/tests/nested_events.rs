@@ -344,9 +344,11 @@ fn commit_ee6268ba3a68_pointers_of_pae_change_under_l2() {
     assert_eq!(read(&mut world, 1), at(65));
     assert!(matches!(high(&mut world), Ended::ToL1(..)));
     world.linear.push(1 << 30);
-    world.l1_store(0, ROOT_A + 8, 8, 0x8001);
-    world.l1_store(0, 0x8000, 8, 0x9067);
-    world.l1_store(0, 0x9000, 8, 64 << 12 | 0x67);
+    // By another vCPU, while this one stays in L2.
+    read(&mut world, 1);
+    world.l1_store(1, ROOT_A + 8, 8, 0x8001);
+    world.l1_store(1, 0x8000, 8, 0x9067);
+    world.l1_store(1, 0x9000, 8, 64 << 12 | 0x67);
     assert_eq!(high(&mut world), at(64));
     world.l1_store(0, ROOT_A, 8, 0x8001);
     world.leave_l2(0);

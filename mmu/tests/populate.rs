@@ -242,8 +242,8 @@ fn huge_pages_are_populated_without_execution_where_that_is_forbidden<M: Machine
     vm.run(sweep, |shared, sweep| vm.kind.zap(shared, sweep));
     assert_eq!(populate(&vm, 0, 1024 + 100), PopulateProgress::Batch);
     assert_eq!(vm.check().leaves, [100, 2, 0]);
-    assert!(!vm.leaf(5).unwrap().rights.execute[0], "huge");
-    assert!(vm.leaf(1030).unwrap().rights.execute[0], "small");
+    assert_eq!(vm.leaf(5).unwrap().rights.execute, [false; 2], "huge");
+    assert_eq!(vm.leaf(1030).unwrap().rights.execute, [true; 2], "small");
     assert_eq!(vm.fault(5, AccessKind::Execute), FaultOutcome::Mapped);
     assert_eq!(populate(&vm, 0, 512), PopulateProgress::Batch);
     assert!(vm.leaf(5).unwrap().rights.execute[0] && vm.leaf(6).unwrap().pages == 1);

@@ -103,6 +103,45 @@ fn d9_a_root_with_a_tag_of_its_own_needs_no_flush() {
     assert_eq!(mmu.enter(world.memory, CPU).flush(), TagFlush::None);
 }
 
+/// C5: a flush of a PCID that is not the current one reaches the tag of its root.
+#[test]
+fn c5_a_previous_root_that_was_flushed_has_its_own_tag_flushed() {
+    let mut world = with_pcids(Tags::PerRoot);
+    let mmu = &mut world.vcpus[0].mmu;
+    for what in [Invpcid::Single { pcid: 1 }, Invpcid::Address { pcid: 1, address: Gva::new(VA) }] {
+        let _ = mmu.mov_to_cr3(0x1002 | NO_FLUSH, [0; 4]);
+        drop(mmu.enter(world.memory, CPU));
+        assert_eq!(mmu.invpcid(what).flush, TagFlush::None);
+        let _ = mmu.mov_to_cr3(0x6001 | NO_FLUSH, [0; 4]);
+        world.tables.fill(&mut world.cache);
+        let mut guard = world.memory.exclusive(CPU);
+        assert_eq!(mmu.carry_out(&mut world.kind, &mut guard, &mut world.cache).outcome, Ok(()));
+        drop(guard);
+        assert_eq!(mmu.enter(world.memory, CPU).flush(), TagFlush::All);
+    }
+}
+
+/// C2: W that one vCPU's flush takes away is flushed everywhere, for later nobody looks for it any more.
+#[test]
+fn c2_a_right_that_a_sync_takes_away_is_flushed_on_every_cpu() {
+    let mut world = world();
+    let (page, entry) = (0x9000, 0x4000 + 9 * 8);
+    world.ram().set(page, 0x20_0000 | 0xe7);
+    world.addresses.extend([page, 0x4000_0008]);
+    assert_eq!(world.access_as(1, page, What::Write, Who::Supervisor, CACHING), Ended::At(page));
+    assert_eq!(world.access_as(0, page, What::Write, Who::Supervisor, CACHING), Ended::At(page));
+    assert_eq!(world.guest_store(0, entry, page | 0x65), Ended::At(entry));
+    world.access_as(1, page, What::Read, Who::Supervisor, CACHING);
+    world.access_as(1, page, What::Write, Who::Supervisor, CACHING);
+    world.invlpg(0, page);
+    world.carry_out(0);
+    // Now it becomes a directory, while the other vCPU runs.
+    world.guest_store(0, 0x2008, page | 0x67);
+    world.access_as(0, 0x4000_0008, What::Read, Who::User, CACHING);
+    world.check();
+    world.finish();
+}
+
 /// Intel SDM vol. 3, 4.10.4.1: the PCID that is loaded.
 #[test]
 fn c5_mov_to_cr3_flushes_the_pcid_that_it_loads() {

@@ -297,9 +297,18 @@ fn the_result_is_what_both_stages_agree_on() {
     let found = walk.translate(Gva::new(VA), read).unwrap();
     assert_eq!(found.prot, Prot::READ | Prot::USER | Prot::EXECUTE);
     assert_eq!(found.page_bytes, 0x1000);
+    ram.set(LEAVES + L2_PAGE * 8, L1_PAGE << 12 | 7);
+    ram.set(L2_ENTRIES[3], L2_PAGE << 12 | 5);
+    assert_eq!(walk.translate(Gva::new(VA), read).unwrap().prot, Prot::READ | Prot::USER | Prot::EXECUTE);
     // A large page of L2 in small pages of L1 is a small page.
     ram.set(L2_ENTRIES[2], 0x80 | 7);
     ram.set(LEAVES + 9 * 8, 0x6000 | 7);
     let found = walk.translate(Gva::new(VA), read).unwrap();
     assert_eq!((found.address.bits(), found.page_bytes), (0x6123, 0x1000));
+    // And so is a small page of L2 in a large page of L1.
+    ram.set(L2_ENTRIES[2], 0x12 << 12 | 7);
+    ram.set(L2_ENTRIES[3], 0x205 << 12 | 7);
+    ram.set(0x3008, 0x80 | 7);
+    let found = walk.translate(Gva::new(VA), read).unwrap();
+    assert_eq!((found.address.bits(), found.page_bytes), (0x5123, 0x1000));
 }

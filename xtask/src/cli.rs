@@ -86,6 +86,7 @@ mod tests {
             &["image", "--bundle", "umbra.toml", "-o", "umbra.iso"],
             &["run", "--vm", "umbra.toml", "--until", "login:", "--timeout", "60"],
             &["test", "--long", "--filter", "boot"],
+            &["test", "--mutants"],
             &["fuzz"],
             &["fuzz", "walk", "--time", "60", "--random"],
             &["miri"],

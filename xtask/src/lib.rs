@@ -14,6 +14,7 @@ pub mod fuzz;
 pub mod guest;
 pub mod image;
 pub mod miri;
+pub mod mutants;
 pub mod paths;
 pub mod run;
 pub mod setup;

@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 
 use crate::exec::CommandLine;
 use crate::setup::{self, Component};
-use crate::{build, paths, say};
+use crate::{build, mutants, paths, say};
 
 /// The crates with tests that run on the host.
 const HOST_CRATES: [&str; 6] = ["mmu", "mmu-fuzz", "boot", "kernel", "xtask", "tests"];
@@ -21,6 +21,9 @@ pub struct Options {
     /// Run only the tests whose name contains this
     #[arg(long, value_name = "TEXT")]
     pub filter: Option<String>,
+    /// Run only the mutants of `mmu` (those whose name contains the filter); the last line is `N mutants, N caught, N missed`
+    #[arg(long, conflicts_with = "long")]
+    pub mutants: bool,
 }
 
 /// What a part of the tests came to.
@@ -34,10 +37,16 @@ struct Tally {
 
 /// Sets up and builds what is missing, runs everything, and prints `N passed, N failed` as the last line.
 pub fn test(options: &Options) -> Result<ExitCode> {
+    if options.mutants {
+        return mutants::run(options.filter.as_deref());
+    }
     let ready = setup::ensure(&Component::ALL)?;
     build::build(ready.compiler()?)?;
     let mut tally = host_tests(options)?;
     tally.add(models(options)?);
+    if options.filter.is_none() {
+        tally.add(mutants()?);
+    }
     tally.add(scenarios(options, setup::linux_is_possible())?);
     if !tally.names.is_empty() {
         println!("\nfailed:");
@@ -75,6 +84,13 @@ fn models(options: &Options) -> Result<Tally> {
     let status = stream(&line.dir(paths::workspace_root()), |line| tally.read_host_line(line))?;
     tally.must_explain(status, "the models could not be built or broke off");
     Ok(tally)
+}
+
+/// The mutants of `mmu`, each of which is a test of the tests.
+fn mutants() -> Result<Tally> {
+    let (all, missed) = mutants::meet(None)?;
+    let names = missed.iter().map(|name| format!("mutant {name}")).collect();
+    Ok(Tally { passed: all - missed.len(), failed: missed.len(), names })
 }
 
 fn scenarios(options: &Options, linux_is_possible: bool) -> Result<Tally> {

@@ -47,6 +47,7 @@ const CASES: &[Case] = &[
     ("shadow_fault", "umbra", shadow::fault),
     ("gpte_write", "umbra", shadow::entry_write),
     ("cr3_switch", "umbra", shadow::cr3_switch),
+    ("cr3_flush", "umbra", shadow::cr3_flush),
     ("wp_toggle", "umbra", shadow::wp_toggle),
     ("nested_fault", "umbra", shadow::nested_fault),
 ];

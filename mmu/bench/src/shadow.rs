@@ -4,9 +4,9 @@ use std::cell::UnsafeCell;
 use std::hint::black_box;
 
 use mmu::{
-    Access, AccessKind, Address, CpuRole, Cr0, Cr4, Efer, Gpa, GuestCpu, Gva, Level, NGpa, Npt, NptHost, Pae,
-    PaeHost, PageSize, PagingContext, PagingRegs, PhysTables, Root, RootRole, ShadowBucket, ShadowFault,
-    ShadowMmu, ShadowPage, ShadowStore, TableCache, VcpuMode, VmMemory, WalkRegs,
+    Access, AccessKind, Address, CpuRole, Cr0, Cr4, Efer, Gpa, GuestCpu, Gva, Level, Mmu, NGpa, Npt, NptHost,
+    Pae, PaeHost, PageSize, PagingContext, PagingRegs, PagingState, PhysTables, Root, RootRole, ShadowBucket,
+    ShadowFault, ShadowMmu, ShadowPage, ShadowStore, TableCache, Tags, VcpuMode, VmMemory, WalkRegs,
 };
 
 use crate::meter::Meter;
@@ -55,23 +55,22 @@ impl Store {
     }
 }
 
-/// What a vCPU is, as far as its tables go.
+/// What the guest's CPU is.
+const CPU_MODEL: GuestCpu = GuestCpu { max_phys_addr: 46, gib_pages: true, pse36: true, amd: true };
+
+/// Whose tables are shadowed: a guest's own, or those that it keeps for its guest.
 #[derive(Clone, Copy)]
 enum Reading {
-    Guest { write_protect: bool },
+    Guest,
     Nested,
 }
 
 impl Reading {
     fn role(self) -> CpuRole {
-        let write_protect = !matches!(self, Self::Guest { write_protect: false });
-        let mut cr0 = Cr0::PG;
-        cr0.set(Cr0::WP, write_protect);
-        let regs = PagingRegs { cr0, cr4: Cr4::PAE, efer: Efer::LMA | Efer::NXE };
-        let cpu = GuestCpu { max_phys_addr: 46, gib_pages: true, pse36: true, amd: true };
+        let regs = PagingRegs { cr0: Cr0::PG | Cr0::WP, cr4: Cr4::PAE, efer: Efer::LMA | Efer::NXE };
         match self {
-            Self::Guest { .. } => CpuRole::new(&regs, &cpu),
-            Self::Nested => CpuRole::nested(&regs, &cpu, false),
+            Self::Guest => CpuRole::new(&regs, &CPU_MODEL),
+            Self::Nested => CpuRole::nested(&regs, &CPU_MODEL, false),
         }
     }
 }
@@ -137,17 +136,6 @@ impl World {
         let mut guard = self.memory.exclusive(CPU);
         self.kind.fault(&mut guard, &mut self.cache, self.root, &walk, address, access).outcome
     }
-
-    /// Another CR3 or role: the root for it, from the kind's cache.
-    #[inline(always)]
-    fn switch(&mut self, reading: Reading, cr3: u64) {
-        let new = root_of(&self.memory, &mut self.kind, &mut self.cache, reading, cr3);
-        let mut guard = self.memory.exclusive(CPU);
-        self.kind.put_root(&mut guard, std::mem::replace(&mut self.root, new));
-        // What the guest has written to its tables since counts from now on.
-        let synced = self.kind.sync_root(&mut guard, new);
-        assert!(synced.issued.is_none());
-    }
 }
 
 fn root_of(
@@ -162,7 +150,7 @@ fn root_of(
     kind.get_root(&mut guard, cache, role, black_box(cr3), [0; 4]).outcome.expect("there is room")
 }
 
-const GUEST: Reading = Reading::Guest { write_protect: true };
+const GUEST: Reading = Reading::Guest;
 
 fn faults<A: Address>(meter: Meter<'_>, reading: Reading) {
     let store = Store::new();
@@ -206,42 +194,92 @@ pub(crate) fn entry_write(meter: Meter<'_>) {
     );
 }
 
-/// Switches in one measurement.
+/// A vCPU whose registers change, and its roots.
+struct Switching {
+    world: World,
+    mmu: Mmu,
+}
+
+impl Switching {
+    fn new(store: &Store) -> Self {
+        let mut world = World::new(store, GUEST);
+        world.kind.put_root(&mut world.memory.exclusive(CPU), world.root);
+        let regs =
+            PagingRegs { cr0: Cr0::PG | Cr0::WP, cr4: Cr4::PAE | Cr4::PCIDE, efer: Efer::LMA | Efer::NXE };
+        let state = PagingState { regs, cr3: ROOTS[0], ..PagingState::RESET };
+        let mmu = Mmu::shadow(state, CPU_MODEL, Level::L4, true, Tags::PerRoot);
+        let mut switching = Self { world, mmu };
+        switching.carry_out();
+        switching
+    }
+
+    /// What the event left to be done: nothing, where a root is kept that is up to date.
+    #[inline(always)]
+    fn carry_out(&mut self) {
+        if self.mmu.has_work() {
+            let World { memory, kind, cache, .. } = &mut self.world;
+            Pool::common().fill(cache);
+            let done = self.mmu.carry_out(kind, &mut memory.exclusive(CPU), cache);
+            assert!(done.outcome.is_ok());
+        }
+    }
+
+    #[inline(always)]
+    fn load_cr3(&mut self, value: u64) {
+        let _ = self.mmu.mov_to_cr3(black_box(value), [0; 4]);
+        self.carry_out();
+    }
+
+    #[inline(always)]
+    fn load_cr0(&mut self, cr0: Cr0) {
+        let _ = self.mmu.mov_to_cr0(black_box(cr0), Efer::LMA | Efer::NXE, [0; 4]);
+        self.carry_out();
+    }
+}
+
+/// Events in one measurement.
 const SWITCHES: u64 = 1000;
 
-/// A switch to an address space that was run before.
-pub(crate) fn cr3_switch(meter: Meter<'_>) {
+/// Bit 63 of the operand of MOV to CR3: translations are kept.
+const KEEP: u64 = 1 << 63;
+
+fn cr3_switches(meter: Meter<'_>, order: u64) {
     let store = Store::new();
     let prepare = || {
-        let mut world = World::new(&store, GUEST);
-        ROOTS.iter().rev().for_each(|&cr3| {
-            world.switch(GUEST, cr3);
-            Pool::common().fill(&mut world.cache);
-        });
-        world
+        let mut switching = Switching::new(&store);
+        [1, 0].into_iter().for_each(|of| switching.load_cr3(ROOTS[of] | of as u64));
+        switching
     };
-    meter.measure(SWITCHES, prepare, |world| {
+    meter.measure(SWITCHES, prepare, |switching| {
         for turn in 1..=SWITCHES {
-            world.switch(GUEST, ROOTS[turn as usize % 2]);
+            let of = turn % 2;
+            switching.load_cr3(ROOTS[of as usize] | of | order);
         }
     });
+}
+
+/// MOV to CR3 to an address space that was run before, its translations kept (PCIDs, bit 63).
+pub(crate) fn cr3_switch(meter: Meter<'_>) {
+    cr3_switches(meter, KEEP);
+}
+
+/// The same with its translations flushed, so that its shadow is brought up to date.
+pub(crate) fn cr3_flush(meter: Meter<'_>) {
+    cr3_switches(meter, 0);
 }
 
 /// CR0.WP changes, and both roles were run before.
 pub(crate) fn wp_toggle(meter: Meter<'_>) {
     let store = Store::new();
-    let readings = [GUEST, Reading::Guest { write_protect: false }];
+    let states = [Cr0::PG | Cr0::WP, Cr0::PG];
     let prepare = || {
-        let mut world = World::new(&store, GUEST);
-        readings.iter().rev().for_each(|&reading| {
-            world.switch(reading, ROOTS[0]);
-            Pool::common().fill(&mut world.cache);
-        });
-        world
+        let mut switching = Switching::new(&store);
+        [1, 0].into_iter().for_each(|of| switching.load_cr0(states[of]));
+        switching
     };
-    meter.measure(SWITCHES, prepare, |world| {
+    meter.measure(SWITCHES, prepare, |switching| {
         for turn in 1..=SWITCHES {
-            world.switch(readings[turn as usize % 2], ROOTS[0]);
+            switching.load_cr0(states[turn as usize % 2]);
         }
     });
 }

@@ -4,6 +4,7 @@ use super::{beyond, mmio, Entry, EntryFormat, Leaf, MemoryType, Mmio, Writabilit
 use crate::access::AccessKind;
 use crate::addr::{Hpa, Pfn, MAX_PHYSICAL_BITS, PAGE_SHIFT};
 use crate::level::{Level, PageSize};
+use crate::mutant::{self, Mutant};
 
 /// Data reads.
 const READ: u64 = 1 << 0;
@@ -398,7 +399,8 @@ impl EntryFormat for Ept {
         if self.is_access_tracked(entry) {
             return entry;
         }
-        let mut tracked = entry & !RIGHTS ^ FRAME;
+        let inverted = if mutant::is(Mutant::OldNamesMemory) { 0 } else { FRAME };
+        let mut tracked = entry & !RIGHTS ^ inverted;
         if entry & READ != 0 {
             tracked |= SAVED_READ;
         }
@@ -408,7 +410,7 @@ impl EntryFormat for Ept {
         if entry & EXECUTE_USER != 0 {
             tracked |= SAVED_EXECUTE_USER;
         }
-        if entry & WRITE != 0 {
+        if entry & WRITE != 0 && !mutant::is(Mutant::OldForgetsW) {
             tracked |= CACHED_WRITABLE;
         }
         tracked
@@ -424,7 +426,11 @@ impl EntryFormat for Ept {
         if !self.is_access_tracked(entry) {
             return entry;
         }
-        let mut restored = entry & !SAVED ^ FRAME;
+        let inverted = if mutant::is(Mutant::OldNamesMemory) { 0 } else { FRAME };
+        let mut restored = entry & !SAVED ^ inverted;
+        if entry & CACHED_WRITABLE != 0 && mutant::is(Mutant::OldKeepsW) {
+            restored |= WRITE;
+        }
         if entry & SAVED_READ != 0 {
             restored |= READ;
         }
@@ -473,12 +479,14 @@ impl EntryFormat for Ept {
 
     #[inline]
     fn make_frozen(&self, payload: u64) -> u64 {
-        FROZEN | (!payload << PAGE_SHIFT) & FRAME
+        let payload = if mutant::is(Mutant::FrozenNamesMemory) { payload } else { !payload };
+        FROZEN | (payload << PAGE_SHIFT) & FRAME
     }
 
     #[inline]
     fn frozen_payload(&self, entry: u64) -> u64 {
-        (!entry & FRAME) >> PAGE_SHIFT
+        let entry = if mutant::is(Mutant::FrozenNamesMemory) { entry } else { !entry };
+        (entry & FRAME) >> PAGE_SHIFT
     }
 
     /// 29.3.3.1: an entry is misconfigured by W without R, by fetches without R where the CPU has no such thing, by a
@@ -489,7 +497,9 @@ impl EntryFormat for Ept {
         let rights = if entry & READ != 0 {
             true
         } else {
-            self.execute_only && entry & WRITE == 0 && entry & self.execute != 0
+            (self.execute_only || mutant::is(Mutant::EptNoExecuteOnly))
+                && entry & WRITE == 0
+                && entry & self.execute != 0
         };
         rights
             && entry & self.reserved[level.ordinal()][usize::from(leaf)] == 0

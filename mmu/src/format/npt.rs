@@ -3,6 +3,7 @@ use super::{beyond, mmio, Entry, EntryFormat, Leaf, MemoryType, Mmio, Writabilit
 use crate::access::AccessKind;
 use crate::addr::{Pfn, MAX_PHYSICAL_BITS, PAGE_SHIFT};
 use crate::level::{Level, PageSize};
+use crate::mutant::{self, Mutant};
 
 /// P: present.
 const PRESENT: u64 = 1 << 0;
@@ -274,7 +275,8 @@ impl EntryFormat for Npt {
         let below = level.down()?;
         let offset = (index as u64 % 512) << below.shift();
         let large = if below == Level::L1 { entry & !LARGE } else { entry };
-        Some(large + offset)
+        let lost = if mutant::is(Mutant::SplitLosesDirty) { DIRTY } else { 0 };
+        Some((large & !lost) + offset)
     }
 
     #[inline]
@@ -367,18 +369,22 @@ impl EntryFormat for Npt {
 
     #[inline]
     fn make_frozen(&self, payload: u64) -> u64 {
-        FROZEN | (!payload << PAGE_SHIFT) & FRAME
+        let payload = if mutant::is(Mutant::FrozenNamesMemory) { payload } else { !payload };
+        FROZEN | (payload << PAGE_SHIFT) & FRAME
     }
 
     #[inline]
     fn frozen_payload(&self, entry: u64) -> u64 {
-        (!entry & FRAME) >> PAGE_SHIFT
+        let entry = if mutant::is(Mutant::FrozenNamesMemory) { entry } else { !entry };
+        (entry & FRAME) >> PAGE_SHIFT
     }
 
     #[inline]
     fn shadow_zero_check(&self, entry: u64, level: Level) -> bool {
         entry & PRESENT != 0
-            && entry & self.reserved[level.ordinal()][usize::from(Self::is_leaf(entry, level))] == 0
+            && (entry & self.reserved[level.ordinal()][usize::from(Self::is_leaf(entry, level))] == 0
+                || mutant::is(Mutant::FormatLargeReserved) && Self::is_leaf(entry, level))
+            && !(mutant::is(Mutant::FormatNxReserved) && entry & NO_EXECUTE != 0)
     }
 }
 

@@ -7,6 +7,7 @@ use crate::addr::Gfn;
 use crate::format::{Entry, EntryFormat, Leaf, Writability};
 use crate::level::{Level, ENTRIES};
 use crate::memory::{Backing, Exclusive, Held};
+use crate::mutant::{self, FlushSite, Mutant};
 use crate::tables::{EntryCell, TableFrame, TableMemory};
 
 /// Tables that one batch looks at before it returns.
@@ -94,7 +95,7 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
             return;
         };
         let Some(size) = parent.level.page_size().filter(|&size| size <= self.largest()) else { return };
-        if self.format.has_split_note(parent.entry) {
+        if self.format.has_split_note(parent.entry) && !mutant::is(Mutant::CollapseSplit) {
             return;
         }
         let base = gfn & !(size.pages() - 1);
@@ -125,7 +126,7 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
         }
         self.counters.tables(cpu, -1);
         // The table is owed, and with it a flush that also covers a W that went, where one of the pages is watched.
-        flush.adopt(below);
+        flush.adopt(below, FlushSite::Collapse);
     }
 
     /// What the leaves of a table permit about writes, if all of them are parts of `huge`; `None` if one is not, or none
@@ -143,7 +144,8 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
             let leaf = self.format.leaf(entry, level)?;
             let first = base + index as u64 * level.pages();
             let expected = huge.pfn.number() + (first - (gfn & !(huge.size.pages() - 1)));
-            if leaf.pfn.number() != expected || leaf.memory_type != huge.memory_type {
+            let moved = leaf.pfn.number() != expected && !mutant::is(Mutant::CollapseOtherFrame);
+            if moved || leaf.memory_type != huge.memory_type {
                 return None;
             }
             let wanted = (huge.writability, leaf.writability);
@@ -153,7 +155,11 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
                     Writability::Writable
                 }
                 ((Writability::Writable, Writability::Writable | Writability::Watched), _) => {
-                    Writability::Watched
+                    if mutant::is(Mutant::CollapseWatched) {
+                        Writability::Writable
+                    } else {
+                        Writability::Watched
+                    }
                 }
                 _ => return None,
             });

@@ -8,6 +8,7 @@ use crate::addr::Gpa;
 use crate::format::{Entry, EntryFormat, Writability};
 use crate::level::Level;
 use crate::memory::{Backing, Held, Pages};
+use crate::mutant::{self, Mutant};
 use crate::tables::{EntryCell, TableCache, TableMemory};
 
 /// Times that an entry may change under a fast fault's hands.
@@ -35,7 +36,10 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
         }
         let index = self.live(memory, root)?;
         let at = root.space().at(gpa.gfn());
-        let logged = access == AccessKind::Write && memory.is_logging() && memory.logged_by(at).is_some();
+        let logged = access == AccessKind::Write
+            && !mutant::is(Mutant::FastForgetsLog)
+            && memory.is_logging()
+            && memory.logged_by(at).is_some();
         for _ in 0..TRIES {
             let place = self.find(self.ops.roots.table(index)?, gpa.gfn().number());
             if place.kind != Entry::Leaf {
@@ -48,8 +52,12 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
             }
             let new = self.upgrade(place.entry, place.level, access, logged)?;
             let cell = self.cell(&place.table, place.level.index(gpa.gfn().number()));
+            let early = mutant::is(Mutant::FastNoteBefore);
+            if logged && early {
+                memory.note_write(at.space, at.gfn);
+            }
             if cell.compare_exchange(place.entry, new).is_ok() {
-                if logged {
+                if logged && !early {
                     memory.note_write(at.space, at.gfn);
                 }
                 cache.stats.mapped += 1;
@@ -66,8 +74,10 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
     pub(super) fn upgrade(&self, entry: u64, level: Level, access: AccessKind, logged: bool) -> Option<u64> {
         let mut new = self.format.restore(entry);
         if access == AccessKind::Write {
-            let huge = level != Level::L1;
-            if self.format.writability(new) != Some(Writability::Watched) || logged && huge {
+            let huge = level != Level::L1 && !mutant::is(Mutant::HugeLoggedWritable);
+            let found = self.format.writability(new);
+            let tracked = found == Some(Writability::Tracked) && mutant::is(Mutant::FastLiftsTracked);
+            if found != Some(Writability::Watched) && !tracked || logged && huge {
                 return None;
             }
             new = self.format.with_writability(new, Writability::Writable);

@@ -8,6 +8,7 @@ use crate::addr::{Gfn, Gpa, Pfn};
 use crate::format::{Entry, EntryFormat, Leaf, Writability};
 use crate::level::{Level, PageSize, ENTRIES, INDEX_BITS};
 use crate::memory::{Backing, Held, InvalidationSeq, Resolved, SlotFlags, SlotHit, Space, VmMemory};
+use crate::mutant::{self, FlushSite, Mutant};
 use crate::sync::Ordering;
 use crate::tables::{EntryCell, TableCache, TableFrame, TableMemory};
 
@@ -200,7 +201,9 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
         let sequence = memory.invalidations().sequence();
         let mut want = self.largest();
         // While memory is taken away somewhere, no page may reach there.
-        if want != PageSize::Size4K && memory.invalidations().any_in_progress() {
+        let in_progress =
+            memory.invalidations().any_in_progress() && !mutant::is(Mutant::HugeIntoInvalidation);
+        if want != PageSize::Size4K && in_progress {
             want = PageSize::Size4K;
         }
         // A page always fits its slot.
@@ -217,7 +220,7 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
                 let mut block = pfn;
                 if size != PageSize::Size4K && self.forbids_huge_execute() {
                     policy.insert(Policy::NO_HUGE_EXECUTE);
-                    if access == AccessKind::Execute {
+                    if access == AccessKind::Execute && !mutant::is(Mutant::FetchKeepsHuge) {
                         policy.insert(Policy::SPLIT);
                         let inside = gpa.gfn().number() & (size.pages() - 1);
                         block = Pfn::new_truncate(pfn.number() + inside);
@@ -225,6 +228,8 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
                     }
                 }
                 let (gfn, root) = (gpa.gfn(), root.pfn());
+                let late = mutant::is(Mutant::SequenceAfterResolve);
+                let sequence = if late { memory.invalidations().sequence() } else { sequence };
                 Ok(Resolution { space, gfn, root, access, policy, block, size, sequence })
             }
             Resolved::Retry => Err(FaultOutcome::Retry),
@@ -242,9 +247,11 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
     ) -> Result<Policy, FaultOutcome> {
         let (flags, gpa, write) = (slot.flags(), slot.ram().gpa, access == AccessKind::Write);
         if flags.contains(SlotFlags::READ_ONLY) {
-            return if write { Err(FaultOutcome::ReadOnly(gpa)) } else { Ok(Policy::READ_ONLY) };
+            let read_only =
+                if mutant::is(Mutant::ReadOnlySlotWritable) { Policy::empty() } else { Policy::READ_ONLY };
+            return if write { Err(FaultOutcome::ReadOnly(gpa)) } else { Ok(read_only) };
         }
-        if memory.is_tracked(slot) {
+        if memory.is_tracked(slot) && (write || !mutant::is(Mutant::TrackedWritable)) {
             return if write { Err(FaultOutcome::WriteTracked(gpa)) } else { Ok(Policy::TRACKED) };
         }
         let by_dirty_bits = flags.contains(SlotFlags::DIRTY_BITS) && self.format.has_dirty_bits();
@@ -252,6 +259,7 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
             (false, _) => Policy::empty(),
             (true, true) => Policy::LOG_WRITE,
             (true, false) if by_dirty_bits => Policy::CLEAN,
+            (true, false) if mutant::is(Mutant::LoggedReadWritable) => Policy::empty(),
             (true, false) => Policy::WATCHED,
         })
     }
@@ -296,12 +304,14 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
             let place = self.find(TableFrame::linked(resolution.root), gfn);
             let cell = self.cell(&place.table, place.level.index(gfn));
             match place.kind {
-                Entry::Empty | Entry::Mmio => {
+                Entry::Frozen if !mutant::is(Mutant::FrozenOverwritten) => return FaultOutcome::Retry,
+                Entry::Empty | Entry::Mmio | Entry::Frozen => {
                     // Frames are found by their place in the block, so a block that is not as aligned as the backing
                     // says is mapped in smaller pages, not wrongly.
                     let mut leaf = resolution.leaf(resolution.size);
                     while leaf.size.level() > place.level
                         || !leaf.pfn.number().is_multiple_of(leaf.size.pages())
+                            && !mutant::is(Mutant::MisalignedHuge)
                     {
                         match leaf.size.smaller() {
                             Some(smaller) => leaf = resolution.leaf(smaller),
@@ -312,6 +322,10 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
                     let Some(entry) = self.build(cache, gfn, resolution, &leaf, depth) else {
                         return FaultOutcome::NeedTables;
                     };
+                    let early = mutant::is(Mutant::NoteBeforeMapping);
+                    if early && resolution.policy.contains(Policy::LOG_WRITE) {
+                        memory.note_write(resolution.space, resolution.gfn);
+                    }
                     match cell.compare_exchange(place.entry, entry) {
                         Ok(()) => {
                             cache.consume(depth);
@@ -322,11 +336,12 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
                             if resolution.notes_split(place.level, depth) {
                                 self.count_splits(1);
                             }
-                            if resolution.policy.contains(Policy::LOG_WRITE) {
+                            if resolution.policy.contains(Policy::LOG_WRITE) && !early {
                                 memory.note_write(resolution.space, resolution.gfn);
                             }
                             return FaultOutcome::Mapped;
                         }
+                        Err(_) if mutant::is(Mutant::UnbuildForgotten) => {}
                         Err(_) => self.unbuild(cache, gfn, &leaf, depth),
                     }
                 }
@@ -338,7 +353,7 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
                     None => continue,
                 },
                 // The table was taken out of the tree on the way to it.
-                Entry::Frozen | Entry::Table(_) => return FaultOutcome::Retry,
+                Entry::Table(_) => return FaultOutcome::Retry,
             }
         }
         FaultOutcome::Retry
@@ -384,7 +399,7 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
         depth: usize,
     ) -> Option<u64> {
         let mut entry = self.format.make_leaf(leaf);
-        if resolution.policy.contains(Policy::CLEAN) {
+        if resolution.policy.contains(Policy::CLEAN) && !mutant::is(Mutant::ResolvedDirty) {
             entry = self.format.without_dirty(entry);
         }
         if depth > 0 {
@@ -424,19 +439,30 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
         let memory = guard.memory();
         let logged = resolution.policy.contains(Policy::LOG_WRITE);
         if let Some(new) = self.upgrade(place.entry, place.level, resolution.access, logged) {
+            let early = mutant::is(Mutant::NoteBeforeRelaxing);
+            if logged && early {
+                memory.note_write(resolution.space, resolution.gfn);
+            }
             cell.compare_exchange(place.entry, new).ok()?;
-            if logged {
+            if logged && !early {
                 memory.note_write(resolution.space, resolution.gfn);
             }
             return Some(FaultOutcome::Mapped);
         }
         // It says something else than its slot does, or is larger than it may be now. Never change a leaf into one of
         // another page: take it away.
+        if mutant::is(Mutant::LeafChangesPage) {
+            let leaf = resolution.leaf(place.level.page_size().unwrap_or(PageSize::Size4K));
+            return cell
+                .compare_exchange(place.entry, self.format.make_leaf(&leaf))
+                .map(|()| FaultOutcome::Mapped)
+                .ok();
+        }
         if cell.compare_exchange(place.entry, 0).is_ok() {
             self.counters.leaves(guard.cpu(), place.level, -1);
             self.note_dirty_leaf(memory, place.entry, place.level, resolution.space.at(resolution.gfn));
             let mut flush = self.obligation(memory);
-            flush.note();
+            flush.note(FlushSite::Disagreement);
         }
         None
     }
@@ -457,7 +483,8 @@ impl Resolution {
     pub(super) fn leaf(&self, size: PageSize) -> Leaf {
         let inside = self.gfn.number() & (self.size.pages() - 1) & !(size.pages() - 1);
         let pfn = Pfn::new_truncate(self.block.number() + inside);
-        let execute = !(self.policy.contains(Policy::NO_HUGE_EXECUTE) && size != PageSize::Size4K);
+        let forbidden = self.policy.contains(Policy::NO_HUGE_EXECUTE) && size != PageSize::Size4K;
+        let execute = !forbidden || mutant::is(Mutant::HugeExecutable);
         Leaf::ram(pfn, size, self.policy.writability()).with_execute(execute)
     }
 

@@ -5,6 +5,7 @@ use crate::cpu::CpuSet;
 use crate::format::EntryFormat;
 use crate::level::ENTRIES;
 use crate::memory::{Generation, Quiescent, Shootdown, VmMemory};
+use crate::mutant::{self, FlushSite, Mutant};
 use crate::sync::{AtomicU64, Ordering};
 use crate::tables::{EntryCell, TableFrame, TableMemory, TablePage};
 
@@ -65,7 +66,8 @@ impl<'a, F: EntryFormat, M: TableMemory> Flush<'a, F, M> {
     /// not joined but folded by itself.
     pub fn join(mut self, mut other: Self) -> Self {
         if core::ptr::eq(self.freed, other.freed) {
-            self.needed |= core::mem::take(&mut other.needed);
+            let theirs = core::mem::take(&mut other.needed);
+            self.needed |= theirs && !mutant::is(Mutant::JoinForgets);
             if let Some(theirs) = other.chain.take() {
                 self.chain = Some(match self.chain.take() {
                     Some(ours) => {
@@ -79,14 +81,20 @@ impl<'a, F: EntryFormat, M: TableMemory> Flush<'a, F, M> {
         self
     }
 
-    /// A translation was taken away.
+    /// A translation was taken away at `site`.
     #[inline]
-    pub(super) fn note(&mut self) {
-        self.needed = true;
+    pub(super) fn note(&mut self, site: FlushSite) {
+        self.needed |= !mutant::drops(site);
     }
 
-    /// Takes over a table that was unlinked and whose entries are all frozen.
-    pub(super) fn adopt(&mut self, table: TableFrame) {
+    /// Something was taken away, if it is so: at a site that has had its say.
+    pub(super) fn note_if(&mut self, taken: bool) {
+        self.needed |= taken;
+    }
+
+    /// Takes over a table that was unlinked at `site` and whose entries are all frozen.
+    pub(super) fn adopt(&mut self, table: TableFrame, site: FlushSite) {
+        self.note(site);
         let pfn = table.pfn();
         self.chain = Some(Chain::prepend(self.chain.take(), self.format, self.tables, pfn));
     }
@@ -95,8 +103,9 @@ impl<'a, F: EntryFormat, M: TableMemory> Flush<'a, F, M> {
         if !self.is_needed() {
             return None;
         }
-        let generation = self.shootdown.request();
-        self.needed = false;
+        // A mutant may own tables and ask for no flush.
+        let asks = core::mem::take(&mut self.needed);
+        let generation = if asks { self.shootdown.request() } else { self.shootdown.requested() };
         if let Some(chain) = self.chain.take() {
             let mut page = Some(chain.first);
             while let Some(pfn) = page {
@@ -112,6 +121,9 @@ impl<'a, F: EntryFormat, M: TableMemory> Flush<'a, F, M> {
 
 impl<F: EntryFormat, M: TableMemory> Drop for Flush<'_, F, M> {
     fn drop(&mut self) {
+        if mutant::is(Mutant::DropForgets) {
+            return;
+        }
         self.fold();
     }
 }

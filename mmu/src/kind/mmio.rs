@@ -10,6 +10,7 @@ use super::sweep::{Operation, Sweep};
 use crate::addr::Gpa;
 use crate::format::{Entry, EntryFormat, Mmio, MmioGeneration};
 use crate::memory::{mmio_epoch, Backing, Held, VmMemory};
+use crate::mutant::{self, Mutant};
 use crate::sync::Ordering;
 use crate::tables::{EntryCell, TableMemory};
 
@@ -29,7 +30,8 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
 
     /// Whether notes are made and honoured.
     pub fn caches_mmio<B>(&self, memory: &VmMemory<B>) -> bool {
-        self.ops.mmio_epoch.load(Ordering::Relaxed) == mmio_epoch(memory.slot_generation()) + 1
+        let epoch = self.ops.mmio_epoch.load(Ordering::Relaxed);
+        epoch == mmio_epoch(memory.slot_generation()) + 1 || epoch != 0 && mutant::is(Mutant::EpochIgnored)
     }
 
     /// Takes all notes away, in batches. No TLB has one, so the obligation is empty.
@@ -53,7 +55,9 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
         let root = self.live_table(memory, root)?;
         let (_, _, entry) = self.descend(root, gpa.gfn().number());
         let generation = MmioGeneration::new_truncate(memory.slot_generation());
-        self.format.mmio(entry).filter(|mmio| mmio.gfn == gpa.gfn() && mmio.generation == generation)
+        self.format.mmio(entry).filter(|mmio| {
+            mmio.gfn == gpa.gfn() && (mmio.generation == generation || mutant::is(Mutant::OldNoteHonoured))
+        })
     }
 
     /// Notes that there is no RAM at `gpa`, where the descent ends: notes cost no tables. Never in the root, which a CPU
@@ -74,7 +78,8 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
         };
         let Some(root) = self.live_table(memory, root) else { return };
         let place = self.find(root, gfn.number());
-        if matches!(place.kind, Entry::Empty | Entry::Mmio) && place.level != self.format.top() {
+        let over = place.kind == Entry::Leaf && mutant::is(Mutant::NoteOverPage);
+        if (over || matches!(place.kind, Entry::Empty | Entry::Mmio)) && place.level != self.format.top() {
             // If it is lost, somebody knew better.
             let _ =
                 self.cell(&place.table, place.level.index(gfn.number())).compare_exchange(place.entry, entry);

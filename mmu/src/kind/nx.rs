@@ -10,6 +10,7 @@ use super::sweep::{Operation, Sweep};
 use crate::addr::GfnRange;
 use crate::format::EntryFormat;
 use crate::memory::{Backing, Exclusive, Held};
+use crate::mutant::{self, Mutant};
 use crate::sync::Ordering;
 use crate::tables::TableMemory;
 
@@ -22,7 +23,9 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
             return None;
         }
         self.ops.no_huge_execute.store(forbid, Ordering::Relaxed);
-        guard.make_stale();
+        if !mutant::is(Mutant::ForbidKeepsResolved) {
+            guard.make_stale();
+        }
         Some(Sweep::over(GfnRange::ALL))
     }
 
@@ -45,7 +48,8 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
         sweep: &mut Sweep,
         ratio: u64,
     ) -> Flush<'a, F, M> {
-        let limit = self.execute_splits().div_ceil(ratio.max(1));
+        let ratio = if mutant::is(Mutant::RecoverAll) { 1 } else { ratio.max(1) };
+        let limit = self.execute_splits().div_ceil(ratio);
         self.sweep(guard, sweep, Operation::Recover { limit })
     }
 

@@ -270,7 +270,7 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
             policy = found.map_err(|_| Stopped::For(PopulateProgress::Retry))?;
         }
         let execute = size == PageSize::Size4K || !self.forbids_huge_execute();
-        let leaf = Leaf { execute, ..Leaf::ram(Pfn::new_truncate(0), size, policy.writability()) };
+        let leaf = Leaf::ram(Pfn::new_truncate(0), size, policy.writability()).with_execute(execute);
         let entry = self.format.make_leaf(&leaf);
         Ok(if policy.contains(Policy::CLEAN) { self.format.without_dirty(entry) } else { entry })
     }

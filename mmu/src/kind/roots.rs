@@ -11,6 +11,7 @@ use crate::addr::{Hpa, Pfn};
 use crate::format::EntryFormat;
 use crate::level::Level;
 use crate::memory::{Backing, Exclusive, Held, Space, VmMemory};
+use crate::mutant::{self, FlushSite, Mutant};
 use crate::sync::{AtomicU64, Ordering};
 use crate::tables::{TableCache, TableFrame, TableMemory, TablePage};
 
@@ -191,7 +192,7 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
     #[inline]
     pub(super) fn live<B>(&self, memory: &VmMemory<B>, root: Root) -> Option<usize> {
         let cell = self.ops.roots.cells.get(root.index)?;
-        let current = root.generation() == memory.root_generation();
+        let current = root.generation() == memory.root_generation() || mutant::is(Mutant::ObsoleteRootLive);
         (current && cell.key.load(Ordering::Relaxed) == root.key).then_some(root.index)
     }
 
@@ -222,7 +223,9 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
         let memory = Held::<B>::memory(guard);
         let wanted = key(role, memory.root_generation());
         let top = self.format.top();
-        if let Some(root) = self.roots().find(|root| root.key == wanted) {
+        if let Some(root) =
+            self.roots().find(|root| root.key == wanted || mutant::is(Mutant::RootOfOtherRole))
+        {
             self.ops.roots.cells[root.index].count.fetch_add(1, Ordering::Relaxed);
             return Ok(root);
         }
@@ -245,7 +248,10 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
         let Some(cell) = found else { return };
         let count = cell.count.load(Ordering::Relaxed).saturating_sub(1);
         cell.count.store(count, Ordering::Relaxed);
-        if count == 0 && root.generation() == Held::<B>::memory(guard).root_generation() {
+        if count == 0
+            && !mutant::is(Mutant::PutRootStaysLive)
+            && root.generation() == Held::<B>::memory(guard).root_generation()
+        {
             // What is left of it still is of its space.
             cell.key.store(key(role_of(root.key), DEAD), Ordering::Relaxed);
             guard.make_stale();
@@ -274,7 +280,7 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
         roots.set(0, root.into_frame(), key(DirectRole::empty(), memory.root_generation()), 1);
         self.counters.tables(cpu, 1);
         let mut flush = self.obligation(memory);
-        flush.note();
+        flush.note(FlushSite::InvalidateAll);
         Ok(flush)
     }
 
@@ -297,7 +303,7 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
     /// Forgets root `index`, which is obsolete and empty, and says what its table was; `None` if somebody holds it.
     pub(super) fn drop_root(&self, index: usize) -> Option<TableFrame> {
         let cell = &self.ops.roots.cells[index];
-        if cell.count.load(Ordering::Relaxed) != 0 {
+        if cell.count.load(Ordering::Relaxed) != 0 && !mutant::is(Mutant::HeldRootDropped) {
             return None;
         }
         let table = cell.table.swap(0, Ordering::AcqRel).checked_sub(1)?;

@@ -4,6 +4,7 @@ use super::sweep::Sweep;
 use crate::format::{Entry, EntryFormat};
 use crate::level::{Level, PageSize, ENTRIES};
 use crate::memory::Held;
+use crate::mutant::{self, Mutant};
 use crate::sync::Ordering;
 use crate::tables::{EntryCell, TableCache, TableFrame, TableMemory};
 
@@ -54,7 +55,8 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
             };
             let table = TableFrame::linked(page);
             // The huge page was not executable for its size alone.
-            let executable = below == Level::L1 && self.forbids_huge_execute();
+            let executable =
+                below == Level::L1 && self.forbids_huge_execute() && !mutant::is(Mutant::SplitKeepsNx);
             for index in 0..ENTRIES {
                 let mut small = self.format.make_small(place.entry, place.level, index).unwrap_or(0);
                 if executable {
@@ -71,7 +73,7 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
                 self.counters.leaves(cpu, below, ENTRIES as i64);
             } else {
                 // Something changed: look at the place again, with the page as empty as before.
-                for index in 0..ENTRIES {
+                for index in 0..if mutant::is(Mutant::SplitNotCleaned) { 0 } else { ENTRIES } {
                     self.cell(&table, index).store(0);
                 }
             }

@@ -7,6 +7,7 @@ use crate::cpu::CpuId;
 use crate::format::{Entry, EntryFormat, Writability};
 use crate::level::{Level, ENTRIES};
 use crate::memory::{Backing, Held, LogBy, Pages, Slot, Space, SpaceGfn, Spaces};
+use crate::mutant::{self, FlushSite, Mutant};
 use crate::sync::Ordering;
 use crate::tables::{EntryCell, TableFrame, TableMemory};
 
@@ -307,7 +308,8 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
         while !visit.sweep.is_done() {
             let index = visit.sweep.root();
             visit.space = self.ops.roots.space(index);
-            let wanted = operation != Operation::Dismantle || self.is_obsolete(memory, index);
+            let only = operation == Operation::Track && index != 0 && mutant::is(Mutant::TrackFirstRootOnly);
+            let wanted = !only && (operation != Operation::Dismantle || self.is_obsolete(memory, index));
             if let Some(root) = self.swept_table(visit.sweep).filter(|_| wanted) {
                 self.visit(&root, self.format.top(), 0, &mut visit);
                 if visit.budget == 0 {
@@ -366,7 +368,9 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
                     M::Cell::fence(Ordering::Acquire);
                     let child = TableFrame::linked(child);
                     let unlink = match visit.operation {
-                        Operation::Zap | Operation::Dismantle => visit.sweep.covers(first, level.pages()),
+                        Operation::Zap | Operation::Dismantle => {
+                            visit.sweep.covers(first, level.pages()) || mutant::is(Mutant::ZapTooMuch)
+                        }
                         Operation::Recover { .. } => self.may_recover(entry, first, visit),
                         _ => false,
                     };
@@ -407,7 +411,8 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
     /// Whether the link `entry` is one to take away for huge pages to come back.
     fn may_recover(&self, entry: u64, first: u64, visit: &Visit<'_, '_, F, M>) -> bool {
         let left = matches!(visit.operation, Operation::Recover { limit } if limit > 0);
-        left && self.format.has_split_note(entry) && visit.pages.logged_by(visit.at(first)).is_none()
+        let logged = visit.pages.logged_by(visit.at(first)).is_some();
+        left && self.format.has_split_note(entry) && (!logged || mutant::is(Mutant::RecoverLogged))
     }
 
     /// `false`: the entry changed, look again.
@@ -422,58 +427,71 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
         let format = &self.format;
         let writability = format.writability(entry);
         let as_writable = |new| format.with_writability(entry, new);
-        // What becomes of the leaf, and whether TLBs must hear of it.
+        // What becomes of the leaf, and for what TLBs must hear of it.
         let (new, flush) = match (visit.operation, writability) {
-            (Operation::Zap | Operation::Dismantle, _) => (0, true),
+            (Operation::Zap | Operation::Dismantle, _) => (0, Some(FlushSite::Zap)),
             (Operation::Protect, Some(Writability::Writable | Writability::Watched)) => {
                 let stale = format.may_be_cached_writable(entry);
-                (if stale { as_writable(Writability::Watched) } else { entry }, stale)
+                match stale {
+                    true => (as_writable(Writability::Watched), Some(FlushSite::Protect)),
+                    false => (entry, None),
+                }
+            }
+            (Operation::Unprotect, Some(Writability::Tracked)) if mutant::is(Mutant::UnprotectTracked) => {
+                (as_writable(Writability::Writable), None)
             }
             (Operation::Unprotect, Some(Writability::Watched)) => {
-                let logged = visit.pages.logged_by(visit.at(first)).is_some();
-                (if logged { entry } else { as_writable(Writability::Writable) }, false)
+                let logged =
+                    visit.pages.logged_by(visit.at(first)).is_some() && !mutant::is(Mutant::UnprotectLogged);
+                (if logged { entry } else { as_writable(Writability::Writable) }, None)
             }
             // From here on, whoever asks wants to be sure, also of what somebody else protected and has not flushed yet.
             (Operation::Track, Some(Writability::Writable | Writability::Watched)) => match level {
-                Level::L1 => (as_writable(Writability::Tracked), true),
-                _ => (0, true),
+                Level::L1 => (as_writable(Writability::Tracked), Some(FlushSite::Track)),
+                _ => (0, Some(FlushSite::TrackHuge)),
             },
-            (Operation::Untrack, Some(Writability::Tracked)) => (as_writable(Writability::Watched), false),
+            (Operation::Untrack, Some(Writability::Tracked)) => (as_writable(Writability::Watched), None),
             (Operation::Rearm(LogBy::DirtyBits), Some(Writability::Writable)) if level == Level::L1 => {
-                (format.without_dirty(entry), true)
+                (format.without_dirty(entry), Some(FlushSite::RearmClean))
             }
             (Operation::Rearm(by), Some(Writability::Writable | Writability::Watched)) => {
                 let watched = as_writable(Writability::Watched);
                 let clean = by == LogBy::DirtyBits;
-                (if clean { format.without_dirty(watched) } else { watched }, true)
+                let new = if clean { format.without_dirty(watched) } else { watched };
+                (new, Some(FlushSite::RearmProtect))
             }
             (Operation::Collect, _) if level == Level::L1 && format.is_dirty(entry) => {
                 match visit.pages.logged_by(visit.at(first)) {
-                    Some(LogBy::DirtyBits) => (format.without_dirty(entry), true),
-                    _ => (entry, false),
+                    Some(LogBy::DirtyBits) => (format.without_dirty(entry), Some(FlushSite::Collect)),
+                    _ => (entry, None),
                 }
             }
             (Operation::Age, _) => {
                 visit.young |= format.is_young(entry);
-                (format.make_old(entry), false)
+                (format.make_old(entry), mutant::is(Mutant::AgingFlushes).then_some(FlushSite::Zap))
             }
             (Operation::TestYoung, _) => {
                 visit.young |= format.is_young(entry);
-                (entry, false)
+                (entry, None)
             }
-            _ => (entry, false),
+            _ => (entry, None),
         };
-        if new != entry && cell.compare_exchange(entry, new).is_err() {
+        if mutant::is(Mutant::StoreOverFlags) {
+            // Between the look and the store, as another CPU would see it.
+            let _ = cell.compare_exchange(entry, entry);
+            cell.store(new);
+        } else if new != entry && cell.compare_exchange(entry, new).is_err() {
             return false;
         }
         if new == 0 {
             self.counters.leaves(visit.cpu, level, -1);
         }
-        if new == 0 || visit.operation == Operation::Collect && new != entry {
+        let lost = new == 0 && mutant::is(Mutant::ZappedDirtyLost);
+        if !lost && (new == 0 || visit.operation == Operation::Collect && new != entry) {
             self.note_dirty_leaf(visit.pages, entry, level, visit.at(first));
         }
-        if flush {
-            visit.flush.note();
+        if let Some(site) = flush {
+            visit.flush.note(site);
         }
         true
     }
@@ -496,14 +514,16 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
     /// hands it to the obligation. At most one table of each level below: it was emptied before, but a fault may have
     /// put something back.
     fn retire(&self, table: TableFrame, level: Level, base: u64, visit: &mut Visit<'_, '_, F, M>) {
-        let frozen = self.format.make_frozen(0);
+        let frozen = if mutant::is(Mutant::NotFrozen) { 0 } else { self.format.make_frozen(0) };
         for index in 0..ENTRIES {
             let entry = self.cell(&table, index).swap(frozen);
             let first = base + index as u64 * level.pages();
             match (self.format.entry(entry, level), level.down()) {
                 (Entry::Leaf, _) => {
                     self.counters.leaves(visit.cpu, level, -1);
-                    self.note_dirty_leaf(visit.pages, entry, level, visit.at(first));
+                    if !mutant::is(Mutant::RetiredDirtyLost) {
+                        self.note_dirty_leaf(visit.pages, entry, level, visit.at(first));
+                    }
                 }
                 (Entry::Table(child), Some(below)) => {
                     self.forget_link(entry);
@@ -514,6 +534,6 @@ impl<F: EntryFormat, M: TableMemory> DirectMmu<F, M> {
         }
         visit.budget = visit.budget.saturating_sub(ENTRIES);
         self.counters.tables(visit.cpu, -1);
-        visit.flush.adopt(table);
+        visit.flush.adopt(table, FlushSite::Unlink);
     }
 }

@@ -3,6 +3,7 @@ use core::fmt;
 
 use super::{Backing, NoPage, RamAddr, Shared, SlotFlags, Space, SpaceView};
 use crate::addr::{Gpa, PAGE_SIZE};
+use crate::mutant::{self, Mutant};
 
 /// An access to guest-physical memory that is not, or not wholly, RAM that permits it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -100,7 +101,9 @@ impl<B: Backing> SpaceView<'_, B> {
             }
             Store::Exchange64 { current, new } => backing.compare_exchange_u64(at, current, new),
         };
-        self.memory().note_write(self.space(), at.gfn());
+        if !mutant::is(Mutant::EmulatedWriteUnlogged) {
+            self.memory().note_write(self.space(), at.gfn());
+        }
         found
     }
 
@@ -116,7 +119,7 @@ impl<B: Backing> SpaceView<'_, B> {
         let mut at = gpa;
         loop {
             let found = self.memory().find_slot(self.space(), at)?;
-            if found.flags().intersects(without) {
+            if found.flags().intersects(without) && !mutant::is(Mutant::ReadOnlySlotWritten) {
                 return None;
             }
             if found.slot_end() > last.bits() {

@@ -10,6 +10,7 @@ use super::{
 };
 use crate::addr::{Gfn, GfnRange};
 use crate::kind::Sweep;
+use crate::mutant::{self, Mutant};
 use crate::sync::{AtomicU64, Ordering};
 
 /// How writes to a logged slot are noticed.
@@ -47,7 +48,10 @@ impl DirtyLog<'_> {
     /// Clears the bits of `mask` in word `index` and says which of them were set: those pages have to be armed again, in
     /// every kind ([`rearm`](crate::DirectMmu::rearm)), before they are copied.
     pub fn clear(&self, index: usize, mask: u64) -> u64 {
-        self.words.get(index).map_or(0, |word| word.fetch_and(!mask, Ordering::AcqRel) & mask)
+        self.words.get(index).map_or(0, |word| {
+            let kept = if mutant::is(Mutant::ClearKeepsBits) { 0 } else { !mask };
+            word.fetch_and(kept, Ordering::AcqRel) & mask
+        })
     }
 
     /// The frames that word `index` stands for, and only those that the slot has.
@@ -86,7 +90,11 @@ impl<'m, B: Backing> Exclusive<'m, B> {
         }
         let mut left = slot.range.pages();
         for word in notes.dirty {
-            let bits = if left >= PAGES_PER_WORD { u64::MAX } else { (1 << left) - 1 };
+            let bits = if left >= PAGES_PER_WORD || mutant::is(Mutant::LogBeyondSlot) {
+                u64::MAX
+            } else {
+                (1 << left) - 1
+            };
             left = left.saturating_sub(PAGES_PER_WORD);
             word.store(fill & bits, Ordering::Relaxed);
         }

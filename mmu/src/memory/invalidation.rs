@@ -1,6 +1,7 @@
 //! The invalidation sequence: a frame that was resolved before its backing changed is never mapped afterwards.
 use crate::addr::{Gfn, GfnRange};
 use crate::level::PageSize;
+use crate::mutant::{self, Mutant};
 use crate::sync::{AtomicU64, Ordering};
 
 /// A moment in the life of the backing, taken before a frame is resolved and compared when it is mapped.
@@ -48,6 +49,9 @@ impl Invalidations {
     /// Whether something that was resolved at `then` may no longer be mapped in the block of `size` around `gfn`.
     #[inline]
     pub(crate) fn is_stale(&self, then: InvalidationSeq, gfn: Gfn, size: PageSize) -> bool {
+        if mutant::is(Mutant::NeverStale) {
+            return false;
+        }
         // In this order: an invalidation that ends in between has raised the sequence before it left the count.
         if self.in_progress.load(Ordering::Acquire) != 0 {
             let start = self.start.load(Ordering::Relaxed);
@@ -57,7 +61,7 @@ impl Invalidations {
                 return true;
             }
         }
-        self.sequence() != then
+        self.sequence() != then && !mutant::is(Mutant::StaleInstalled)
     }
 
     /// Everything resolved so far is stale. The caller has the VM for itself.
@@ -68,7 +72,7 @@ impl Invalidations {
     /// The caller has the VM for itself.
     pub(super) fn begin(&self, range: GfnRange) -> Invalidation<'_> {
         let (mut start, mut end) = (range.start(), range.end());
-        if self.in_progress.fetch_add(1, Ordering::Acquire) != 0 {
+        if self.in_progress.fetch_add(1, Ordering::Acquire) != 0 && !mutant::is(Mutant::InvalidationsApart) {
             start = start.min(self.start.load(Ordering::Relaxed));
             end = end.max(self.end.load(Ordering::Relaxed));
         }
@@ -87,7 +91,9 @@ pub struct Invalidation<'m> {
 
 impl Drop for Invalidation<'_> {
     fn drop(&mut self) {
-        self.of.advance();
+        if !mutant::is(Mutant::InvalidationEndsQuietly) {
+            self.of.advance();
+        }
         self.of.in_progress.fetch_sub(1, Ordering::Release);
     }
 }

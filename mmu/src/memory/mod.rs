@@ -28,6 +28,7 @@ pub use view::SpaceView;
 use crate::addr::Gpa;
 use crate::cpu::CpuId;
 use crate::format::MmioGeneration;
+use crate::mutant::{self, Mutant};
 use crate::sync::{AtomicU64, Ordering};
 use invalidation::Invalidations;
 pub(crate) use slots::SlotHit;
@@ -139,7 +140,9 @@ impl<B> VmMemory<B> {
     /// The slots have changed. The caller has the VM for itself.
     fn advance_slots(&self) {
         self.slot_generation.store(self.slot_generation() + 1, Ordering::Relaxed);
-        self.invalidations.advance();
+        if !mutant::is(Mutant::SlotChangeKeepsResolved) {
+            self.invalidations.advance();
+        }
     }
 
     /// The generation of roots that may be run on. Stable under a guard.

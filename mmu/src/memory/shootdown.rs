@@ -9,6 +9,7 @@
 //! Each CPU has a *seat*, a cache line that only it writes in the common case. Seats are counters, so that a wrong CPU
 //! number costs liveness and statistics, never safety.
 use crate::cpu::{CpuId, CpuSet, MAX_CPUS};
+use crate::mutant::{self, Mutant};
 use crate::sync::{fence, fence_after_update, spin_loop, AtomicBool, AtomicU64, Ordering};
 
 /// A flush generation: a point in time after which no CPU may use an older translation.
@@ -78,14 +79,15 @@ impl Shootdown {
 
     /// Proof that nobody can reach what was taken away before `generation` was requested, if that is so.
     pub(crate) fn quiescent(&self, generation: Generation) -> Option<Quiescent> {
-        self.is_acknowledged(generation).then_some(Quiescent(()))
+        (self.is_acknowledged(generation) || mutant::is(Mutant::ReclaimedAtOnce)).then_some(Quiescent(()))
     }
 
     /// Whether no CPU can still use a translation or a table that was taken away before `generation` was requested.
     pub fn is_acknowledged(&self, generation: Generation) -> bool {
         fence(Ordering::SeqCst);
         self.seats.iter().all(|seat| {
-            seat.state.load(Ordering::Acquire) == 0
+            let state = seat.state.load(Ordering::Acquire);
+            (if mutant::is(Mutant::WalksHoldNothing) { state % WALK } else { state }) == 0
                 || seat.acknowledged.load(Ordering::Acquire) >= generation.0
         })
     }
@@ -96,7 +98,7 @@ impl Shootdown {
         let mut set = CpuSet::default();
         for (number, seat) in self.seats.iter().enumerate() {
             let in_guest = seat.state.load(Ordering::Acquire) % WALK != 0;
-            if let (true, Some(cpu)) = (in_guest, CpuId::new(number)) {
+            if let (true, Some(cpu)) = (in_guest && !mutant::is(Mutant::KickNobody), CpuId::new(number)) {
                 if seat.acknowledged.load(Ordering::Acquire) < generation.0 {
                     set.insert(cpu);
                 }
@@ -119,7 +121,7 @@ impl Shootdown {
         let before = seat.state.fetch_add(IN_GUEST, Ordering::Acquire);
         fence_after_update();
         let generation = self.requested();
-        if before == 0 {
+        if before == 0 || mutant::is(Mutant::AcknowledgesInWalk) {
             seat.acknowledged.store(generation.0, Ordering::Release);
         }
         generation
@@ -160,7 +162,7 @@ impl Shootdown {
         }
         fence(Ordering::SeqCst);
         for seat in &self.seats {
-            while seat.state.load(Ordering::Acquire) >= WALK {
+            while seat.state.load(Ordering::Acquire) >= WALK && !mutant::is(Mutant::ExclusiveBesideWalks) {
                 spin_loop();
             }
         }

@@ -5,6 +5,7 @@ use bitflags::bitflags;
 
 use super::{Space, SpaceGfn, Spaces};
 use crate::addr::{Gfn, GfnRange, Gpa, PAGE_SHIFT};
+use crate::mutant::{self, Mutant};
 
 /// Slots one VM can have.
 pub const MAX_SLOTS: usize = 32;
@@ -227,7 +228,8 @@ impl SlotHit<'_> {
     #[inline]
     pub(crate) fn block_fits(&self, bytes: u64) -> bool {
         let before = self.gpa.bits() & (bytes - 1);
-        before <= self.slot_offset && bytes - before <= self.slot_bytes - self.slot_offset
+        (before <= self.slot_offset || mutant::is(Mutant::BlockBeforeSlot))
+            && (bytes - before <= self.slot_bytes - self.slot_offset || mutant::is(Mutant::BlockBeyondSlot))
     }
 }
 

@@ -7,6 +7,7 @@ use super::{Backing, Exclusive, Held, Shared, Slot, SlotError, SlotFlags, SlotHi
 use crate::addr::{Gfn, GfnRange};
 use crate::kind::Sweep;
 use crate::level::PageSize;
+use crate::mutant::{self, Mutant};
 use crate::sync::{AtomicU32, Ordering};
 
 /// Sizes that a tracked page forbids.
@@ -20,7 +21,7 @@ impl<'m, B: Backing> Exclusive<'m, B> {
         let slots = memory.slots.find_all(gfn.gpa());
         slots.clone().try_for_each(|hit| memory.count_of(&hit).map(drop))?;
         let mut before = None;
-        for hit in slots {
+        for hit in slots.take(if mutant::is(Mutant::TrackOneSpace) { 1 } else { usize::MAX }) {
             let count = memory.count_of(&hit)?;
             let tracked = count.load(Ordering::Relaxed);
             before = before.max(Some(tracked));
@@ -45,6 +46,7 @@ impl<'m, B: Backing> Exclusive<'m, B> {
         for hit in memory.slots.find_all(gfn.gpa()) {
             let count = memory.count_of(&hit)?;
             let Some(after) = count.load(Ordering::Relaxed).checked_sub(1) else { continue };
+            let after = if mutant::is(Mutant::UntrackedByOne) { 0 } else { after };
             left = left.max(Some(after));
             count.store(after, Ordering::Relaxed);
             if after == 0 {
@@ -169,7 +171,7 @@ impl<B: Backing> VmMemory<B> {
     /// and the slot is not logged, for a log is by 4 KiB.
     #[inline]
     pub(crate) fn allows(&self, hit: &SlotHit<'_>, size: PageSize) -> bool {
-        hit.block_fits(size.bytes())
+        (hit.block_fits(size.bytes()) || mutant::is(Mutant::CollapseBeyondSlot))
             && (size == PageSize::Size4K
                 || !hit.flags().intersects(SlotFlags::DIRTY_LOG | SlotFlags::TRACKED)
                 || self.allows_despite_flags(hit, size))
@@ -180,7 +182,8 @@ impl<B: Backing> VmMemory<B> {
         let at = hit.ram();
         let notes = self.backing().notes(at.cookie);
         let tracked = notes.tracked_in(hit.slot_start(), at.gfn(), size);
-        !hit.flags().contains(SlotFlags::DIRTY_LOG)
-            && tracked.is_none_or(|count| count.load(Ordering::Relaxed) == 0)
+        (!hit.flags().contains(SlotFlags::DIRTY_LOG) || mutant::is(Mutant::HugeLogged))
+            && (tracked.is_none_or(|count| count.load(Ordering::Relaxed) == 0)
+                || mutant::is(Mutant::HugeTracked))
     }
 }

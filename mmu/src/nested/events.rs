@@ -8,6 +8,7 @@
 //! it without an exit, and nothing here follows from it.
 use super::tables::{TableAddress, Tdp12};
 use crate::addr::Gva;
+use crate::mutant::{self, FlushSite};
 use crate::vcpu::{Mmu, Requests, TagFlush, VcpuMmus};
 
 /// Which of the roots that a vCPU keeps for L2 are behind L1's tables, and have to be synced before they are run on again.
@@ -50,8 +51,12 @@ impl VcpuMmus {
     /// Notes what an event asks for, until the next entries of L1 and L2; what has to be carried out before an entry of L2 is
     /// returned as well.
     pub fn apply(&mut self, request: L2Request) -> Requests {
-        note(&mut self.root_mmu, request.l1);
-        note(&mut self.tdp12_mmu, request.l2);
+        if !mutant::drops(FlushSite::NoteL1) {
+            note(&mut self.root_mmu, request.l1);
+        }
+        if !mutant::drops(FlushSite::NoteL2) {
+            note(&mut self.tdp12_mmu, request.l2);
+        }
         let requests = match request.roots {
             Roots::None => self.tdp12_mmu.roots_behind(|_| false),
             Roots::Of(table) => self.tdp12_mmu.roots_behind(|key| TableAddress::new(key.pointer()) == table),
@@ -146,7 +151,8 @@ impl L2Tag {
     /// VM entry into an L2 of this VPID. Without one (VPID 0000H, which is also that of L1), entries and exits invalidate both
     /// sides' linear translations.
     pub fn vm_entry(&mut self, vpid: Option<u16>) -> L2Request {
-        let l1 = if vpid.is_none() { TagFlush::All } else { TagFlush::None };
+        let flush = vpid.is_none() && !mutant::drops(FlushSite::VmEntry);
+        let l1 = if flush { TagFlush::All } else { TagFlush::None };
         L2Request { l2: self.hold(vpid), l1, ..L2Request::NONE }
     }
 
@@ -155,13 +161,20 @@ impl L2Tag {
         if vpid.is_none() {
             self.holds = None;
         }
-        let flush = vpid.is_none() || !self.own;
+        let flush = (vpid.is_none() || !self.own) && !mutant::drops(FlushSite::VmExit);
         L2Request { l1: if flush { TagFlush::All } else { TagFlush::None }, ..L2Request::NONE }
     }
 
     /// INVVPID by L1. It takes no translations of L2's physical addresses.
     pub fn invvpid(&mut self, what: Invvpid) -> L2Request {
         let l2 = match what {
+            Invvpid::Address { .. } if mutant::drops(FlushSite::InvvpidAddress) => TagFlush::None,
+            Invvpid::Single { .. } | Invvpid::SingleRetainingGlobals { .. }
+                if mutant::drops(FlushSite::InvvpidSingle) =>
+            {
+                TagFlush::None
+            }
+            Invvpid::All if mutant::drops(FlushSite::InvvpidAll) => TagFlush::None,
             Invvpid::Address { vpid, address } if self.holds == Some(vpid) => TagFlush::Address(address),
             Invvpid::Single { vpid } | Invvpid::SingleRetainingGlobals { vpid }
                 if self.holds == Some(vpid) =>
@@ -176,11 +189,17 @@ impl L2Tag {
 
     /// INVEPT by L1 of type 1, with this EPT pointer, which VM entry would accept.
     pub fn invept_single(&mut self, pointer: u64) -> L2Request {
+        if mutant::drops(FlushSite::InveptSingle) {
+            return L2Request::NONE;
+        }
         L2Request { roots: Roots::Of(TableAddress::new(pointer)), ..L2Request::NONE }
     }
 
     /// INVEPT by L1 of type 2.
     pub fn invept_global(&mut self) -> L2Request {
+        if mutant::drops(FlushSite::InveptAll) {
+            return L2Request::NONE;
+        }
         L2Request { roots: Roots::All, ..L2Request::NONE }
     }
 
@@ -188,6 +207,14 @@ impl L2Tag {
     pub fn vmrun(&mut self, asid: u16, control: TlbControl) -> L2Request {
         let l2 = self.hold(Some(asid));
         match control {
+            TlbControl::Everything if mutant::drops(FlushSite::TlbControlAll) => {
+                L2Request { l2, ..L2Request::NONE }
+            }
+            TlbControl::Asid | TlbControl::AsidRetainingGlobals
+                if mutant::drops(FlushSite::TlbControlAsid) =>
+            {
+                L2Request { l2, ..L2Request::NONE }
+            }
             TlbControl::Nothing => L2Request { l2, ..L2Request::NONE },
             TlbControl::Everything => L2Request { roots: Roots::All, l2: TagFlush::All, l1: TagFlush::All },
             TlbControl::Asid | TlbControl::AsidRetainingGlobals => {
@@ -198,12 +225,16 @@ impl L2Tag {
 
     /// #VMEXIT to L1.
     pub fn vmexit(&mut self) -> L2Request {
-        L2Request { l1: if self.own { TagFlush::None } else { TagFlush::All }, ..L2Request::NONE }
+        let kept = self.own || mutant::drops(FlushSite::Vmexit);
+        L2Request { l1: if kept { TagFlush::None } else { TagFlush::All }, ..L2Request::NONE }
     }
 
     /// INVLPGA by L1. ASID zero is L1's own. Which of L2's physical addresses lie behind a linear one is not known here, so
     /// whole roots are synced.
     pub fn invlpga(&mut self, address: Gva, asid: u16) -> L2Request {
+        if mutant::drops(if asid == 0 { FlushSite::InvlpgaL1 } else { FlushSite::InvlpgaL2 }) {
+            return L2Request::NONE;
+        }
         if asid == 0 {
             return L2Request { l1: TagFlush::Address(address), ..L2Request::NONE };
         }
@@ -215,7 +246,7 @@ impl L2Tag {
     fn hold(&mut self, name: Option<u16>) -> TagFlush {
         let same = self.own && name.is_some() && self.holds == name;
         self.holds = if self.own { name } else { None };
-        if same {
+        if same || mutant::drops(FlushSite::AnotherName) {
             TagFlush::None
         } else {
             TagFlush::All

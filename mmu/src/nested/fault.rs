@@ -11,6 +11,7 @@ use crate::addr::{Gpa, Gva, NGpa};
 use crate::format::EntryFormat;
 use crate::kind::{ShadowDone, ShadowFault, ShadowMmu};
 use crate::memory::{Backing, Exclusive, Shared};
+use crate::mutant::{self, FlushSite, Mutant};
 use crate::tables::{TableCache, TableMemory};
 use crate::vcpu::VcpuMmus;
 use crate::walk::{
@@ -79,7 +80,7 @@ impl L2Exit {
         Self {
             at,
             access: Access { kind, agent: if user { Agent::User } else { Agent::Supervisor } },
-            place: if walk { Place::TableWalk } else { Place::Final },
+            place: if walk && !mutant::is(Mutant::ExitAlwaysFinal) { Place::TableWalk } else { Place::Final },
             linear: valid.then_some(Linear { address: linear, prot }),
         }
     }
@@ -129,7 +130,10 @@ impl VcpuMmus {
         match &walked.found {
             Ok(walk) => {
                 let done = self.tdp12_mmu.fault(kind, guard, cache, walk, at, access);
-                if done.outcome == ShadowFault::NoRoot && walk.pdpte.is_some() {
+                if done.outcome == ShadowFault::NoRoot
+                    && walk.pdpte.is_some()
+                    && !mutant::is(Mutant::PointersOfPaeKept)
+                {
                     // The pointers are memory, and others now.
                     self.tdp12_mmu.set_nested_pointers(walked.pdptes);
                 }
@@ -141,7 +145,8 @@ impl VcpuMmus {
             Err(WalkError::LogFull) => ShadowDone { outcome: L2Fault::LogFull, issued: None },
             Err(WalkError::Fault(fault)) => {
                 let mut issued = None;
-                for root in self.tdp12_mmu.roots_for(tdp12.table()).into_iter().flatten() {
+                let kept = mutant::drops(FlushSite::NestedViolation);
+                for root in self.tdp12_mmu.roots_for(tdp12.table()).into_iter().flatten().filter(|_| !kept) {
                     issued = kind.forget_address(guard, root, at).issued.or(issued);
                 }
                 ShadowDone { outcome: L2Fault::ToL1(FaultInfo { place, linear, ..*fault }), issued }

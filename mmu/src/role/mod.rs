@@ -9,6 +9,7 @@ pub use root::{BaseRole, Caching, PageRole, RootRole, VcpuMode};
 
 use crate::addr::{Gva, NonCanonical, VaWidth, MAX_PHYSICAL_BITS};
 use crate::level::Level;
+use crate::mutant::{self, Mutant};
 
 bitflags! {
     /// CR0 bits that concern paging (AMD APM vol. 2, 3.1.1).
@@ -187,7 +188,7 @@ impl CpuRole {
     /// names. What a mode ignores is left out of its role.
     pub fn new(regs: &PagingRegs, cpu: &GuestCpu) -> Self {
         let PagingRegs { cr0, cr4, efer } = *regs;
-        let long = efer.contains(Efer::LMA);
+        let long = efer.contains(Efer::LMA) && (cr4.contains(Cr4::PAE) || !mutant::is(Mutant::LongNeedsPae));
         let mode = if !cr0.contains(Cr0::PG) {
             PagingMode::Unpaged
         } else if long && cr4.contains(Cr4::LA57) {
@@ -201,7 +202,7 @@ impl CpuRole {
         };
         let mut flags = RoleFlags::empty();
         if mode != PagingMode::Unpaged {
-            flags.set(RoleFlags::WP, cr0.contains(Cr0::WP));
+            flags.set(RoleFlags::WP, cr0.contains(Cr0::WP) && !mutant::is(Mutant::WpForgotten));
             // 4-byte entries have no bit 63, yet NXE still makes fetches show in the error code.
             flags.set(RoleFlags::NX, efer.contains(Efer::NXE));
             flags.set(RoleFlags::SMEP, cr4.contains(Cr4::SMEP));
@@ -230,7 +231,9 @@ impl CpuRole {
     pub fn nested(regs: &PagingRegs, cpu: &GuestCpu, execute_trap: bool) -> Self {
         let mut cr4 = regs.cr4.difference(Cr4::PKE | Cr4::PKS | Cr4::SMAP);
         cr4.set(Cr4::SMEP, execute_trap);
-        let role = Self::new(&PagingRegs { cr0: regs.cr0 | Cr0::PG | Cr0::WP, cr4, efer: regs.efer }, cpu);
+        let long = if mutant::is(Mutant::NestedAlwaysLong) { Efer::LMA } else { Efer::empty() };
+        let efer = regs.efer | long;
+        let role = Self::new(&PagingRegs { cr0: regs.cr0 | Cr0::PG | Cr0::WP, cr4, efer }, cpu);
         Self { flags: role.flags | RoleFlags::NESTED, ..role }
     }
 

@@ -7,6 +7,7 @@ use crate::addr::{Address, Gfn, Gpa};
 use crate::format::EntryFormat;
 use crate::kind::{DirectMmu, DirectRole, Issued, NoRoot, NoShadowRoot, ShadowDone, ShadowFault, ShadowMmu};
 use crate::memory::{Backing, Exclusive, Held, Space};
+use crate::mutant::{self, Mutant};
 use crate::tables::{TableCache, TableMemory};
 use crate::walk::GuestWalk;
 
@@ -52,7 +53,9 @@ impl Mmu {
             let current = core::mem::take(&mut first);
             match cached.behind {
                 // A previous root is synced when it is run on again.
+                Some(Sync::All) if current && mutant::is(Mutant::RootUnsynced) => {}
                 Some(Sync::All) if current => later(&mut issued, kind.sync_root(guard, cached.root).issued),
+                Some(Sync::Address(_)) if mutant::is(Mutant::AddressUnsynced) => {}
                 Some(Sync::Address(at)) => {
                     later(&mut issued, kind.sync_address(guard, cached.root, at).issued);
                 }

@@ -6,7 +6,8 @@ use super::key::{GuestTag, PagingState};
 use super::requests::{Requests, Sync, TagFlush};
 use super::Mmu;
 use crate::addr::{Gva, NonCanonical};
-use crate::role::{CpuRole, Cr0, Cr4, Efer, GuestCpu, PagingRegs};
+use crate::mutant::{self, FlushSite, Mutant};
+use crate::role::{CpuRole, Cr0, Cr4, Efer, GuestCpu, PagingMode, PagingRegs};
 use crate::walk::PageFaultCode;
 
 /// Bit 63 of the operand of MOV to CR3: keep the translations of the PCID.
@@ -77,7 +78,7 @@ impl Mmu {
         let keep = value & NO_FLUSH != 0 && self.state.regs.cr4.contains(Cr4::PCIDE);
         self.change(PagingState { cr3: value & !NO_FLUSH, pdptes, ..self.state });
         let pcid = self.state.pcid();
-        self.then(Sync::All, |of| !keep && of.pcid == pcid)
+        self.then(Sync::All, |of| !keep && of.pcid == pcid && !mutant::drops(FlushSite::MovToCr3))
     }
 
     /// MOV to CR0, CLTS or LMSW, with the EFER.LMA that follows and the PDPTEs that it loads. A change of PG takes all
@@ -86,7 +87,7 @@ impl Mmu {
         let all = (cr0 ^ self.state.regs.cr0).contains(Cr0::PG);
         let regs = PagingRegs { cr0, efer, ..self.state.regs };
         self.change(PagingState { regs, pdptes, ..self.state });
-        self.then(Sync::All, |_| all)
+        self.then(Sync::All, |_| all && !mutant::drops(FlushSite::MovToCr0))
     }
 
     /// MOV to CR4, with the PDPTEs that it loads. A change of PGE, PAE or PSE takes all translations, as do clearing PCIDE
@@ -95,13 +96,16 @@ impl Mmu {
         let old = self.state.regs.cr4;
         let (set, cleared) = (cr4.difference(old), old.difference(cr4));
         let all = (set | cleared).intersects(Cr4::PGE | Cr4::PAE | Cr4::PSE)
-            || cleared.contains(Cr4::PCIDE)
+            || cleared.contains(Cr4::PCIDE) && !mutant::is(Mutant::PcideKept)
             || set.contains(Cr4::PKE);
         let current = set.contains(Cr4::SMEP);
         let regs = PagingRegs { cr4, ..self.state.regs };
         self.change(PagingState { regs, pdptes, ..self.state });
         let pcid = self.state.pcid();
-        self.then(Sync::All, |of| all || current && of.pcid == pcid)
+        self.then(Sync::All, |of| {
+            all && !mutant::drops(FlushSite::MovToCr4)
+                || current && of.pcid == pcid && !mutant::drops(FlushSite::MovToCr4Smep)
+        })
     }
 
     /// WRMSR to EFER. It takes no translations; with another NXE the vCPU runs on another root.
@@ -115,14 +119,21 @@ impl Mmu {
     /// is not canonical is no matter.
     pub fn invlpg(&mut self, address: Gva) -> Requests {
         let canonical = self.role.check_canonical(address).is_ok();
-        self.then(Sync::Address(address), |_| canonical)
+        self.then(Sync::Address(address), |_| canonical && !mutant::drops(FlushSite::Invlpg))
     }
 
     /// INVPCID, in any mode.
     pub fn invpcid(&mut self, what: Invpcid) -> Requests {
+        if mutant::is(Mutant::NoHookUnpaged) && self.role.mode() == PagingMode::Unpaged {
+            return Requests::NONE;
+        }
         match what {
-            Invpcid::Address { pcid, address } => self.then(Sync::Address(address), |of| of.pcid == pcid),
-            Invpcid::Single { pcid } => self.then(Sync::All, |of| of.pcid == pcid),
+            Invpcid::Address { pcid, address } => self.then(Sync::Address(address), |of| {
+                of.pcid == pcid && !mutant::drops(FlushSite::InvpcidAddress)
+            }),
+            Invpcid::Single { pcid } => {
+                self.then(Sync::All, |of| of.pcid == pcid && !mutant::drops(FlushSite::InvpcidSingle))
+            }
             Invpcid::All | Invpcid::AllButGlobal => self.flush_guest(),
         }
     }
@@ -132,27 +143,31 @@ impl Mmu {
     /// bits set, no TLB has anything.
     pub fn page_fault(&mut self, address: Gva, code: PageFaultCode) -> Requests {
         let cached = code.contains(PageFaultCode::PRESENT) && !code.contains(PageFaultCode::RESERVED);
-        self.then(Sync::Address(address), |_| cached)
+        self.then(Sync::Address(address), |_| cached && !mutant::drops(FlushSite::PageFault))
     }
 
     /// All translations of whoever runs go: whatever else has that effect, like a flush that the guest asked another vCPU
     /// for.
     pub fn flush_guest(&mut self) -> Requests {
-        self.then(Sync::All, |_| true)
+        self.then(Sync::All, |_| !mutant::drops(FlushSite::FlushGuest))
     }
 
     /// RESET or INIT: no paging from now on, and no translation is left.
     pub fn init(&mut self) -> Requests {
+        let role = self.role;
         self.change(PagingState::RESET);
+        if mutant::is(Mutant::InitKeepsRole) {
+            self.role = role;
+        }
         self.context = 0;
         self.mode.nested = false;
-        self.and_then(Sync::All, |_| true)
+        self.and_then(Sync::All, |_| !mutant::drops(FlushSite::Init))
     }
 
     /// SMI or RSM, with the registers as they are after it: no translation is left, and it is another address space.
     pub fn switch_smm(&mut self, state: PagingState) -> Requests {
         self.change(state);
-        self.and_then(Sync::All, |_| true)
+        self.and_then(Sync::All, |_| !mutant::drops(FlushSite::SwitchSmm))
     }
 
     /// The registers, or the CPU that the guest sees, were set from outside: nothing is known of what the TLB holds, so it is
@@ -160,8 +175,9 @@ impl Mmu {
     pub fn set_from_outside(&mut self, state: PagingState, cpu: GuestCpu) -> Requests {
         self.guest_cpu = cpu;
         self.change(state);
-        let requests = self.and_then(Sync::All, |_| true);
-        let flush = self.flush();
+        let requests = self.and_then(Sync::All, |_| !mutant::is(Mutant::SetFromOutsideKeeps));
+        let kept = mutant::is(Mutant::SetFromOutsideKeeps) || mutant::drops(FlushSite::SetFromOutside);
+        let flush = if kept { TagFlush::None } else { self.flush() };
         Requests { flush, ..requests }
     }
 
@@ -184,7 +200,7 @@ impl Mmu {
     /// What L1 calls `context` has no translations from now on: INVVPID of types 1 and 3, TLB_CONTROL of VMRUN, and entries
     /// and exits without VPIDs.
     pub fn flush_context(&mut self, context: u16) -> Requests {
-        self.and_then(Sync::All, |tag| tag.context == context)
+        self.and_then(Sync::All, |tag| tag.context == context && !mutant::drops(FlushSite::FlushContext))
     }
 
     /// What follows: roots whose tag `covers` names are behind by `how`, and the root for the registers of now is selected.

@@ -1,5 +1,6 @@
 //! What a root of a vCPU is found by: everything that decides which of Umbra's tables the vCPU runs on.
 use crate::addr::Gpa;
+use crate::mutant::{self, Mutant};
 use crate::role::{Cr0, Cr4, Efer, PagingMode, PagingRegs, RootRole};
 
 /// The registers of a vCPU that decide how its linear addresses are translated.
@@ -26,7 +27,7 @@ impl PagingState {
 
     /// The process-context identifier: CR3's low twelve bits if CR4.PCIDE is set, else 000H (Intel SDM vol. 3, 4.10.1).
     pub fn pcid(&self) -> u16 {
-        if self.regs.cr4.contains(Cr4::PCIDE) {
+        if self.regs.cr4.contains(Cr4::PCIDE) || mutant::is(Mutant::PcidWithoutPcide) {
             self.cr3 as u16 & 0xfff
         } else {
             0

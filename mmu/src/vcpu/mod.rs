@@ -16,6 +16,7 @@ use crate::cpu::CpuId;
 use crate::kind::Root;
 use crate::level::Level;
 use crate::memory::{Generation, VmMemory};
+use crate::mutant::{self, FlushSite, Mutant};
 use crate::role::{CpuRole, GuestCpu, RoleFlags, RootRole, VcpuMode};
 use roots::{Cached, RootCache};
 
@@ -206,11 +207,12 @@ impl Mmu {
         let generation = memory.shootdown().enter_guest(cpu);
         // After the seat was taken, as for the flush: either this sees that the roots are obsolete, or whoever made them
         // so sees this CPU in the guest.
-        if self.root.generation() != memory.root_generation() {
+        if self.root.generation() != memory.root_generation() && !mutant::is(Mutant::ObsoleteEntered) {
             // The flush stays due: this entry comes to nothing.
             return Entered { memory, cpu, root: self.root, flush: TagFlush::All, obsolete: true };
         }
-        let current = self.tag.cpu == Some(cpu) && self.tag.flushed >= generation;
+        let same = self.tag.cpu == Some(cpu) || self.tag.cpu.is_some() && mutant::is(Mutant::TagOfOtherCpu);
+        let current = same && (self.tag.flushed >= generation || mutant::is(Mutant::FlushOnlyRunning));
         let flush = if current { TagFlush::None } else { self.due(cpu, generation) };
         self.tag = Tag { flushed: generation, cpu: Some(cpu) };
         Entered { memory, cpu, root: self.root, flush, obsolete: false }
@@ -219,7 +221,11 @@ impl Mmu {
     #[cold]
     fn due(&mut self, on: CpuId, generation: Generation) -> TagFlush {
         match self.address.take() {
-            Some((cpu, address)) if cpu == on && self.tag.flushed >= generation => TagFlush::Address(address),
+            Some((cpu, address))
+                if cpu == on && (self.tag.flushed >= generation || mutant::is(Mutant::DueAddressOnly)) =>
+            {
+                TagFlush::Address(address)
+            }
             _ => TagFlush::All,
         }
     }
@@ -280,6 +286,7 @@ impl Mmu {
                 self.address = None;
                 TagFlush::None
             }
+            _ if mutant::drops(FlushSite::RootSwitch) => TagFlush::None,
             _ => self.flush(),
         }
     }
@@ -290,7 +297,9 @@ impl Mmu {
         let marked = self.roots.mark(how, covers);
         let flush = match how {
             _ if !marked.contains(RootSet::CURRENT) => TagFlush::None,
+            Sync::Address(_) if mutant::drops(FlushSite::BehindAddress) => TagFlush::None,
             Sync::Address(address) => self.flush_address(address),
+            Sync::All if mutant::drops(FlushSite::BehindAll) => TagFlush::None,
             Sync::All => self.flush_current(),
         };
         (marked, flush)
@@ -304,7 +313,10 @@ impl Mmu {
 
     /// The vCPU may be entered on the current root if nothing has to be done with it.
     fn settle_root(&mut self) {
-        let ready = self.roots.current().filter(|current| current.behind.is_none());
+        let ready = self
+            .roots
+            .current()
+            .filter(|current| current.behind.is_none() || mutant::is(Mutant::BehindRootRuns));
         self.root = ready.map_or(Root::NONE, |current| current.root);
     }
 }
@@ -382,6 +394,29 @@ mod tests {
         memory.shootdown().request();
         assert_eq!(enter(&mut mmu, CpuId::BOOT), TagFlush::All);
         assert_eq!(enter(&mut mmu, CpuId::BOOT), TagFlush::None);
+    }
+
+    /// One address is flushed by itself only while nothing else is due.
+    #[test]
+    fn c5_an_address_is_flushed_alone_or_with_everything() {
+        let memory = VmMemory::new(());
+        let mut mmu = Mmu::new(role(Cr0::PG), root(0x1000));
+        let (at, other) = (Gva::new(0x1000), Gva::new(0x2000));
+        let on = [CpuId::BOOT, CpuId::new(1).unwrap()];
+        assert_eq!(mmu.flush_address(at), TagFlush::All, "a tag that may hold anything");
+        drop(mmu.enter(&memory, on[0]));
+        assert_eq!(mmu.flush_address(at), TagFlush::Address(at));
+        assert_eq!(mmu.flush_address(at), TagFlush::Address(at));
+        assert_eq!(mmu.enter(&memory, on[0]).flush(), TagFlush::Address(at));
+        assert_eq!(mmu.enter(&memory, on[0]).flush(), TagFlush::None);
+        let _ = mmu.flush_address(at);
+        assert_eq!(mmu.flush_address(other), TagFlush::All);
+        assert_eq!(mmu.enter(&memory, on[0]).flush(), TagFlush::All);
+        let _ = mmu.flush_address(at);
+        assert_eq!(mmu.enter(&memory, on[1]).flush(), TagFlush::All, "another CPU");
+        let _ = mmu.flush_address(at);
+        memory.shootdown().request();
+        assert_eq!(mmu.enter(&memory, on[1]).flush(), TagFlush::All, "a newer generation");
     }
 
     /// D7: no vCPU enters on an obsolete root unnoticed.

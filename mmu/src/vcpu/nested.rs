@@ -5,6 +5,7 @@ use super::roots::ROOTS;
 use super::{Mmu, Serves};
 use crate::addr::{Gpa, Gva, NGpa};
 use crate::kind::Root;
+use crate::mutant::{self, FlushSite};
 use crate::nested::TableAddress;
 use crate::role::{CpuRole, RootRole, VcpuMode};
 use crate::walk::PagingContext;
@@ -120,7 +121,7 @@ impl Mmu {
         self.nested = Some(key);
         let (load, flush) = self.select(key);
         self.settle_root();
-        let flush = if load { TagFlush::All } else { flush };
+        let flush = if load && !mutant::drops(FlushSite::NestedLoad) { TagFlush::All } else { flush };
         let behind = self.roots.current().and_then(|current| current.behind);
         Requests { load, sync: behind.map(|how| (how, super::RootSet::CURRENT)), flush }
     }

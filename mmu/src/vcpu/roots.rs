@@ -3,6 +3,7 @@ use super::key::RootKey;
 use super::requests::{RootSet, Sync};
 use super::Tag;
 use crate::kind::Root;
+use crate::mutant::{self, Mutant};
 
 /// Roots that a vCPU keeps, the current one included.
 pub(super) const ROOTS: usize = 4;
@@ -48,7 +49,11 @@ impl RootCache {
     pub(super) fn select(&mut self, key: &RootKey) -> bool {
         let found = self.entries.iter().position(|entry| entry.is_some_and(|entry| entry.key == *key));
         if let Some(index) = found {
-            self.entries[..=index].rotate_right(1);
+            if mutant::is(Mutant::LeastRecentKept) {
+                self.entries.swap(0, index);
+            } else {
+                self.entries[..=index].rotate_right(1);
+            }
         }
         self.current = found.is_some();
         self.current
@@ -99,7 +104,8 @@ impl RootCache {
     pub(super) fn mark(&mut self, how: Sync, covers: impl Fn(&RootKey) -> bool) -> RootSet {
         let mut marked = RootSet::empty();
         let first = usize::from(!self.current);
-        for (index, entry) in self.entries.iter_mut().enumerate() {
+        let last = if mutant::is(Mutant::FlushCurrentOnly) { 1 } else { ROOTS };
+        for (index, entry) in self.entries.iter_mut().take(last).enumerate() {
             let Some(entry) = entry.as_mut().filter(|entry| !entry.key.role().is_direct()) else { continue };
             if covers(&entry.key) {
                 // That of the current root is kept elsewhere.
@@ -107,6 +113,7 @@ impl RootCache {
                 entry.behind = match entry.behind {
                     None => Some(how),
                     same if same == Some(how) => same,
+                    Some(_) if mutant::is(Mutant::OneSyncOfTwo) => Some(how),
                     Some(_) => Some(Sync::All),
                 };
                 // With four previous roots, the last is dropped by the load that is due.

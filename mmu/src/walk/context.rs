@@ -10,6 +10,7 @@ use super::walker::{self, Full, Quick, Walker};
 use crate::access::{Access, AccessKind, Agent, Prot};
 use crate::addr::{Address, NGpa, Stage, PAGE_SIZE};
 use crate::level::Level;
+use crate::mutant::{self, Mutant};
 use crate::role::{CpuRole, PagingMode, RoleFlags};
 
 /// Times a walk starts again because the guest changed an entry under it.
@@ -204,9 +205,13 @@ impl<In: Address, Out: Address> PagingContext<In, Out> {
                 Walker::<Full, _, _, _, _>::new(self, tables, regs, address, access, |at, entry| {
                     trail.push(at, entry)
                 });
-            let translation = walker.any_mode()?;
+            let found = walker.any_mode();
             let (leaf, pdpte, unmarked) = (walker.leaf, walker.pdpte, walker.unmarked);
             trail.end(leaf, pdpte);
+            if found.is_err() && mutant::is(Mutant::MarkFailedWalks) {
+                self.mark(tables, &mut trail, address, access)?;
+            }
+            let translation = found?;
             if !unmarked || self.mark(tables, &mut trail, address, access)? {
                 return Ok((translation, trail));
             }
@@ -225,15 +230,17 @@ impl<In: Address, Out: Address> PagingContext<In, Out> {
         let write = access.kind == AccessKind::Write;
         let (accessed, dirty) = self.mark_bits();
         let newly_dirty = write && trail.leaf_entry().is_some_and(|entry| entry & dirty == 0);
-        if newly_dirty && self.role.is_ept() {
+        if newly_dirty && self.role.is_ept() && !mutant::is(Mutant::NestedLogAfterDirty) {
             let page = NGpa::new_truncate(address.bits() & !(PAGE_SIZE - 1));
             tables.log_dirty(page).map_err(|LogFull| WalkError::LogFull)?;
         }
         let leaf = trail.leaf();
         for (level, step) in trail.steps_mut() {
             let leaf = level == leaf;
-            let marked = step.entry | accessed | if leaf && write { dirty } else { 0 };
-            if marked == step.entry {
+            let dirties =
+                (leaf || mutant::is(Mutant::DirtyLinks)) && (write || mutant::is(Mutant::DirtyOnReads));
+            let marked = step.entry | accessed | if dirties { dirty } else { 0 };
+            if marked == step.entry || !leaf && mutant::is(Mutant::AccessedLeavesOnly) {
                 continue;
             }
             let at = Out::from_bits_truncate(step.at);
@@ -242,9 +249,13 @@ impl<In: Address, Out: Address> PagingContext<In, Out> {
                 _ => tables.update_u64(at, step.entry, marked),
             };
             let failed = self.fault_at(address, access, level, Prot::empty());
+            if update.is_err() && mutant::is(Mutant::MarkGoneMemory) {
+                continue;
+            }
             match update.map_err(|error| error.into_walk(failed))? {
                 Update::Done => step.entry = marked,
                 Update::ReadOnly => {}
+                Update::Changed if mutant::is(Mutant::GuestStoreIgnored) => {}
                 Update::Changed => return Ok(false),
             }
         }
@@ -279,14 +290,17 @@ impl<In: Address, Out: Address> PagingContext<In, Out> {
     fn key_in_use_denies(&self, regs: &WalkRegs, access: Access, prot: Prot, key: u32) -> bool {
         let (on, rights) =
             if prot.contains(Prot::USER) { (RoleFlags::PKE, regs.pkru) } else { (RoleFlags::PKS, regs.pkrs) };
-        if access.kind == AccessKind::Execute || !self.role.flags().contains(on) {
+        let fetch = access.kind == AccessKind::Execute && !mutant::is(Mutant::KeyForFetches);
+        if fetch || !self.role.flags().contains(on) {
             return false;
         }
         let rights = rights >> (2 * key);
         let no_access = rights & 1 != 0;
         let no_write = rights & 2 != 0
             && access.kind == AccessKind::Write
-            && (access.agent == Agent::User || self.role.flags().contains(RoleFlags::WP));
+            && (access.agent == Agent::User
+                || self.role.flags().contains(RoleFlags::WP)
+                || mutant::is(Mutant::KeyIgnoresWp));
         no_access || no_write
     }
 

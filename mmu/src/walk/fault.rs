@@ -4,6 +4,7 @@ use bitflags::bitflags;
 use crate::access::{Access, AccessKind, Agent, Prot};
 use crate::addr::{Gva, Stage};
 use crate::level::Level;
+use crate::mutant::{self, Mutant};
 use crate::role::{CpuRole, RoleFlags};
 
 /// Why a walk failed.
@@ -107,7 +108,8 @@ impl FaultInfo {
         code.set(PageFaultCode::RESERVED, self.cause == Cause::Reserved);
         code.set(
             PageFaultCode::FETCH,
-            self.access.kind == AccessKind::Execute && self.role.reports_fetches(),
+            self.access.kind == AccessKind::Execute
+                && (self.role.reports_fetches() || mutant::is(Mutant::FetchAlwaysReported)),
         );
         code.set(PageFaultCode::KEY, self.key_denied);
         code
@@ -134,13 +136,18 @@ impl FaultInfo {
         info.set(EptViolation::READ, self.access.kind == AccessKind::Read || (table_walk && write));
         info.set(EptViolation::WRITE, write);
         info.set(EptViolation::FETCH, self.access.kind == AccessKind::Execute);
-        info.set(EptViolation::READABLE, found.contains(Prot::READ));
-        info.set(EptViolation::WRITABLE, found.contains(Prot::WRITE));
+        let (read, write) = if mutant::is(Mutant::QualificationOrder) {
+            (Prot::WRITE, Prot::READ)
+        } else {
+            (Prot::READ, Prot::WRITE)
+        };
+        info.set(EptViolation::READABLE, found.contains(read));
+        info.set(EptViolation::WRITABLE, found.contains(write));
         info.set(EptViolation::EXECUTABLE, found.contains(Prot::EXECUTE));
         info.set(EptViolation::USER_EXECUTABLE, found.contains(Prot::EXECUTE_USER));
         if let Some(linear) = self.linear {
             info.insert(EptViolation::LINEAR_VALID);
-            if !table_walk {
+            if !table_walk && !mutant::is(Mutant::LinearNeverFinal) {
                 info.insert(EptViolation::LINEAR_FINAL);
                 if self.role.flags().contains(RoleFlags::ADVANCED_INFO) {
                     info.set(EptViolation::LINEAR_USER, linear.prot.contains(Prot::USER));

@@ -4,6 +4,7 @@ use super::walker::{DIRTY, EPT_DIRTY, GLOBAL, KEY_SHIFT};
 use crate::access::{Access, AccessKind, Prot};
 use crate::addr::Address;
 use crate::level::Level;
+use crate::mutant::{self, Mutant};
 use crate::role::PagingMode;
 
 /// Entries that a walk has at most.
@@ -58,9 +59,11 @@ impl<Out: Address> GuestWalk<Out> {
         let (mut steps, mut len) = ([none; MAX_STEPS], 0);
         let mut all = u64::MAX;
         for ((level, step), place) in trail.steps().zip(&mut steps) {
-            let parents = if ept { context.prot_by_ept(all) } else { context.prot(all) };
+            let raw = if ept { step.entry } else { step.entry ^ context.flip };
+            let above = if mutant::is(Mutant::StepRightsOfItself) { all & raw } else { all };
+            let parents = if ept { context.prot_by_ept(above) } else { context.prot(above) };
             *place = WalkStep { level, at: Out::from_bits_truncate(step.at), entry: step.entry, parents };
-            all &= if ept { step.entry } else { step.entry ^ context.flip };
+            all = if mutant::is(Mutant::StepRightsOfOneParent) { raw } else { all & raw };
             len += 1;
         }
         let leaf = trail.leaf_entry().unwrap_or(0);
@@ -70,7 +73,7 @@ impl<Out: Address> GuestWalk<Out> {
         let dirty = !keeps || leaf & if ept { EPT_DIRTY } else { DIRTY } != 0;
         let mut shadow_prot = translation.prot;
         // A write that could not mark the leaf, in read-only memory, was a write all the same.
-        if !dirty && access.kind != AccessKind::Write {
+        if !dirty && access.kind != AccessKind::Write && !mutant::is(Mutant::ShadowWriteWithoutDirty) {
             shadow_prot.remove(Prot::WRITE);
         }
         Self {

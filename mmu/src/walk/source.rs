@@ -4,6 +4,7 @@ use super::fault::{Cause, FaultInfo, Linear, Place, WalkError};
 use crate::access::{Access, AccessKind, Prot};
 use crate::addr::{Address, Gpa, Gva, NGpa};
 use crate::memory::{Backing, NotRam, Shared, Space, SpaceView};
+use crate::mutant::{self, Mutant};
 use crate::role::RoleFlags;
 
 /// Why an entry cannot be reached.
@@ -204,7 +205,7 @@ impl<S: TableSource<Gpa>> NestedTables<'_, S> {
 
     #[inline]
     fn locate_to_read(&self, at: NGpa) -> Result<Gpa, BelowError> {
-        let writes = self.context.role().keeps_accessed_dirty();
+        let writes = self.context.role().keeps_accessed_dirty() && !mutant::is(Mutant::TablesReadForReading);
         self.locate(at, if writes { AccessKind::Write } else { AccessKind::Read })
     }
 }
@@ -212,6 +213,8 @@ impl<S: TableSource<Gpa>> NestedTables<'_, S> {
 #[cold]
 fn into_below(error: WalkError) -> BelowError {
     match error {
+        WalkError::Fault(_) if mutant::is(Mutant::RootOfL2Unmapped) => BelowError::NotRam,
+        WalkError::Fault(fault) if mutant::is(Mutant::AlwaysFinal) => BelowError::Fault(fault),
         WalkError::Fault(fault) => BelowError::Fault(FaultInfo { place: Place::TableWalk, ..fault }),
         WalkError::Contended => BelowError::Contended,
         WalkError::LogFull => BelowError::LogFull,
@@ -263,7 +266,11 @@ impl<S: TableSource<Gpa>> NestedWalk<'_, S> {
             context.translate(*memory, regs, linear.address, context.final_access(access, linear.prot));
         match below {
             Ok(found) => Ok(Translation {
-                page_bytes: found.page_bytes.min(linear.page_bytes),
+                page_bytes: if mutant::is(Mutant::PageOfSecondStage) {
+                    found.page_bytes
+                } else {
+                    found.page_bytes.min(linear.page_bytes)
+                },
                 prot: both(linear.prot, found.prot, context),
                 ..found
             }),
@@ -282,6 +289,9 @@ fn both(linear: Prot, below: Prot, context: &PagingContext<NGpa, Gpa>) -> Prot {
     let mut below = below;
     if context.role().flags().contains(RoleFlags::MODE_BASED_EXECUTE) && linear.contains(Prot::USER) {
         below.set(Prot::EXECUTE, below.contains(Prot::EXECUTE_USER));
+    }
+    if mutant::is(Mutant::SecondStageAlone) {
+        return below | linear & Prot::USER;
     }
     linear & (below | Prot::USER)
 }

@@ -7,6 +7,7 @@ use super::source::{BelowError, TableSource};
 use crate::access::{Access, AccessKind, Prot};
 use crate::addr::{Address, Stage, MAX_PHYSICAL_BITS, PAGE_SHIFT};
 use crate::level::Level;
+use crate::mutant::{self, Mutant};
 use crate::role::{PagingMode, RoleFlags};
 
 /// P: present.
@@ -231,7 +232,9 @@ where
     /// reserved, or a large page.
     #[inline(always)]
     fn is_unusual(&self, level: Level, entry: u64) -> bool {
+        let no_execute = NO_EXECUTE & self.context.flip;
         entry & self.context.wrong[level.ordinal()][0] != 0
+            || mutant::is(Mutant::NxAlwaysReserved) && no_execute & !entry != 0
     }
 
     /// `entry` is a link: on to its table.
@@ -243,14 +246,15 @@ where
 
     #[inline(always)]
     fn pass(&mut self, at: u64, entry: u64) {
-        self.all &= entry;
+        self.all = if mutant::is(Mutant::LeafRightsOnly) { entry } else { self.all & entry };
         (self.visit)(at, entry ^ self.context.flip);
     }
 
     /// `entry` is a large page, or wrong.
     #[inline(always)]
     fn large_page(&mut self, level: Level, at: u64, entry: u64) -> Result<Translation<Out>, D::Error> {
-        if entry & LARGE == 0 || entry & self.context.wrong[level.ordinal()][1] != 0 {
+        let unchecked = mutant::is(Mutant::LargeReservedBits);
+        if entry & LARGE == 0 || entry & self.context.wrong[level.ordinal()][1] != 0 && !unchecked {
             return Err(self.bad_entry(level, entry));
         }
         self.finish(level, at, entry)
@@ -342,10 +346,13 @@ where
     /// Whether the entry of EPT is misconfigured (Intel SDM vol. 3, 29.3.3.1).
     fn misconfigured(&self, level: Level, entry: u64, large: bool) -> bool {
         let leaf = large || level == Level::L1;
-        let reserved = entry & self.context.wrong[level.ordinal()][usize::from(large)] != 0;
+        let as_large = large && !mutant::is(Mutant::EptLargeReservedBits);
+        let reserved = entry & self.context.wrong[level.ordinal()][usize::from(as_large)] != 0;
         let hides_reads = entry & EPT_READ == 0
-            && (entry & EPT_WRITE != 0 || !self.context.role().flags().contains(RoleFlags::EXECUTE_ONLY));
-        let unknown_type = leaf && matches!(entry >> EPT_TYPE_SHIFT & 7, 2 | 3 | 7);
+            && (entry & EPT_WRITE != 0 && !mutant::is(Mutant::EptWriteOnly)
+                || !self.context.role().flags().contains(RoleFlags::EXECUTE_ONLY));
+        let checked = !mutant::is(Mutant::EptTypeUnchecked);
+        let unknown_type = checked && leaf && matches!(entry >> EPT_TYPE_SHIFT & 7, 2 | 3 | 7);
         reserved || hides_reads || unknown_type
     }
 
@@ -357,7 +364,8 @@ where
         let inside = page_bytes - 1;
         let address = Out::from_bits_truncate(entry & FRAME & !inside | self.address.bits() & inside);
         let clean = self.access.kind == AccessKind::Write && entry & EPT_DIRTY == 0;
-        self.unmarked = self.context.role().keeps_accessed_dirty() && (clean || self.all & EPT_ACCESSED == 0);
+        let keeps = self.context.role().keeps_accessed_dirty() || mutant::is(Mutant::EptIgnoresFlagsOff);
+        self.unmarked = keeps && (clean || self.all & EPT_ACCESSED == 0);
         self.leaf = level;
         Ok(Translation { address, page_bytes, prot })
     }
@@ -385,7 +393,8 @@ where
         let entry = self.short_entry(Level::L2, 22)?;
         if entry & LARGE != 0 && self.context.role().flags().contains(RoleFlags::PSE) {
             // PSE-36: bits 20:13 are address bits 39:32. Without it they are reserved, so here they are zero.
-            let start = entry & 0xffc0_0000 | (entry >> 13 & 0xff) << 32;
+            let high = if mutant::is(Mutant::Pse36Ignored) { 0 } else { entry >> 13 & 0xff };
+            let start = entry & 0xffc0_0000 | high << 32;
             return self.reach(Level::L2, entry, 0, start, 1 << 22);
         }
         self.table = entry & FRAME32;
@@ -415,7 +424,7 @@ where
         if address >> width == 0 {
             return Ok(());
         }
-        if In::STAGE == Stage::Gva {
+        if In::STAGE == Stage::Gva || mutant::is(Mutant::WideNestedAddress) {
             self.address = In::from_bits_truncate(address & ((1 << width) - 1));
             return Ok(());
         }
@@ -451,7 +460,8 @@ impl<In: Address, Out: Address> PagingContext<In, Out> {
 
     /// What entries of EPT permit, given their AND.
     pub(super) fn prot_by_ept(&self, all: u64) -> Prot {
-        let read = all & EPT_READ;
+        let read =
+            all & EPT_READ | u64::from(mutant::is(Mutant::FetchableIsReadable) && all & EPT_EXECUTE != 0);
         let write = (all & EPT_WRITE) << 2;
         let execute = (all & EPT_EXECUTE) >> 1;
         let mode_based = self.role().flags().contains(RoleFlags::MODE_BASED_EXECUTE);

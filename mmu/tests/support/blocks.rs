@@ -1,5 +1,6 @@
 //! Guest memory without contents, for the direct kind: which host frame each page is in. A slot's cookie is the frame of
 //! its first page; an invalidated 2 MiB block moves elsewhere.
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Mutex, OnceLock};
@@ -8,6 +9,15 @@ use mmu::{AccessKind, Backing, NoPage, PageSize, Pfn, RamAddr, Resolved, SlotNot
 
 /// How far a block moves each time.
 pub const MOVE: u64 = 1 << 20;
+
+thread_local! {
+    static AFTER_RESOLVE: RefCell<Option<Box<dyn FnOnce()>>> = const { RefCell::new(None) };
+}
+
+/// Runs `action` when this thread's next request has found its frame and not returned yet: another CPU at the worst moment.
+pub fn after_resolve(action: impl FnOnce() + 'static) {
+    AFTER_RESOLVE.set(Some(Box::new(action)));
+}
 
 #[derive(Default)]
 pub struct Blocks {
@@ -98,6 +108,9 @@ impl Backing for Blocks {
         let first = gfn & !(size.pages() - 1);
         let inside = gfn - first;
         let pfn = self.frame(at.cookie, at.slot_page(), gfn) - inside;
+        if let Some(action) = AFTER_RESOLVE.take() {
+            action();
+        }
         Resolved::Ram { pfn: Pfn::new_truncate(pfn), size }
     }
 

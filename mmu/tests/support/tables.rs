@@ -12,6 +12,7 @@ pub const FIRST_PFN: u64 = 0x7_0000;
 
 thread_local! {
     static INTERFERE: RefCell<Option<Box<dyn FnOnce()>>> = const { RefCell::new(None) };
+    static INTERFERE_LOAD: RefCell<Option<(usize, Box<dyn FnOnce()>)>> = const { RefCell::new(None) };
 }
 
 /// Runs `action` just before this thread's next compare-exchange of an entry: another CPU at the worst moment.
@@ -19,11 +20,21 @@ pub fn interfere(action: impl FnOnce() + 'static) {
     INTERFERE.set(Some(Box::new(action)));
 }
 
-/// An entry whose compare-exchange can be interfered with.
+/// Runs `action` just before the load of an entry that follows after `loads` others of this thread.
+pub fn interfere_after_loads(loads: usize, action: impl FnOnce() + 'static) {
+    INTERFERE_LOAD.set(Some((loads, Box::new(action))));
+}
+
+/// An entry whose loads and compare-exchanges can be interfered with.
 pub struct Cell(HwEntry);
 
 impl EntryCell for Cell {
     fn load(&self) -> u64 {
+        match INTERFERE_LOAD.take() {
+            Some((0, action)) => action(),
+            Some((loads, action)) => INTERFERE_LOAD.set(Some((loads - 1, action))),
+            None => {}
+        }
         self.0.load()
     }
     fn store(&self, entry: u64) {

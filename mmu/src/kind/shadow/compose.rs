@@ -9,6 +9,7 @@ use crate::access::Prot;
 use crate::addr::Pfn;
 use crate::format::{EntryFormat, Leaf, MemoryType, Writability};
 use crate::level::{Level, PageSize};
+use crate::mutant::{self, Mutant};
 use crate::role::{Caching, CpuRole, RoleFlags};
 use crate::tables::TableMemory;
 
@@ -25,7 +26,8 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         let mut execute = prot.contains(Prot::EXECUTE);
         let mut execute_user = execute;
         if guest.is_some_and(|guest| guest.flags().contains(RoleFlags::MODE_BASED_EXECUTE)) {
-            execute_user = prot.contains(Prot::EXECUTE_USER);
+            execute_user =
+                prot.contains(Prot::EXECUTE_USER) || execute && mutant::is(Mutant::UserFetchesAlike);
             if !self.format.can_tell_user_fetches() {
                 (execute, execute_user) = (execute && execute_user, execute && execute_user);
             }
@@ -52,7 +54,9 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
 /// processor, and none here.
 pub(super) fn caching(guest: Option<&CpuRole>, entry: u64, level: Level) -> Caching {
     const EPT_IGNORE_PAT: u64 = 1 << 6;
-    let Some(guest) = guest else { return Caching::WRITE_BACK };
+    let Some(guest) = guest.filter(|_| !mutant::is(Mutant::NestedTypeIgnored)) else {
+        return Caching::WRITE_BACK;
+    };
     if guest.is_ept() {
         // Reserved types are misconfigured, and never get here.
         let memory_type = match entry >> 3 & 7 {

@@ -8,6 +8,7 @@ use crate::format::{EntryFormat, Writability};
 use crate::kind::Root;
 use crate::level::{Level, PageSize};
 use crate::memory::{Backing, Exclusive, Held, Resolved, SlotFlags, VmMemory};
+use crate::mutant::{self, Mutant};
 use crate::role::{Caching, CpuRole, PageRole, RoleFlags};
 use crate::tables::{TableCache, TableMemory};
 use crate::walk::{GuestWalk, PagingContext};
@@ -95,7 +96,7 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
     ) -> Result<ShadowFault, ShadowFault> {
         let mut page = self.root_page(guard, root).ok_or(ShadowFault::NoRoot)?;
         // What was protected before must be so on every CPU, or what is read now may change unseen.
-        if !self.settle(guard) {
+        if !self.settle(guard) && !mutant::is(Mutant::ShadowSettleIgnored) {
             return Err(ShadowFault::Wait);
         }
         let root_role = self.role(page).filter(|_| !self.is_empty_root(page)).ok_or(ShadowFault::NoRoot)?;
@@ -157,7 +158,12 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
     ) -> Result<u32, ShadowFault> {
         let role = self.role(page).ok_or(ShadowFault::Retry)?;
         let first = Gfn::new_truncate(gfn.number() & !(role.level.pages() - 1));
-        let child = role.child(index, prot, true).ok_or(ShadowFault::Retry)?.cached(caching);
+        let shared = mutant::is(Mutant::HugeShadowShared);
+        let clean = if mutant::is(Mutant::CleanHugeShadowShared) { walk.translation.prot } else { prot };
+        let child = role
+            .child(index, if shared { role.access } else { clean }, true)
+            .ok_or(ShadowFault::Retry)?
+            .cached(caching);
         self.descend_to(guard, cache, walk, page, index, first, &child)
     }
 
@@ -199,7 +205,8 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
     ) -> Result<(Gfn, Prot), ShadowFault> {
         if !is_above(role) {
             let below = role.level.down().and_then(|below| walk.step(below)).ok_or(ShadowFault::Retry)?;
-            return Ok((below.at.gfn(), below.parents));
+            let whole = mutant::is(Mutant::ShadowOfWholeWalk);
+            return Ok((below.at.gfn(), if whole { walk.translation.prot } else { below.parents }));
         }
         if role.level == Level::L3 {
             if let Some(pdpte) = walk.pdpte {
@@ -229,7 +236,11 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         let pdptes = if is_above(child) { self.page(page).pdptes } else { [0; 4] };
         let found = match self.note(entry).kept {
             // A link is followed only if it leads to the very page that would be linked now.
-            Kept::Link(there) if self.is_page(there, memory.root_generation(), gfn, child, &pdptes) => {
+            Kept::Link(there)
+                if self.is_page(there, memory.root_generation(), gfn, child, &pdptes)
+                    || mutant::is(Mutant::LinkOfOtherTable) && self.role(there) == Some(*child)
+                    || mutant::is(Mutant::LinkOfOtherRole) && self.page(there).gfn == gfn =>
+            {
                 self.touch(there);
                 there
             }
@@ -241,7 +252,9 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         }
         self.drop_entry(memory, entry);
         // The guest need not flush when an entry becomes present, so what is linked has to be up to date.
-        self.sync_tree(guard, found);
+        if !mutant::is(Mutant::LinkedUnsynced) {
+            self.sync_tree(guard, found);
+        }
         // Only now: the table is protected, or known to be unsync.
         self.unchanged(memory, walk, page, index)?;
         self.link(entry, found);
@@ -257,7 +270,7 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         index: usize,
     ) -> Result<(), ShadowFault> {
         let Some(role) = self.role(page) else { return Err(ShadowFault::Retry) };
-        if role.direct || is_above(&role) {
+        if role.direct || is_above(&role) || mutant::is(Mutant::StaleEntryShadowed) {
             return Ok(());
         }
         let at = guest_entry(self.page(page), &role, index);
@@ -324,7 +337,7 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         {
             size = smaller;
         }
-        let writability = if read_only {
+        let writability = if read_only && !mutant::is(Mutant::ShadowReadOnlyWritable) {
             Writability::ReadOnly
         } else if tracked || !prot.contains(Prot::WRITE) {
             Writability::Tracked
@@ -355,13 +368,14 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         let index = level.index(frame);
         let entry = number(page, index);
         let inside = goal.gfn.number() & (goal.block_size.pages() - 1) & !(goal.size.pages() - 1);
+        let inside = if mutant::is(Mutant::SmallPagesOfOneFrame) { 0 } else { inside };
         let first = Gfn::new_truncate(goal.gfn.number() & !(goal.size.pages() - 1));
         let pfn = Pfn::new_truncate(goal.block.number() + inside);
         let Some(role) = self.role(page) else { return Err(ShadowFault::Retry) };
         let guest = role.base.guest();
         let says = (goal.prot, goal.caching);
         let mut leaf = self.compose(guest.as_ref(), says, (pfn, goal.size), goal.writability);
-        if level != Level::L1 && self.ops.no_huge_execute {
+        if level != Level::L1 && self.ops.no_huge_execute && !mutant::is(Mutant::ShadowHugeExecutable) {
             leaf = leaf.with_execute(false);
         }
         if !self.can_say(&leaf) {
@@ -381,10 +395,10 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
                 return Ok(ShadowFault::Spurious);
             }
             Some((_, found, wanted))
-                if found.pfn == wanted.pfn
+                if (found.pfn == wanted.pfn || mutant::is(Mutant::ShadowChangesFrame))
                     && (found.memory_type, found.ignore_pat) == (wanted.memory_type, wanted.ignore_pat) =>
             {
-                self.replace(memory, entry, first, value, FlushSite::Replace);
+                self.replace(memory, entry, first, value, FlushSite::ShadowReplace);
             }
             // Another page, if anything: take it away, never change it into this.
             _ => {
@@ -392,7 +406,7 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
                 self.map(entry, first, value);
             }
         }
-        if goal.write {
+        if goal.write && !mutant::is(Mutant::ShadowWriteUnlogged) {
             memory.note_write(space(&role), goal.gfn);
         }
         if level == Level::L1 {
@@ -424,14 +438,17 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         let raw = read_guest(memory, guest_entry(self.page(page), &role, index), &role);
         let Some(found) = raw.and_then(|raw| context.lowest_entry(raw)) else { return };
         let prot = role.access & found.prot;
-        let Some(hit) =
-            memory.find_slot(space(&role), found.page).filter(|_| found.accessed && !prot.is_empty())
+        let Some(hit) = memory
+            .find_slot(space(&role), found.page)
+            .filter(|_| (found.accessed || mutant::is(Mutant::PrefetchUnused)) && !prot.is_empty())
         else {
             return;
         };
         let resolved = memory.backing().resolve(&hit.ram(), PageSize::Size4K, AccessKind::Read);
         let Resolved::Ram { pfn, .. } = resolved else { return };
-        let writes = prot.contains(Prot::WRITE) && found.dirty && !memory.is_tracked(&hit);
+        let writes = prot.contains(Prot::WRITE)
+            && (found.dirty || mutant::is(Mutant::PrefetchClean))
+            && (!memory.is_tracked(&hit) || mutant::is(Mutant::PrefetchTracked));
         let writability = if hit.flags().contains(SlotFlags::READ_ONLY) {
             Writability::ReadOnly
         } else if writes {
@@ -464,6 +481,7 @@ fn cannot_be_shadowed(root: &PageRole, walk: &GuestWalk<Gpa>, access: Access) ->
     let flags = root.base.guest().map_or(RoleFlags::empty(), |guest| guest.flags());
     let forced = access.kind == AccessKind::Write && access.agent != Agent::User;
     forced
+        && !mutant::is(Mutant::SmapHole)
         && !flags.contains(RoleFlags::WP)
         && flags.contains(RoleFlags::SMAP)
         && walk.shadow_prot.contains(Prot::USER)
@@ -487,7 +505,9 @@ fn shadow_prot(root: &PageRole, walk: &GuestWalk<Gpa>, access: Access) -> Prot {
             prot.remove(Prot::EXECUTE);
         }
         prot.insert(Prot::WRITE);
-        prot.remove(Prot::USER);
+        if !mutant::is(Mutant::ShadowUserPageKept) {
+            prot.remove(Prot::USER);
+        }
     }
     prot
 }

@@ -11,6 +11,7 @@ use crate::addr::GfnRange;
 use crate::format::EntryFormat;
 use crate::level::{Level, PageSize};
 use crate::memory::{Backing, Exclusive, Held, Pages, Resolved, VmMemory};
+use crate::mutant::{self, Mutant};
 use crate::tables::TableMemory;
 
 impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
@@ -28,7 +29,10 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
             let page = self.page(index);
             let Some(size) = self.block_of(index) else { continue };
             let inside = GfnRange::new(page.gfn, size.pages()).is_ok_and(|block| block.overlaps(range));
-            if inside && !page.split && self.can_be_huge(memory, page, size) {
+            if inside
+                && !page.split
+                && (mutant::is(Mutant::ShadowCollapseLogged) || self.can_be_huge(memory, page, size))
+            {
                 self.zap_page(guard, index);
             }
         }
@@ -76,7 +80,7 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
             let page = self.page(index);
             let logged = memory.is_logging()
                 && page.role.is_some_and(|role| memory.logged_by(space(&role).at(page.gfn)).is_some());
-            if page.role.is_some() && page.split && !logged {
+            if page.role.is_some() && page.split && (!logged || mutant::is(Mutant::ShadowRecoverLogged)) {
                 self.zap_page(guard, index);
                 left -= 1;
                 if left == 0 {

@@ -11,6 +11,7 @@ use crate::format::{EntryFormat, Writability};
 use crate::kind::Sweep;
 use crate::level::Level;
 use crate::memory::{Backing, Exclusive, Held, LogBy, Pages, SpaceGfn};
+use crate::mutant::{self, Mutant};
 use crate::role::PageRole;
 use crate::tables::TableMemory;
 
@@ -84,7 +85,7 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         match self.logged_by(pages, &met.role, met.gfn) {
             // A write that the bit tells of came before the page is copied.
             Some(LogBy::DirtyBits) if !met.is_huge() => drop(self.clean(met)),
-            _ => self.watch(pages, met, FlushSite::Rearm),
+            _ => self.watch(pages, met, FlushSite::ShadowRearm),
         }
     }
 
@@ -94,7 +95,7 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         if dirty {
             let format = self.format;
             self.edit(met.entry, |value| format.without_dirty(value));
-            self.took_away(FlushSite::Rearm);
+            self.took_away(FlushSite::ShadowRearm);
         }
         dirty
     }
@@ -102,13 +103,15 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
     /// How writes to `gfn` through a page with this role are noticed.
     pub(super) fn logged_by(&self, pages: &dyn Pages, role: &PageRole, gfn: Gfn) -> Option<LogBy> {
         let by = pages.logged_by(space(role).at(gfn))?;
-        let marks = self.format.has_dirty_bits() && !is_nested(role);
+        let marks =
+            self.format.has_dirty_bits() && (!is_nested(role) || mutant::is(Mutant::NestedByDirtyBits));
         Some(if marks { by } else { LogBy::WriteProtection })
     }
 
     /// The value of a new leaf of 4 KiB that nobody has written to yet, so that the first write is noticed.
     pub(super) fn armed(&self, pages: &dyn Pages, role: &PageRole, gfn: Gfn, value: u64) -> u64 {
-        if self.format.writability(value) != Some(Writability::Writable) {
+        if self.format.writability(value) != Some(Writability::Writable) || mutant::is(Mutant::ShadowUnarmed)
+        {
             return value;
         }
         match self.logged_by(pages, role, gfn) {
@@ -122,7 +125,11 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
 
     /// A leaf with the value `old` is gone, or its D: if that is how the slot is logged, the log takes the place of D.
     pub(super) fn lose_dirty(&self, pages: &dyn Pages, role: &PageRole, gfn: Gfn, old: u64) {
-        if role.level == Level::L1 && self.format.is_dirty(old) && !is_nested(role) {
+        if role.level == Level::L1
+            && self.format.is_dirty(old)
+            && !is_nested(role)
+            && !mutant::is(Mutant::ShadowDirtyLost)
+        {
             pages.note_dirty_bit(space(role).at(gfn));
         }
     }

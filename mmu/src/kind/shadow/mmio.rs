@@ -11,6 +11,7 @@ use crate::format::{EntryFormat, Mmio, MmioGeneration};
 use crate::kind::Root;
 use crate::level::{Level, ENTRIES};
 use crate::memory::{mmio_epoch, Backing, Exclusive, Held, VmMemory};
+use crate::mutant::{self, Mutant};
 use crate::role::{CpuRole, RoleFlags};
 use crate::tables::TableMemory;
 
@@ -30,6 +31,7 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
     /// Whether notes are made and honoured.
     pub fn caches_mmio<B>(&self, memory: &VmMemory<B>) -> bool {
         self.ops.mmio_epoch == mmio_epoch(memory.slot_generation()) + 1
+            || self.ops.mmio_epoch != 0 && mutant::is(Mutant::ShadowEpochIgnored)
     }
 
     /// Takes the notes away, in batches. No TLB has one, so nothing is flushed.
@@ -71,12 +73,16 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
             }
         };
         let generation = MmioGeneration::new_truncate(memory.slot_generation());
-        let note = self.format.mmio(self.value(entry)).filter(|note| note.generation == generation)?;
+        let note = self
+            .format
+            .mmio(self.value(entry))
+            .filter(|note| note.generation == generation || mutant::is(Mutant::ShadowOldNote))?;
         let keys = if note.user { RoleFlags::PKE } else { RoleFlags::PKS };
         let by_user = access.agent == Agent::User;
         let has_users = !role.is_ept() && role.top().is_some();
-        let permitted = (access.kind == AccessKind::Read || note.write)
-            && (!has_users || note.user == by_user && !role.flags().contains(keys));
+        let permitted =
+            (access.kind == AccessKind::Read || note.write || mutant::is(Mutant::ShadowNoteForWrites))
+                && (!has_users || note.user == by_user && !role.flags().contains(keys));
         let inside = address.bits() & 0xfff;
         permitted.then(|| Gpa::new_truncate(note.gfn.gpa().bits() | inside))
     }
@@ -84,7 +90,9 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
     /// Notes at the entry of a lowest page that there is no RAM at `gfn`, where the guest's tables permit `prot`. What was
     /// there goes first, with its record: a note never takes the place of a leaf that is still in the reverse map.
     pub(super) fn note_mmio<B: Backing>(&mut self, memory: &VmMemory<B>, entry: u32, gfn: Gfn, prot: Prot) {
-        self.drop_entry(memory, entry);
+        if !mutant::is(Mutant::ShadowNoteOverLeaf) {
+            self.drop_entry(memory, entry);
+        }
         if let Some(value) = self.mmio_value(memory, entry, gfn, prot) {
             self.remember_device(entry, gfn);
             self.write(entry, value);

@@ -31,6 +31,7 @@ use crate::cpu::CpuId;
 use crate::format::{EntryFormat, Pae};
 use crate::level::{Level, ENTRIES};
 use crate::memory::{Backing, Exclusive, Generation, Held, Quiescent, Space, VmMemory};
+use crate::mutant::FlushSite;
 use crate::role::{PageRole, PagingMode, RoleFlags};
 use crate::tables::{TableFrame, TableMemory, TablePage};
 
@@ -267,11 +268,9 @@ impl<'s, F: EntryFormat, M: TableMemory> ShadowMmu<'s, F, M> {
     fn settle<'m, B: Backing + 'm>(&mut self, guard: &Exclusive<'m, B>) -> bool {
         let shootdown = Held::<B>::memory(guard).shootdown();
         let mut flush = Flush::new(&self.format, &self.tables, &self.freed, shootdown);
-        if core::mem::take(&mut self.ops.pending) {
-            flush.note();
-        }
+        flush.note_if(core::mem::take(&mut self.ops.pending));
         while let Some(page) = self.ops.store.pages.get_mut(self.ops.dying as usize) {
-            flush.adopt(TableFrame::linked(page.frame));
+            flush.adopt(TableFrame::linked(page.frame), FlushSite::ShadowPage);
             let index = core::mem::replace(&mut self.ops.dying, page.next);
             page.next = core::mem::replace(&mut self.ops.free, index);
         }

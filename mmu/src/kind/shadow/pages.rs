@@ -6,6 +6,7 @@ use crate::addr::{Gfn, Pfn};
 use crate::format::{EntryFormat, Writability};
 use crate::level::{Level, PageSize, ENTRIES};
 use crate::memory::{Backing, Exclusive, Held, Pages};
+use crate::mutant::{self, Mutant};
 use crate::role::PageRole;
 use crate::tables::{EntryCell, TableCache, TableFrame, TableMemory};
 
@@ -114,7 +115,7 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
                     self.counters.leaves(self.ops.cpu, role.level, -1);
                     self.lose_dirty(pages, &role, gfn, old);
                 }
-                self.took_away(FlushSite::DropLeaf);
+                self.took_away(FlushSite::ShadowDropLeaf);
             }
             Kept::Link(_) => self.page_mut(page).stale[index / 64] &= !(1 << (index % 64)),
         }
@@ -133,7 +134,7 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         };
         self.enter_chain(entry, Kept::Link(child));
         self.write(entry, value);
-        if unsync {
+        if unsync && !mutant::is(Mutant::LinkForgetsUnsync) {
             self.mark_parents(child);
         }
     }
@@ -189,7 +190,7 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
     /// Takes write permission for `gfn` out of every leaf; huge pages around it go.
     pub(super) fn write_protect_gfn(&mut self, pages: &dyn Pages, gfn: Gfn) {
         self.leaves_of(gfn, |kind, entry, level| {
-            if level != Level::L1 {
+            if level != Level::L1 && !mutant::is(Mutant::ShadowedHuge) {
                 kind.drop_entry(pages, entry);
                 return;
             }
@@ -199,7 +200,7 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
                 kind.edit(entry, |value| format.with_writability(value, Writability::Tracked));
             }
             if kind.format.may_be_cached_writable(old) {
-                kind.took_away(FlushSite::Protect);
+                kind.took_away(FlushSite::ShadowProtect);
             }
         });
     }
@@ -249,7 +250,10 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         pdptes: &[u64; 4],
     ) -> bool {
         let page = self.page(index);
-        page.gfn == gfn && page.role == Some(*role) && page.generation == generation && page.pdptes == *pdptes
+        page.gfn == gfn
+            && page.role == Some(*role)
+            && (page.generation == generation || mutant::is(Mutant::ObsoleteReused))
+            && (page.pdptes == *pdptes || mutant::is(Mutant::PointersIgnored))
     }
 
     /// Marks a page as in use by this operation.
@@ -283,7 +287,8 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
                 self.ops.free
             }
         };
-        let follows = shadows(role) && (found.is_none() || self.is_lost(index));
+        let follows =
+            shadows(role) && !mutant::is(Mutant::ShadowUntracked) && (found.is_none() || self.is_lost(index));
         if follows {
             self.track(guard, gfn)?;
         }
@@ -320,7 +325,7 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         match guard.track_beside(gfn) {
             Ok(flushed) => {
                 if flushed {
-                    self.took_away(FlushSite::Beside);
+                    self.took_away(FlushSite::ShadowBeside);
                 }
                 Ok(())
             }
@@ -371,7 +376,11 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         let now = self.ops.now;
         let pages = self.ops.store.pages.iter().enumerate();
         let oldest = pages
-            .filter(|(_, page)| page.role.is_some() && page.roots == 0 && page.used != now)
+            .filter(|(_, page)| {
+                page.role.is_some()
+                    && page.roots == 0
+                    && (page.used != now || mutant::is(Mutant::RecycleInUse))
+            })
             .min_by_key(|(_, page)| page.used)
             .map(|(index, _)| index as u32);
         self.zap_page(guard, oldest.ok_or(Stop::Full)?);
@@ -385,7 +394,7 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
             return;
         }
         let memory = Held::<B>::memory(guard);
-        while self.page(index).parents != NONE {
+        while self.page(index).parents != NONE && !mutant::is(Mutant::ZapLeavesParents) {
             self.drop_entry(memory, self.page(index).parents);
         }
         for entry in 0..ENTRIES {

@@ -8,6 +8,7 @@ use crate::format::{EntryFormat, Writability};
 use crate::kind::Root;
 use crate::level::{Level, ENTRIES};
 use crate::memory::{Backing, Exclusive, Held};
+use crate::mutant::{self, Mutant};
 use crate::tables::TableMemory;
 use crate::walk::{LowestEntry, PagingContext};
 
@@ -61,7 +62,7 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         while index != NONE {
             let page = self.page(index);
             if let Some(role) = page.role.filter(|role| page.gfn == gfn && shadows(role)) {
-                if role.level != Level::L1 {
+                if role.level != Level::L1 && !mutant::is(Mutant::UpperUnsync) {
                     return false;
                 }
                 count += usize::from(!page.unsync);
@@ -79,7 +80,9 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
                 self.page_mut(index).unsync = true;
                 self.ops.unsync += 1;
                 self.untrack_page(guard, index);
-                self.mark_parents(index);
+                if !mutant::is(Mutant::UnsyncParentsUnmarked) {
+                    self.mark_parents(index);
+                }
             }
             index = next;
         }
@@ -93,7 +96,7 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         if self.page(page).unsync {
             self.sync_page(guard, page);
         }
-        for word in 0..8 {
+        for word in 0..if mutant::is(Mutant::SyncThisPageOnly) { 0 } else { 8 } {
             let mut rest = self.page(page).stale[word];
             while rest != 0 {
                 let bit = rest & rest.wrapping_neg();
@@ -151,12 +154,15 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         let at = guest_entry(self.page(page), &role, index);
         let context = PagingContext::<Gva, Gpa>::new(guest);
         let raw = read_guest(memory, at, &role);
-        let same = |found: &LowestEntry| found.accessed && found.page.gfn() == gfn;
+        let same = |found: &LowestEntry| {
+            (found.accessed || mutant::is(Mutant::SyncUnused))
+                && (found.page.gfn() == gfn || mutant::is(Mutant::SyncOtherFrame))
+        };
         let Some(found) = raw.and_then(|raw| context.lowest_entry(raw)).filter(same) else {
             return self.drop_entry(memory, entry);
         };
         let mut prot = role.access & found.prot;
-        if !found.dirty {
+        if !found.dirty && !mutant::is(Mutant::SyncKeepsWrite) {
             prot.remove(Prot::WRITE);
         }
         if matches!(self.note(entry).kept, Kept::Device(_)) {
@@ -182,7 +188,7 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         }
         if leaf != old {
             let new = self.marked_like(value, self.format.make_leaf(&leaf));
-            self.replace(memory, entry, gfn, new, FlushSite::Sync);
+            self.replace(memory, entry, gfn, new, FlushSite::ShadowSync);
         }
     }
 

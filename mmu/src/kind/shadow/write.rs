@@ -7,6 +7,7 @@ use crate::addr::{Gpa, PAGE_SIZE};
 use crate::format::EntryFormat;
 use crate::level::{Level, ENTRIES};
 use crate::memory::{Backing, Exclusive, Held};
+use crate::mutant::{self, Mutant};
 use crate::role::PageRole;
 use crate::tables::TableMemory;
 use crate::walk::MarkObserver;
@@ -63,9 +64,9 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
                 index = next;
             }
         }
-        if marks.overflowed.get() {
+        if marks.overflowed.get() && !mutant::is(Mutant::MarksForgotten) {
             guard.retire_roots();
-            self.took_away(FlushSite::Retire);
+            self.took_away(FlushSite::ShadowRetire);
         }
         self.done(guard, ())
     }
@@ -85,12 +86,19 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
                 let partial = len < 4 && !(len == 1 && at.bits() == first);
                 let page = self.page_mut(index);
                 page.writes = page.writes.saturating_add(1);
-                let flooded = role.level != Level::L1 && page.writes >= FLOOD;
+                let flooded =
+                    role.level != Level::L1 && page.writes >= FLOOD && !mutant::is(Mutant::FloodIgnored);
+                let partial = partial && !mutant::is(Mutant::PartialIgnored);
+                let crosses = crosses && !mutant::is(Mutant::StraddleIgnored);
+                let len = if mutant::is(Mutant::StraddleIgnored) { 1 } else { len };
                 if crosses || partial || flooded {
                     self.zap_page(guard, index);
                 } else {
                     let whole = at.bits() == first && len == entry_bytes;
                     for entry in self.entries_at(index, &role, at, len) {
+                        if mutant::is(Mutant::PartialIgnored) && !whole {
+                            break;
+                        }
                         self.drop_entry(memory, number(index, entry));
                         if whole && !self.is_lost(index) {
                             self.prefetch_entry(memory, index, entry);
@@ -113,6 +121,9 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         let last = (end.min(base + PAGE_SIZE) - base).div_ceil(size);
         let (scale, skip) = match (is_short(role), role.level) {
             (false, _) => (1, 0),
+            (true, Level::L2) if mutant::is(Mutant::OneOfTwoEntries) => {
+                (1, u64::from(role.quadrant) * ENTRIES as u64)
+            }
             (true, Level::L2) => (2, u64::from(role.quadrant) * ENTRIES as u64),
             (true, _) => (1, u64::from(role.quadrant) * ENTRIES as u64),
         };

@@ -81,7 +81,7 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         self.begin(guard);
         let memory = Held::<B>::memory(guard);
         for index in self.batch(progress) {
-            self.each_leaf(index, range, |kind, met| kind.watch(memory, &met, FlushSite::Protect));
+            self.each_leaf(index, range, |kind, met| kind.watch(memory, &met, FlushSite::ShadowProtect));
         }
         self.done_surely(guard, ())
     }
@@ -163,7 +163,7 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
     pub fn invalidate_all<'m, B: Backing + 'm>(&mut self, guard: &mut Exclusive<'m, B>) -> ShadowDone<()> {
         self.begin(guard);
         guard.retire_roots();
-        self.took_away(FlushSite::Retire);
+        self.took_away(FlushSite::ShadowRetire);
         self.done(guard, ())
     }
 
