@@ -20,7 +20,7 @@ const RUSTUP_LIMIT: Duration = Duration::from_secs(300);
 const RUNS: [(&[&str], &[&str]); 4] = [
     (&["--lib"], &["--skip", "format::"]),
     (&["--test", "direct"], &["amd::phys_tables_over_real_memory"]),
-    (&["--test", "threads"], &["the_exclusive_guard_excludes", "amd::two_threads_populate_the_same_range"]),
+    (&["--test", "threads"], &["the_exclusive_guard_excludes"]),
     (&["--test", "shadow"], &["unpaged"]),
 ];
 
