@@ -56,6 +56,25 @@ fn four_levels() {
     world.finish();
 }
 
+/// Protection keys are the processor's affair: it finds them where the guest has put them.
+#[test]
+fn shadows_have_the_guests_protection_keys() {
+    let key = |entry: u64| entry >> 59 & 15;
+    let mut world = world(BASE);
+    world.ram().set(0x4008, 5 << 59 | 1 << 12 | 0x67);
+    world.ram().set(0x3008, 9 << 59 | 0x20_0000 | 0xe7);
+    for va in [0x1000, 0x2000, 0x20_0000] {
+        assert!(matches!(world.access(0, va, What::Read, Who::User), Ended::At(_)));
+    }
+    assert_eq!([0x1000, 0x2000, 0x20_0000].map(|va| key(world.shadow_leaf(0, va))), [5, 0, 9]);
+    // Another key, and INVLPG: the translation is the same.
+    assert!(matches!(world.guest_store(0, 0x4008, 3 << 59 | 1 << 12 | 0x67), Ended::At(_)));
+    world.invlpg(0, 0x1000);
+    world.access(0, 0x1000, What::Read, Who::User);
+    assert_eq!(key(world.shadow_leaf(0, 0x1000)), 3);
+    world.finish();
+}
+
 #[test]
 fn unpaged() {
     let mut world = World::new(Machine { pg: false, lma: false, ..BASE }, 64, addresses(), long_mode);

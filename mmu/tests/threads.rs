@@ -65,8 +65,7 @@ impl<M: Machine> Vm<M> {
 
 /// Two threads fault the same pages in the same order: one maps each page, the other finds it mapped.
 fn two_threads_populate_the_same_range<M: Machine>(machine: M) {
-    // In the interpreter pages have their price.
-    const PAGES: u64 = if cfg!(miri) { 1024 } else { 8192 };
+    const PAGES: u64 = 8192;
     for largest in [PageSize::Size4K, PageSize::Size2M] {
         let vm = Vm::new(machine, largest);
         let start = Barrier::new(2);

@@ -507,6 +507,9 @@ fn commit_03a6e84069d1_init_in_each_paging_mode() {
         assert_eq!(world.access(0, VA, What::Write, Who::Supervisor), Ended::At(VA));
         world.finish();
     }
+    let mut world = with_pcids(Tags::One);
+    let left = RootSet::PREVIOUS_0 | RootSet::PREVIOUS_1 | RootSet::PREVIOUS_2;
+    assert_eq!(world.vcpus[0].mmu.init().sync, Some((Sync::All, left)), "no root is taken for current later");
 }
 
 /// A CR3 outside RAM is legal: every access is a page fault until the guest loads another, or there is RAM.

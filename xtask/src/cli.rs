@@ -92,6 +92,7 @@ mod tests {
             &["miri"],
             &["bench", "exits", "--json"],
             &["bench", "exits", "--emulator", "bochs", "--cpu", "ryzen"],
+            &["bench", "mmu", "--json"],
             &["bench", "mmu-host"],
             &["bench", "mmu-host", "--json"],
             &["check"],

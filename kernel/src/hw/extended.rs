@@ -327,3 +327,33 @@ mod tests {
         x87_initialize();
     }
 }
+
+macro_rules! move_vector {
+    ($index:expr, $form:literal, $pointer:expr, $($number:literal)*) => {
+        match $index & 15 {
+            $(
+                // SAFETY: sixteen bytes at the pointer are the caller's own; the register is the guest's, and is what is asked
+                // for. The upper part of a wider register stays as it is.
+                $number => unsafe {
+                    asm!(concat!("movups ", $form), pointer = in(reg) $pointer, number = const $number,
+                         options(nostack, preserves_flags))
+                },
+            )*
+            _ => {}
+        }
+    };
+}
+
+/// The low 128 bits of the guest's vector register `index`.
+pub fn vector(index: u8) -> u128 {
+    let mut value = 0u128;
+    let pointer = &raw mut value;
+    move_vector!(index, "[{pointer}], xmm{number}", pointer, 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15);
+    value
+}
+
+/// Sets them; the rest of a wider register stays as it is.
+pub fn set_vector(index: u8, value: u128) {
+    let pointer = &raw const value;
+    move_vector!(index, "xmm{number}, [{pointer}]", pointer, 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15);
+}

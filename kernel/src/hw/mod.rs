@@ -10,6 +10,7 @@ pub mod cr4;
 pub mod extended;
 #[cfg(test)]
 pub(crate) mod fake;
+pub mod shadowed;
 pub mod svm;
 pub mod tag;
 pub mod vmx;
@@ -22,6 +23,7 @@ use crate::devices::lapic::LocalApic;
 use bitflags::bitflags;
 use core::fmt;
 use mmu::EntryFormat;
+use shadowed::ShadowFormat;
 
 /// Index of a general-purpose register in [`HwVcpu::gprs`], in the order of instruction encodings.
 pub mod gpr {
@@ -250,6 +252,25 @@ pub enum Exit {
     Hlt,
     /// PAUSE in a loop.
     Pause,
+    /// The CPU's own page fault, where shadow tables translate: the guest's, or one of the shadow.
+    PageFault {
+        /// The error code.
+        code: u32,
+        /// The linear address.
+        linear: u64,
+    },
+    /// INVLPG.
+    InvalidatePage {
+        /// The linear address, where the hardware says it.
+        linear: Option<u64>,
+    },
+    /// MOV from a control register whose value the processor has not got.
+    ReadCr {
+        /// Its number.
+        cr: u8,
+        /// The general-purpose register that takes the value, where the hardware names it: VMX.
+        gpr: Option<u8>,
+    },
     /// MOV to a control register that is intercepted now.
     WriteCr {
         /// Its number.
@@ -293,6 +314,8 @@ pub enum Exit {
     NmiWindow,
     /// The TSC has reached what [`HwVcpu::set_deadline`] asked for.
     Deadline,
+    /// No entry was made, for the host has no memory left for the guest's tables.
+    NoTableMemory,
     /// Triple fault.
     Shutdown,
     /// The hardware refused the guest's state; the reason is in words.
@@ -323,8 +346,8 @@ pub struct TaskSwitch {
     pub selector: u16,
     /// What started it.
     pub cause: TaskSwitchCause,
-    /// Address of the next instruction, where an instruction started it.
-    pub next_rip: u64,
+    /// Address of the next instruction, where an instruction started it and the hardware says it.
+    pub next_rip: Option<u64>,
 }
 
 /// Why this machine cannot run guests, as a sentence for its owner.
@@ -356,14 +379,14 @@ impl fmt::Display for Refusal {
                 "SVM is switched off in this machine's firmware; turn on \"SVM\" or \"AMD-V\" in its setup and boot again"
             }
             Self::NoNestedPaging => {
-                "this CPU has SVM without nested paging, which Umbra needs; in QEMU add +npt to -cpu"
+                "this CPU has SVM without nested paging; in QEMU add +npt to -cpu"
             }
             Self::VmxDisabledByFirmware => {
                 "VMX is locked off in this machine's firmware; turn on \"VT-x\" or \"Intel Virtualization Technology\" in its \
                  setup and boot again"
             }
             Self::NoExtendedPageTables => {
-                "this CPU has VMX without EPT, and this version of Umbra has no shadow paging; use a CPU of 2009 or later"
+                "this CPU has VMX without EPT; CPUs of 2009 and later have it"
             }
             Self::Unsuitable(what) => {
                 return write!(f, "this CPU has {what}, with which Umbra cannot run guests; use a newer CPU");
@@ -388,7 +411,7 @@ pub trait Vendor: Copy + fmt::Display + Send + Sync + 'static {
     type Format: EntryFormat;
 
     /// Name for the log.
-    const NAME: &'static str;
+    fn name(&self) -> &'static str;
 
     /// Looks for the extension on this CPU and prepares what all CPUs share.
     fn detect(features: &Features) -> Result<Self, Refusal>;
@@ -396,17 +419,33 @@ pub trait Vendor: Copy + fmt::Display + Send + Sync + 'static {
     /// Turns the extension on for the CPU that runs this. Once on each CPU that is to run guests.
     fn enable_on_this_cpu(&self) -> Result<(), Refusal>;
 
+    /// Whether the machine translates in two stages; if not, why.
+    fn two_stages(&self) -> Result<(), Refusal>;
+
     /// The format of second-stage tables as this machine has it.
     fn format(&self) -> Self::Format;
 
-    /// Guest-physical pages that the hardware needs in a VM beside its RAM, read-only to the guest; empty if none.
-    fn guest_pages(&self) -> &'static [GuestPage] {
+    /// The formats of shadow tables.
+    fn shadow_format(&self) -> ShadowFormat;
+
+    /// Guest-physical pages that the hardware needs in a VM beside its RAM, read-only to the guest; empty if none. With
+    /// `shadow` for a VM whose addresses are translated by shadow tables.
+    fn guest_pages(&self, shadow: bool) -> &'static [GuestPage] {
+        let _ = shadow;
         &[]
     }
 
-    /// Makes a vCPU in reset state that translates through the second-stage table `root` and whose guest may set the
-    /// bits `cr4` of CR4.
-    fn new_vcpu(&self, root: u64, cr4: u64) -> Result<Self::Vcpu, OutOfMemory>;
+    /// Makes a vCPU in reset state that translates as `translation` says and whose guest may set the bits `cr4` of CR4.
+    fn new_vcpu(&self, translation: Translation, cr4: u64) -> Result<Self::Vcpu, OutOfMemory>;
+}
+
+/// Which tables the processor walks while a guest runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Translation {
+    /// The guest's own, and those of the second stage below them, whose root this is.
+    TwoStages(u64),
+    /// Shadows of the guest's own alone: [`HwVcpu::set_root`] says which, before the first entry.
+    Shadow,
 }
 
 /// A page that the hardware needs at a guest-physical address; see [`Vendor::guest_pages`].
@@ -446,9 +485,11 @@ pub fn with_vendor(features: &Features, then: impl OnVendor) -> Refusal {
 ///
 /// State setters take effect at the next entry. Nothing here is safe to call from an interrupt handler.
 pub trait HwVcpu: Send {
-    /// Whether PAE's PDPTEs are in registers of their own, loaded when control registers are written: VMX. Under SVM's
-    /// nested paging they are read from memory at each walk (APM vol. 2, 15.25.10).
-    const KEEPS_PDPTES: bool = false;
+    /// Whether PAE's PDPTEs are in registers of their own, loaded when control registers are written. Under SVM's nested
+    /// paging alone they are read from memory at each walk (APM vol. 2, 15.25.10).
+    fn keeps_pdptes(&self) -> bool {
+        false
+    }
 
     /// General-purpose registers, valid between two runs; see [`gpr`].
     fn gprs(&self) -> &[u64; 16];
@@ -606,8 +647,15 @@ pub trait HwVcpu: Send {
         let _ = each;
     }
 
-    /// Sets the root of the second-stage table.
+    /// Sets the root of the tables: those of the second stage, which flushes all translations; or, with
+    /// [`Translation::Shadow`], those that take the place of the guest's own, where the caller says what to flush.
     fn set_root(&mut self, root: u64);
+    /// Flushes the translations of one page of linear addresses. May be left to
+    /// [`flush_tlb`](Self::flush_tlb), which also ends what the processor keeps of the tables themselves.
+    fn flush_page(&mut self, linear: u64) {
+        let _ = linear;
+        self.flush_tlb();
+    }
     /// Flushes all translations of this vCPU at the next entry.
     fn flush_tlb(&mut self);
 }

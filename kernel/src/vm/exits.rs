@@ -9,7 +9,7 @@ use super::exceptions::{DB, GP, UD};
 use super::guest::{Board, Guest};
 use super::mov_cr;
 use super::msr::{index, switched_is_valid, Gp, MsrContext, MsrEffect, MsrState, EFER_LMA};
-use super::paging::Resolution;
+use super::paging::{PageFault, Resolution, PF_FETCH, PF_USER};
 use super::pvclock;
 use super::report::{End, StopReason};
 use super::vcpu::{Activity, Core, Vcpu};
@@ -61,6 +61,9 @@ impl<V: Vendor> Vcpu<V> {
                 self.core.gives_way = true;
                 self.core.attention = true;
             }
+            Exit::PageFault { code, linear } => self.page_fault(guest, code, linear),
+            Exit::InvalidatePage { linear } => self.invalidate_page(guest, linear),
+            Exit::ReadCr { cr, gpr } => self.read_cr(guest, cr, gpr),
             Exit::WriteCr { cr, gpr } => self.write_cr(guest, cr, gpr),
             Exit::Emulate => {
                 // The next instruction may have to be emulated as well: no entry opens a window in between.
@@ -93,6 +96,7 @@ impl<V: Vendor> Vcpu<V> {
                 crate::cpu::machine_check::acknowledge();
                 self.stop(guest, StopReason::MachineCheck);
             }
+            Exit::NoTableMemory => self.stop(guest, StopReason::NoTableMemory),
             Exit::Shutdown => self.stop(guest, StopReason::TripleFault),
             Exit::InvalidState(why) => self.stop(guest, StopReason::InvalidState(why)),
             Exit::Unknown(code) => self.stop(guest, StopReason::UnknownExit(code)),
@@ -292,8 +296,60 @@ impl<V: Vendor> Vcpu<V> {
         }
     }
 
+    /// A page fault of the processor's on shadow tables.
+    fn page_fault(&mut self, guest: &Guest<V>, code: u32, linear: u64) {
+        let core = &mut self.core;
+        match core.paging.page_fault(&guest.memory, &core.hw, code, linear) {
+            PageFault::Mapped => {}
+            PageFault::Guest(fault) => self.refuse(guest, fault),
+            PageFault::NoTableMemory => self.stop(guest, StopReason::NoTableMemory),
+            PageFault::TableOutsideRam { .. } => {
+                self.stop(guest, StopReason::Unsupported("page tables of the guest outside its RAM"));
+            }
+            PageFault::Device { gpa, .. } if core.events.delivery_was_interrupted() => {
+                self.stop(guest, StopReason::DeliveryOutsideRam { gpa });
+            }
+            PageFault::Device { gpa, .. } if code & PF_FETCH != 0 => {
+                self.stop(guest, StopReason::FetchOutsideRam { gpa });
+            }
+            PageFault::Device { gpa, write } => {
+                let known = KnownOperand { gpa, linear: Some(linear), write };
+                // An access of the processor's own is not the instruction's operand.
+                let operand = code & PF_USER != 0 || core.hw.cpl() != 3;
+                self.emulate(guest, operand.then_some(known));
+            }
+            // What the processor does by itself cannot be emulated.
+            PageFault::Table { gpa } if core.events.delivery_was_interrupted() => {
+                guest.memory.stop_shadowing(core.paging.host_cpu(), gpa);
+            }
+            PageFault::Table { gpa } => self.write_to_table(guest, gpa),
+        }
+    }
+
+    /// The instruction at RIP writes to a table that is shadowed. One that the emulator does not do, the guest does by
+    /// itself, when nothing shadows the page any more; unless it has just tried.
+    fn write_to_table(&mut self, guest: &Guest<V>, gpa: u64) {
+        let Some(outcome) = self.run_emulator(guest, None) else { return };
+        let at = (self.core.hw.rip(), gpa);
+        match outcome {
+            Outcome::Unsupported { .. } if self.core.unshadowed != at => {
+                self.core.unshadowed = at;
+                guest.memory.stop_shadowing(self.core.paging.host_cpu(), gpa);
+            }
+            outcome => self.settle(guest, outcome),
+        }
+    }
+
     /// Emulates the instruction at RIP. `known` is what the fault said about its operand.
     fn emulate(&mut self, guest: &Guest<V>, known: Option<KnownOperand>) {
+        if let Some(outcome) = self.run_emulator(guest, known) {
+            self.settle(guest, outcome);
+        }
+    }
+
+    /// The same, up to the point where the outcome is known; none if there is nothing left to do.
+    #[inline]
+    fn run_emulator(&mut self, guest: &Guest<V>, known: Option<KnownOperand>) -> Option<Outcome> {
         self.core.hw.prepare_emulation();
         let mut bytes = [0; 16];
         let saved = self.core.hw.exit_insn_bytes();
@@ -303,7 +359,10 @@ impl<V: Vendor> Vcpu<V> {
                     bytes = fetched;
                     len
                 }
-                Err(fault) => return self.refuse(guest, fault),
+                Err(fault) => {
+                    self.refuse(guest, fault);
+                    return None;
+                }
             }
         } else {
             let len = saved.len();
@@ -312,8 +371,11 @@ impl<V: Vendor> Vcpu<V> {
         };
         let mut view = View { core: &mut self.core, guest, known };
         match self.emulator.emulate(&mut view, &bytes[..len]) {
-            Outcome::Truncated => self.fetch_rest(guest, len),
-            outcome => self.settle(guest, outcome),
+            Outcome::Truncated => {
+                self.fetch_rest(guest, len);
+                None
+            }
+            outcome => Some(outcome),
         }
     }
 
@@ -349,11 +411,47 @@ impl<V: Vendor> Vcpu<V> {
             Fault::Exception(exception) => {
                 if let Some(cr2) = exception.cr2 {
                     self.core.hw.set_cr2(cr2);
+                    if self.core.paging.is_shadowed() {
+                        self.core.paging.guest_faulted(cr2, exception.error_code.unwrap_or_default());
+                    }
                 }
                 self.raise(guest, exception.vector, exception.error_code);
             }
             Fault::Retry | Fault::Stop => self.core.attention = true,
             Fault::Unsupported(reason) => self.stop(guest, StopReason::Unsupported(reason)),
+        }
+    }
+
+    /// INVLPG of `linear`, where the hardware named it.
+    #[inline]
+    fn invalidate_page(&mut self, guest: &Guest<V>, linear: Option<u64>) {
+        match (linear, self.core.hw.exit_next_rip()) {
+            (Some(linear), Some(next)) => {
+                self.core.invalidate_page(linear);
+                self.complete(guest, next);
+            }
+            _ => self.emulate(guest, None),
+        }
+    }
+
+    /// MOV from control register `cr`, to general-purpose register `gpr` where the hardware named it.
+    fn read_cr(&mut self, guest: &Guest<V>, cr: u8, gpr: Option<u8>) {
+        match (gpr, self.core.hw.exit_next_rip()) {
+            (Some(gpr), Some(next)) => {
+                let hw = &self.core.hw;
+                let value = match cr {
+                    0 => hw.cr0(),
+                    3 => hw.cr3(),
+                    4 => hw.cr4(),
+                    _ => return self.raise(guest, UD, None),
+                };
+                let long = self.core.mode() == Mode::Long64;
+                let value = if long { value } else { value & 0xffff_ffff };
+                self.core.hw.gprs_mut()[usize::from(gpr & 15)] = value;
+                self.complete(guest, next);
+            }
+            // SMSW, too, reads CR0.
+            _ => self.emulate(guest, None),
         }
     }
 
@@ -387,8 +485,8 @@ impl<V: Vendor> Vcpu<V> {
                     }
                 };
                 let Some((register, insn_len)) = mov_cr::parse(&bytes[..len], long) else {
-                    // Another vCPU changed the code since the exit: let the guest run into what is there now.
-                    self.core.attention = true;
+                    // CLTS and LMSW write CR0, too; or another vCPU changed the code since the exit.
+                    self.emulate(guest, None);
                     return None;
                 };
                 (register, self.core.hw.rip().wrapping_add(insn_len as u64))
@@ -402,6 +500,7 @@ impl<V: Vendor> Vcpu<V> {
     #[cold]
     fn task_switch(&mut self, guest: &Guest<V>, switch: TaskSwitch) {
         let TaskSwitch { selector, cause, next_rip } = switch;
+        let Some(next_rip) = next_rip.or_else(|| self.next_rip(guest)) else { return };
         let event = match cause {
             TaskSwitchCause::Gate => self.core.events.take_interrupted(),
             TaskSwitchCause::Call | TaskSwitchCause::Iret | TaskSwitchCause::Jump => None,
@@ -560,7 +659,12 @@ impl<V: Vendor> Core<V> {
                 // A deadline may have been set.
                 self.attention |= msr == index::TSC_DEADLINE;
             }
-            MsrEffect::Efer(efer) => self.hw.set_efer(efer),
+            MsrEffect::Efer(efer) => {
+                self.hw.set_efer(efer);
+                if self.paging.is_shadowed() {
+                    self.paging.efer_written(&self.hw);
+                }
+            }
             MsrEffect::Pat(pat) => self.hw.set_pat(pat),
             MsrEffect::TscOffset(_) => {
                 self.hw.set_tsc_offset(guest.clock.tsc_offset(self.msrs.tsc_adjust));
@@ -676,7 +780,7 @@ impl<V: Vendor> Core<V> {
         now: &control_regs::Now,
         change: &control_regs::Change,
     ) -> Result<(), GeneralProtection> {
-        if change.load_pdptes && V::Vcpu::KEEPS_PDPTES {
+        if change.load_pdptes && self.hw.keeps_pdptes() {
             let pdptes = self.read_pdptes(guest, change.cr3);
             if !control_regs::pdptes_are_valid(&pdptes, guest.cpuid.caps().phys_bits) {
                 return Err(GeneralProtection);
@@ -695,11 +799,70 @@ impl<V: Vendor> Core<V> {
         if change.cr0 != now.cr0 {
             self.hw.set_cr0(change.cr0);
         }
-        if change.flush != control_regs::Flush::None {
+        if self.paging.is_shadowed() {
+            self.tell_of(now, change);
+        } else if change.flush != control_regs::Flush::None {
             // Flushing all covers each case.
             self.hw.flush_tlb();
         }
         Ok(())
+    }
+
+    /// Tells the shadow tables' side which registers were written.
+    fn tell_of(&mut self, now: &control_regs::Now, change: &control_regs::Change) {
+        if (change.cr0, change.efer) != (now.cr0, now.efer) {
+            self.paging.cr0_written(&self.hw);
+        } else if change.cr4 != now.cr4 {
+            self.paging.cr4_written(&self.hw);
+        } else if change.cr3 != now.cr3 || change.flush != control_regs::Flush::None {
+            self.paging.cr3_written(&self.hw, change.flush == control_regs::Flush::None);
+        }
+    }
+
+    /// INVLPG.
+    #[inline]
+    pub(super) fn invalidate_page(&mut self, linear: u64) {
+        if self.paging.is_shadowed() {
+            self.paging.invalidate_page(linear);
+        } else {
+            self.hw.flush_tlb();
+        }
+    }
+
+    /// INVPCID with checked operands.
+    pub(super) fn invalidate_context(&mut self, kind: u8, pcid: u16, linear: u64) {
+        if self.paging.is_shadowed() {
+            self.paging.invalidate_context(kind, pcid, linear);
+        } else {
+            self.hw.flush_tlb();
+        }
+    }
+
+    /// All translations become invalid.
+    pub(super) fn invalidate_all(&mut self) {
+        if self.paging.is_shadowed() {
+            self.paging.invalidate_all();
+        } else {
+            self.hw.flush_tlb();
+        }
+    }
+
+    /// Replaces the state as INIT does.
+    pub(super) fn load_state(&mut self, state: &CpuState) {
+        self.hw.load_state(state);
+        if self.paging.is_shadowed() {
+            self.paging.state_replaced(&self.hw);
+        }
+    }
+
+    /// Replaces the state as a far transfer or a task switch does.
+    pub(super) fn set_state(&mut self, state: &CpuState) {
+        let registers = |hw: &V::Vcpu| (hw.cr0(), hw.cr3(), hw.cr4(), hw.efer());
+        let before = registers(&self.hw);
+        self.hw.set_state(state);
+        if self.paging.is_shadowed() && registers(&self.hw) != before {
+            self.paging.state_replaced(&self.hw);
+        }
     }
 
     /// The four PDPTEs at `cr3`; all ones where there is no RAM.
@@ -722,14 +885,14 @@ impl<V: Vendor> Core<V> {
         }
         // SMIs are dropped: this machine has no SMM, as FADT.SMI_CMD = 0 says.
         if let (Some(vector), Activity::WaitForSipi) = (requests.sipi(), self.activity) {
-            self.hw.load_state(&CpuState::startup(vector));
+            self.load_state(&CpuState::startup(vector));
             self.activity = Activity::Running;
         }
     }
 
     /// INIT (SDM vol. 3, table 9-1): registers reset, but not x87, SSE, MTRRs, TSC and the like.
     fn init(&mut self, guest: &Guest<V>) {
-        self.hw.load_state(&CpuState::reset());
+        self.load_state(&CpuState::reset());
         self.extended.clear_breakpoints();
         *self.hw.gprs_mut() = [0; 16];
         self.hw.gprs_mut()[RDX] = u64::from(guest.cpuid.lookup(1, 0, &self.cpuid_state(1)).eax);
@@ -753,9 +916,9 @@ impl<V: Vendor> Core<V> {
     /// OUT of 1, 2 or 4 bytes.
     #[inline]
     pub(super) fn port_out(&mut self, guest: &Guest<V>, port: u16, size: u8, value: u32) {
-        let now = guest.clock.ns(tsc::read());
+        let (now, cpu) = (guest.clock.ns(tsc::read()), self.paging.host_cpu());
         let mut board = guest.board.lock();
-        let event = board.chipset.port_write(port, size, value, now, guest.memory.ram());
+        let event = board.chipset.port_write(port, size, value, now, &guest.memory.for_devices(cpu));
         if board.chipset.com1_has_output() {
             board.chipset.com1_take_output(&mut |byte| guest.output.put(byte));
             // The console takes its time; it is this vCPU's time.

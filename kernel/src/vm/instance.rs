@@ -98,11 +98,14 @@ impl<V: Vendor> Specification<'_, V> {
     /// Makes the VM, loaded and ready to run.
     pub fn create(&self) -> Result<Instance<V>, CreateError> {
         let config = self.config;
-        if config.mmu == MmuMode::Shadow {
-            return Err(CreateError::Unsupported(
-                "mmu = \"shadow\" is not in this version of Umbra; write mmu = \"direct\"",
-            ));
-        }
+        let shadow = match (config.mmu, self.vendor.two_stages()) {
+            (MmuMode::Shadow, _) => true,
+            (MmuMode::Direct, Ok(())) => false,
+            (MmuMode::Direct, Err(refusal)) => {
+                log::info!("vm \"{}\": {refusal}; it runs on shadow tables", config.name);
+                true
+            }
+        };
         if config.nested {
             return Err(CreateError::Unsupported(
                 "nested = true is not in this version of Umbra; write nested = false",
@@ -113,16 +116,16 @@ impl<V: Vendor> Specification<'_, V> {
             ConfiguredPageSize::Size4K => (FrameSize::Size4K, PageSize::Size4K),
             ConfiguredPageSize::Size1G => (FrameSize::Size1G, PageSize::Size1G),
         };
-        let notes = if config.mmu == MmuMode::Shadow { Notes::TRACK } else { Notes::empty() };
+        let notes = if shadow { Notes::TRACK } else { Notes::empty() };
         let mut ram = HostMemory::reserve(config.memory_bytes, frame_size, notes)?;
-        ram.add_fixed_pages(self.vendor.guest_pages())?;
+        ram.add_fixed_pages(self.vendor.guest_pages(shadow))?;
         let cpuid = CpuidTable::new(
             &ThisCpu,
             &VmShape {
                 vcpus: config.vcpus as u8,
                 max_phys_bits: self.machine.features.physical_address_bits.min(48),
                 tsc_hz: tsc::khz() * 1000,
-                shadow_paging: false,
+                shadow_paging: shadow,
                 sound_compaction: compaction::is_sound(),
             },
         );
@@ -131,7 +134,7 @@ impl<V: Vendor> Specification<'_, V> {
         let entry = self.load(&ram, rsdp)?;
 
         let caps = *cpuid.caps();
-        let memory = GuestMemory::new(&self.vendor, ram, caps.phys_bits, page_size)?;
+        let memory = GuestMemory::new(&self.vendor, ram, caps.phys_bits, page_size, shadow)?;
         let bus = ApicBus::new(config.vcpus as usize).map_err(|_| CreateError::OutOfMemory)?;
         let now = tsc::read();
         let (epoch, at) = self.wall_clock;

@@ -32,6 +32,8 @@ mod output;
 #[cfg(target_os = "none")]
 pub mod paging;
 #[cfg(target_os = "none")]
+mod shadow;
+#[cfg(target_os = "none")]
 mod start;
 #[cfg(target_os = "none")]
 pub mod vcpu;

@@ -4,12 +4,15 @@
 use super::emulate::{Exception, Fault};
 use super::fetch::{FetchCache, Recorder};
 use super::memory::HostMemory;
-use crate::hw::{Exit, FaultCause, HwVcpu, OutOfMemory, SecondStageFault, Vendor};
+use super::ram::{BadGpa, GuestRam};
+use super::shadow::Shadow;
+use crate::hw::{Exit, FaultCause, HwVcpu, OutOfMemory, SecondStageFault, Translation, Vendor};
 use crate::mm::{self, FrameSize, Zone};
 use mmu::{
-    Access, AccessKind, CpuId, CpuRole, Cr0, Cr4, DirectMmu, Efer, Entered, FaultOutcome, Gpa, GuestCpu, Gva,
-    Mmu, NotRam, PageSize, PagingContext, PagingRegs, Pfn, PhysTables, Shared, TableCache, TablePage,
-    TagFlush, VmMemory, WalkError, WalkRegs,
+    Access, AccessKind, Agent, CpuId, CpuRole, Cr0, Cr4, DirectMmu, Efer, FaultOutcome, Gfn, GfnRange, Gpa,
+    GuestCpu, GuestWalk, Gva, Invpcid, Level, Mmu, NoShadowRoot, NotRam, PageFaultCode, PageSize,
+    PagingContext, PagingRegs, PagingState, Pfn, PhysTables, RoleFlags, ShadowFault, Shared, TableCache,
+    TablePage, TagFlush, Tags, VmMemory, WalkError, WalkRegs, ZapProgress,
 };
 use x86_64::PhysAddr;
 
@@ -18,11 +21,19 @@ const FAULT_TRIES: usize = 4;
 /// Longest instruction (APM vol. 3, 1.1).
 const MAX_INSN_BYTES: usize = 15;
 
-/// Guest-physical memory of a VM and the tables that map it: the sketch's `direct_mmu` lives here.
+/// Guest-physical memory of a VM and the tables that map it: the sketch's `direct_mmu` and `shadow_mmu` live here.
 pub struct GuestMemory<V: Vendor> {
     vm: VmMemory<HostMemory>,
     /// Taken out only to be dismantled.
-    direct: Option<DirectMmu<V::Format, PhysTables>>,
+    tables: Option<Tables<V>>,
+}
+
+/// The kind that a VM's vCPUs run on.
+enum Tables<V: Vendor> {
+    /// Second-stage tables.
+    Direct(DirectMmu<V::Format, PhysTables>),
+    /// Shadows of the guest's own tables, where there is no second stage.
+    Shadow(Shadow),
 }
 
 /// The CPU that runs this, as the `mmu` crate counts.
@@ -31,8 +42,8 @@ fn this_cpu() -> CpuId {
     CpuId::new(crate::cpu::number()).unwrap_or(CpuId::BOOT)
 }
 
-fn table_page() -> Option<TablePage> {
-    let frame = mm::alloc(FrameSize::Size4K, Zone::Any)?;
+fn table_page(zone: Zone) -> Option<TablePage> {
+    let frame = mm::alloc(FrameSize::Size4K, zone)?;
     // SAFETY: the frame is ours, in the physical map, and zeroed here.
     unsafe {
         mm::phys::zero(frame, 4096);
@@ -45,8 +56,16 @@ fn free_table_page(page: TablePage) {
 }
 
 impl<V: Vendor> GuestMemory<V> {
-    /// Makes `ram` the memory of a VM whose physical addresses have `guest_bits` bits.
-    pub fn new(vendor: &V, ram: HostMemory, guest_bits: u8, largest: PageSize) -> Result<Self, OutOfMemory> {
+    /// Makes `ram` the memory of a VM whose physical addresses have `guest_bits` bits. With `shadow` there is no second
+    /// stage.
+    pub fn new(
+        vendor: &V,
+        ram: HostMemory,
+        guest_bits: u8,
+        largest: PageSize,
+        shadow: bool,
+    ) -> Result<Self, OutOfMemory> {
+        let ram_bytes = ram.slots().map(|slot| slot.range.pages() * 4096).sum();
         let vm = VmMemory::new(ram);
         {
             let mut exclusive = vm.exclusive(this_cpu());
@@ -54,11 +73,16 @@ impl<V: Vendor> GuestMemory<V> {
                 exclusive.insert_slot(&slot).map_err(|_| OutOfMemory)?;
             }
         }
-        let root = table_page().ok_or(OutOfMemory)?;
         // SAFETY: the physical map covers all RAM at a constant offset, write-back, for as long as Umbra runs.
-        let tables = unsafe { PhysTables::new(mm::PHYSMAP) };
-        let direct = DirectMmu::new(&vm, vendor.format(), tables, root, u32::from(guest_bits), largest);
-        Ok(Self { vm, direct: Some(direct) })
+        let frames = unsafe { PhysTables::new(mm::PHYSMAP) };
+        let tables = if shadow {
+            Tables::Shadow(Shadow::new(&vm, &vendor.shadow_format(), frames, ram_bytes)?)
+        } else {
+            let root = table_page(Zone::Any).ok_or(OutOfMemory)?;
+            let bits = u32::from(guest_bits);
+            Tables::Direct(DirectMmu::new(&vm, vendor.format(), frames, root, bits, largest))
+        };
+        Ok(Self { vm, tables: Some(tables) })
     }
 
     /// The RAM, for loaders and devices.
@@ -67,18 +91,49 @@ impl<V: Vendor> GuestMemory<V> {
     }
 
     #[inline]
-    fn direct(&self) -> &DirectMmu<V::Format, PhysTables> {
-        self.direct.as_ref().expect("taken out by `drop` only")
+    fn tables(&self) -> &Tables<V> {
+        self.tables.as_ref().expect("taken out by `drop` only")
     }
 
-    /// Physical address of the root of the second-stage tables.
-    pub fn root(&self) -> u64 {
-        self.direct().root().hpa.bits()
+    /// The tables of a VM whose vCPUs have second-stage faults.
+    #[inline]
+    fn direct(&self) -> &DirectMmu<V::Format, PhysTables> {
+        match self.tables() {
+            Tables::Direct(direct) => direct,
+            Tables::Shadow(_) => unreachable!("no second stage"),
+        }
+    }
+
+    #[inline]
+    fn shadow(&self) -> Option<&Shadow> {
+        match self.tables() {
+            Tables::Direct(_) => None,
+            Tables::Shadow(shadow) => Some(shadow),
+        }
+    }
+
+    /// How the VM's vCPUs translate.
+    pub fn translation(&self) -> Translation {
+        match self.tables() {
+            Tables::Direct(direct) => Translation::TwoStages(direct.root().hpa.bits()),
+            Tables::Shadow(_) => Translation::Shadow,
+        }
+    }
+
+    /// Frames for the VM's tables: those of PAE are found by 32 bits (Intel SDM vol. 3, 4.4.1).
+    fn zone(&self) -> Zone {
+        match self.tables() {
+            Tables::Direct(_) => Zone::Any,
+            Tables::Shadow(_) => Zone::Below4G,
+        }
     }
 
     /// Pages mapped, by size, and tables in use.
     pub fn page_counts(&self) -> mmu::PageCounts {
-        self.direct().page_counts()
+        match self.tables() {
+            Tables::Direct(direct) => direct.page_counts(),
+            Tables::Shadow(shadow) => shadow.with(&self.vm, this_cpu(), |kind, _| kind.page_counts()),
+        }
     }
 
     /// Copies out of guest RAM. `cpu` is the CPU that runs this, here and below.
@@ -90,12 +145,58 @@ impl<V: Vendor> GuestMemory<V> {
     /// Copies into guest RAM.
     #[inline]
     pub fn write(&self, cpu: CpuId, gpa: u64, data: &[u8]) -> Result<(), NotRam> {
-        self.vm.shared(cpu).write(Gpa::new_truncate(gpa), data)
+        self.vm.shared(cpu).write(Gpa::new_truncate(gpa), data)?;
+        self.written(cpu, gpa, data.len());
+        Ok(())
+    }
+
+    /// After `len` bytes at `gpa` were written in the guest's place: if there is a table that is shadowed, its shadow
+    /// follows.
+    #[inline]
+    fn written(&self, cpu: CpuId, gpa: u64, len: usize) {
+        if let Some(shadow) = self.shadow() {
+            let tracked = {
+                let shared = self.vm.shared(cpu);
+                let last = gpa.saturating_add(len.saturating_sub(1) as u64);
+                (gpa >> 12..=last >> 12).any(|gfn| shared.is_write_tracked(Gfn::new_truncate(gfn)))
+            };
+            if tracked {
+                let _ = shadow.with(&self.vm, cpu, |kind, guard| {
+                    // No other CPU runs guests, so there is none to kick.
+                    kind.track_write(guard, Gpa::new_truncate(gpa), len)
+                });
+            }
+        }
+    }
+
+    /// Lets the guest write to the page of `gpa` by itself: whatever shadows it is dropped.
+    #[cold]
+    pub fn stop_shadowing(&self, cpu: CpuId, gpa: u64) {
+        if let Some(shadow) = self.shadow() {
+            let range = GfnRange::of(Gpa::new_truncate(gpa).gfn());
+            let mut progress = ZapProgress::default();
+            while !progress.is_done() {
+                let _ = shadow.with(&self.vm, cpu, |kind, guard| kind.zap(guard, range, &mut progress));
+            }
+        }
+    }
+
+    /// The RAM as a device sees it that copies there while the guest runs.
+    pub fn for_devices(&self, cpu: CpuId) -> DeviceView<'_, V> {
+        DeviceView { memory: self, cpu }
     }
 
     /// Atomically replaces `old` by `new` in guest RAM, inside one page; false if something else was there. None
     /// where this needs an atomic operation that the stage below has not got: the guest can do it itself.
     pub fn compare_exchange(&self, cpu: CpuId, gpa: u64, size: u8, old: u64, new: u64) -> Option<bool> {
+        let exchanged = self.try_exchange(cpu, gpa, size, old, new);
+        if exchanged == Some(true) {
+            self.written(cpu, gpa, size.into());
+        }
+        exchanged
+    }
+
+    fn try_exchange(&self, cpu: CpuId, gpa: u64, size: u8, old: u64, new: u64) -> Option<bool> {
         let shared = self.vm.shared(cpu);
         let at = |gpa| Gpa::new_truncate(gpa);
         match size {
@@ -124,9 +225,29 @@ impl<V: Vendor> GuestMemory<V> {
 
 impl<V: Vendor> Drop for GuestMemory<V> {
     fn drop(&mut self) {
-        if let Some(direct) = self.direct.take() {
-            direct.dismantle(free_table_page);
+        match self.tables.take() {
+            Some(Tables::Direct(direct)) => direct.dismantle(free_table_page),
+            Some(Tables::Shadow(shadow)) => shadow.dismantle(free_table_page),
+            None => {}
         }
+    }
+}
+
+/// See [`GuestMemory::for_devices`].
+pub struct DeviceView<'m, V: Vendor> {
+    memory: &'m GuestMemory<V>,
+    cpu: CpuId,
+}
+
+impl<V: Vendor> GuestRam for DeviceView<'_, V> {
+    fn read(&self, gpa: u64, buf: &mut [u8]) -> Result<(), BadGpa> {
+        self.memory.ram().read(gpa, buf)
+    }
+
+    fn write(&self, gpa: u64, data: &[u8]) -> Result<(), BadGpa> {
+        self.memory.ram().write(gpa, data)?;
+        self.memory.written(self.cpu, gpa, data.len());
+        Ok(())
     }
 }
 
@@ -140,6 +261,39 @@ pub enum Resolution {
     /// The host has no memory for tables.
     NoTableMemory,
 }
+
+/// What became of a page fault of the processor's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PageFault {
+    /// The guest goes on.
+    Mapped,
+    /// The guest's own tables forbid the access.
+    Guest(Fault),
+    /// There is no RAM, or a write met RAM that is read-only.
+    Device {
+        /// Guest-physical address.
+        gpa: u64,
+        /// A write.
+        write: bool,
+    },
+    /// A write to a table that is shadowed, in RAM.
+    Table {
+        /// Guest-physical address.
+        gpa: u64,
+    },
+    /// A table of the guest lies where its writes cannot be followed.
+    TableOutsideRam {
+        /// Guest-physical address.
+        gpa: u64,
+    },
+    /// The host has no memory for tables.
+    NoTableMemory,
+}
+
+/// #PF error codes: write, user, instruction fetch. Intel SDM vol. 3, 4.7.
+const PF_WRITE: u32 = 1 << 1;
+pub(super) const PF_USER: u32 = 1 << 2;
+pub(super) const PF_FETCH: u32 = 1 << 4;
 
 /// Where an access leads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -162,23 +316,34 @@ pub struct Paging {
     fetches: FetchCache,
     /// The CPU that the vCPU runs on.
     host_cpu: CpuId,
+    /// The root that the hardware was given.
+    root: u64,
 }
 
 impl Paging {
     /// The paging state of a vCPU of a VM with this memory.
     pub fn new<V: Vendor>(memory: &GuestMemory<V>, cpu: GuestCpu) -> Result<Self, OutOfMemory> {
-        let role =
-            CpuRole::new(&PagingRegs { cr0: Cr0::empty(), cr4: Cr4::empty(), efer: Efer::empty() }, &cpu);
+        let role = CpuRole::new(&PagingState::RESET.regs, &cpu);
+        let mmu = match memory.tables() {
+            Tables::Direct(direct) => Mmu::new(role, direct.root()),
+            // The depth is that of nested tables' shadows, which there are none of; the processor keeps accessed and dirty
+            // bits in every table.
+            Tables::Shadow(_) => Mmu::shadow(PagingState::RESET, cpu, Level::L4, true, Tags::One),
+        };
         let mut paging = Self {
-            mmu: Mmu::new(role, memory.direct().root()),
+            mmu,
             cache: TableCache::new(),
             context: PagingContext::new(role),
             registers: (0, 0, 0),
             cpu,
             fetches: FetchCache::new(),
             host_cpu: this_cpu(),
+            root: match memory.translation() {
+                Translation::TwoStages(root) => root,
+                Translation::Shadow => 0,
+            },
         };
-        paging.top_up()?;
+        paging.top_up(memory)?;
         Ok(paging)
     }
 
@@ -194,9 +359,20 @@ impl Paging {
     }
 
     /// Fills the table cache.
-    fn top_up(&mut self) -> Result<(), OutOfMemory> {
+    fn top_up<V: Vendor>(&mut self, memory: &GuestMemory<V>) -> Result<(), OutOfMemory> {
+        if let Some(shadow) = memory.shadow() {
+            // Pages that nobody reaches any more first.
+            let cache = &mut self.cache;
+            shadow.with(&memory.vm, self.host_cpu, |kind, _| {
+                kind.reclaim(&memory.vm, usize::MAX, |page| {
+                    if let Err(page) = cache.push(page) {
+                        free_table_page(page);
+                    }
+                })
+            });
+        }
         while self.cache.missing() > 0 {
-            let page = table_page().ok_or(OutOfMemory)?;
+            let page = table_page(memory.zone()).ok_or(OutOfMemory)?;
             if let Err(page) = self.cache.push(page) {
                 free_table_page(page);
                 break;
@@ -211,25 +387,54 @@ impl Paging {
         let mut entered = self.mmu.enter(&memory.vm, self.host_cpu);
         while entered.is_obsolete() {
             drop(entered);
-            entered = self.enter_on_new_root(memory);
-            hw.set_root(entered.root().hpa.bits());
+            if let Err(why) = self.take_new_root(memory) {
+                return why;
+            }
+            entered = self.mmu.enter(&memory.vm, self.host_cpu);
         }
-        if entered.flush() != TagFlush::None {
-            hw.flush_tlb();
+        if entered.root().hpa.bits() != self.root {
+            self.root = entered.root().hpa.bits();
+            hw.set_root(self.root);
+        }
+        match entered.flush() {
+            TagFlush::None => {}
+            TagFlush::Address(linear) => hw.flush_page(linear.bits()),
+            TagFlush::All => hw.flush_tlb(),
         }
         hw.run(self.host_cpu.number())
     }
 
-    /// Enters on the root of now.
+    /// Takes the root of now; if that cannot be, what to do instead of an entry.
     #[cold]
-    fn enter_on_new_root<'m, V: Vendor>(&mut self, memory: &'m GuestMemory<V>) -> Entered<'m, HostMemory> {
-        let root = {
-            let _shared = memory.vm.shared(self.host_cpu);
-            memory.direct().root()
+    fn take_new_root<V: Vendor>(&mut self, memory: &GuestMemory<V>) -> Result<(), Exit> {
+        let Some(shadow) = memory.shadow() else {
+            let root = {
+                let _shared = memory.vm.shared(self.host_cpu);
+                memory.direct().root()
+            };
+            // What follows remembers the flush.
+            let _ = self.mmu.set_root(root);
+            return Ok(());
         };
-        // What follows remembers the flush.
-        let _ = self.mmu.set_root(root);
-        self.mmu.enter(&memory.vm, self.host_cpu)
+        for _ in 0..FAULT_TRIES {
+            let done = shadow.with(&memory.vm, self.host_cpu, |kind, guard| {
+                self.mmu.carry_out(kind, guard, &mut self.cache)
+            });
+            match done.outcome {
+                Ok(()) => return Ok(()),
+                Err(NoShadowRoot::NeedTables) => {
+                    self.top_up(memory).map_err(|OutOfMemory| Exit::NoTableMemory)?
+                }
+                // No other CPU runs guests: it is acknowledged by now.
+                Err(NoShadowRoot::Wait) => {}
+                Err(NoShadowRoot::Full) => return Err(Exit::NoTableMemory),
+                Err(NoShadowRoot::Unreachable(_)) => {
+                    return Err(Exit::InvalidState("the guest's page tables begin outside its RAM"))
+                }
+            }
+        }
+        // Look at what else is due, and try again.
+        Err(Exit::HostInterrupt)
     }
 
     /// Handles a second-stage fault.
@@ -266,13 +471,159 @@ impl Paging {
                 | FaultOutcome::WriteTracked(_)
                 | FaultOutcome::OutOfRange(_) => return Resolution::Device,
                 FaultOutcome::NeedTables => {
-                    if self.top_up().is_err() {
+                    if self.top_up(memory).is_err() {
                         return Resolution::NoTableMemory;
                     }
                 }
             }
         }
         Resolution::Mapped
+    }
+
+    /// Handles a page fault of the processor's, where shadow tables translate.
+    pub fn page_fault<V: Vendor>(
+        &mut self,
+        memory: &GuestMemory<V>,
+        hw: &V::Vcpu,
+        code: u32,
+        linear: u64,
+    ) -> PageFault {
+        let Some(shadow) = memory.shadow() else { return PageFault::Mapped };
+        let kind = if code & PF_FETCH != 0 {
+            AccessKind::Execute
+        } else if code & PF_WRITE != 0 {
+            AccessKind::Write
+        } else {
+            AccessKind::Read
+        };
+        let agent = match (code & PF_USER != 0, hw.cpl()) {
+            (true, _) => Agent::User,
+            (false, 3) => Agent::Implicit,
+            (false, _) => Agent::Supervisor,
+        };
+        let mut access = Access { kind, agent };
+        self.refresh(hw);
+        let regs = walk_regs(hw);
+        for _ in 0..FAULT_TRIES {
+            if self.mmu.has_work() {
+                // The root went away in the meantime: it is taken anew at the entry, and the access faults again.
+                return PageFault::Mapped;
+            }
+            let walk: GuestWalk<Gpa> =
+                match self.context.walk(&memory.vm.shared(self.host_cpu), &regs, Gva::new(linear), access) {
+                    Ok(walk) => walk,
+                    Err(error) => return PageFault::Guest(into_fault(error)),
+                };
+            let done = shadow.with(&memory.vm, self.host_cpu, |kind, guard| {
+                self.mmu.fault(kind, guard, &mut self.cache, &walk, Gva::new(linear), access)
+            });
+            let write = access.kind == AccessKind::Write;
+            match done.outcome {
+                ShadowFault::Spurious if access.agent == Agent::Supervisor && self.heeds_smap() => {
+                    // The tables permit an access by an operand, and yet it faulted: it is one of the processor's own, which
+                    // RFLAGS.AC does not concern.
+                    access.agent = Agent::Implicit;
+                }
+                ShadowFault::Mapped | ShadowFault::Spurious | ShadowFault::NoRoot | ShadowFault::Wait => {
+                    return PageFault::Mapped
+                }
+                ShadowFault::Retry => {}
+                ShadowFault::Mmio(gpa) | ShadowFault::ReadOnly(gpa) => {
+                    return PageFault::Device { gpa: gpa.bits(), write };
+                }
+                ShadowFault::WriteTracked(gpa) => return PageFault::Table { gpa: gpa.bits() },
+                ShadowFault::NeedTables => {
+                    if self.top_up(memory).is_err() {
+                        return PageFault::NoTableMemory;
+                    }
+                }
+                ShadowFault::Full => return PageFault::NoTableMemory,
+                ShadowFault::Untrackable(gfn) => {
+                    return PageFault::TableOutsideRam { gpa: gfn.gpa().bits() };
+                }
+            }
+        }
+        PageFault::Mapped
+    }
+
+    /// Whether SMAP is in force.
+    fn heeds_smap(&self) -> bool {
+        self.context.role().flags().contains(RoleFlags::SMAP)
+    }
+
+    /// Whether the vCPU's own tables are shadowed, so that what changes them must be told.
+    #[inline]
+    pub fn is_shadowed(&self) -> bool {
+        self.mmu.is_shadow()
+    }
+
+    /// MOV to CR3; `keep` says that the translations of the PCID stay.
+    pub fn cr3_written<H: HwVcpu>(&mut self, hw: &H, keep: bool) {
+        const NO_FLUSH: u64 = 1 << 63;
+        let order = if keep { NO_FLUSH } else { 0 };
+        // Here and below: the request is remembered, and carried out before the next entry.
+        let _ = self.mmu.mov_to_cr3(hw.cr3() | order, hw.pdptes().unwrap_or_default());
+    }
+
+    /// MOV to CR0, CLTS or LMSW.
+    pub fn cr0_written<H: HwVcpu>(&mut self, hw: &H) {
+        let (cr0, efer) = (Cr0::from_bits_retain(hw.cr0()), Efer::from_bits_retain(hw.efer()));
+        let _ = self.mmu.mov_to_cr0(cr0, efer, hw.pdptes().unwrap_or_default());
+    }
+
+    /// MOV to CR4.
+    pub fn cr4_written<H: HwVcpu>(&mut self, hw: &H) {
+        let cr4 = Cr4::from_bits_retain(hw.cr4());
+        let _ = self.mmu.mov_to_cr4(cr4, hw.pdptes().unwrap_or_default());
+    }
+
+    /// WRMSR to EFER.
+    pub fn efer_written<H: HwVcpu>(&mut self, hw: &H) {
+        let _ = self.mmu.wrmsr_efer(Efer::from_bits_retain(hw.efer()));
+    }
+
+    /// The whole state was replaced: at the start, by INIT, by a task switch.
+    pub fn state_replaced<H: HwVcpu>(&mut self, hw: &H) {
+        let state = PagingState {
+            regs: paging_regs(hw),
+            cr3: hw.cr3(),
+            pdptes: hw.pdptes().unwrap_or_default(),
+            smm: false,
+        };
+        let _ = self.mmu.set_from_outside(state, self.cpu);
+    }
+
+    /// The guest gets a page fault with this error code.
+    pub fn guest_faulted(&mut self, linear: u64, code: u32) {
+        let _ = self.mmu.page_fault(Gva::new(linear), PageFaultCode::from_bits_truncate(code));
+    }
+
+    /// INVLPG.
+    #[inline]
+    pub fn invalidate_page(&mut self, linear: u64) {
+        let _ = self.mmu.invlpg(Gva::new(linear));
+    }
+
+    /// INVPCID with checked operands.
+    pub fn invalidate_context(&mut self, kind: u8, pcid: u16, linear: u64) {
+        let _ = self.mmu.invpcid(match kind {
+            0 => Invpcid::Address { pcid, address: Gva::new(linear) },
+            1 => Invpcid::Single { pcid },
+            2 => Invpcid::All,
+            _ => Invpcid::AllButGlobal,
+        });
+    }
+
+    /// All translations of the guest go.
+    pub fn invalidate_all(&mut self) {
+        let _ = self.mmu.flush_guest();
+    }
+
+    /// Gives the vCPU's roots back.
+    pub fn unload<V: Vendor>(&mut self, memory: &GuestMemory<V>) {
+        if let Some(shadow) = memory.shadow() {
+            let _ = shadow.with(&memory.vm, self.host_cpu, |kind, guard| self.mmu.unload(kind, guard));
+        }
     }
 
     /// Where an access of guest-physical address `gpa` leads. A `write` to read-only memory is a device's affair: nobody's.
@@ -358,14 +709,10 @@ impl Paging {
     fn rebuild(&mut self, registers: (u64, u64, u64)) {
         self.registers = registers;
         self.fetches.clear();
-        let (cr0, cr4, efer) = registers;
-        let regs = PagingRegs {
-            cr0: Cr0::from_bits_retain(cr0),
-            cr4: Cr4::from_bits_retain(cr4),
-            efer: Efer::from_bits_retain(efer),
-        };
-        let role = CpuRole::new(&regs, &self.cpu);
-        self.mmu.set_role(role);
+        let role = CpuRole::new(&to_paging_regs(registers), &self.cpu);
+        if !self.mmu.is_shadow() {
+            self.mmu.set_role(role);
+        }
         if role != self.context.role() {
             self.context = PagingContext::new(role);
         }
@@ -378,6 +725,19 @@ impl Drop for Paging {
             free_table_page(page);
         }
     }
+}
+
+/// CR0, CR4 and EFER for the `mmu` crate.
+fn to_paging_regs((cr0, cr4, efer): (u64, u64, u64)) -> PagingRegs {
+    PagingRegs {
+        cr0: Cr0::from_bits_retain(cr0),
+        cr4: Cr4::from_bits_retain(cr4),
+        efer: Efer::from_bits_retain(efer),
+    }
+}
+
+fn paging_regs<H: HwVcpu>(hw: &H) -> PagingRegs {
+    to_paging_regs((hw.cr0(), hw.cr4(), hw.efer()))
 }
 
 #[inline]

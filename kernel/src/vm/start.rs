@@ -45,7 +45,7 @@ fn enable_everywhere<V: Vendor>(vendor: &V) {
             Err(error) => log::warn!("CPU {}: {error:?}; it stays without guests", cpu.index()),
         }
     }
-    log::info!("  {} on {enabled} of {} CPUs: {vendor}", V::NAME, cpu::all().len());
+    log::info!("  {} on {enabled} of {} CPUs: {vendor}", vendor.name(), cpu::all().len());
 }
 
 fn run<V: Vendor>(machine: &Machine, vendor: V) -> ! {

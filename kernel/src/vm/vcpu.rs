@@ -75,6 +75,8 @@ pub struct Core<V: Vendor> {
     pub(super) wall_clock: u64,
     /// RIP of the last entry in a shadow, and how many more entries there count as in it.
     pub(super) shadow: (u64, u8),
+    /// RIP and guest-physical address of the last write to a shadowed table that was left to the guest.
+    pub(super) unshadowed: (u64, u64),
     /// It spins: let others run.
     pub(super) gives_way: bool,
     /// Other vCPUs of the VM that this one woke and that have not run since.
@@ -148,7 +150,7 @@ impl<V: Vendor> Vcpu<V> {
         };
         let (top_mem, top_mem2) = guest.memory.ram().tops();
         let msrs = MsrState::new(top_mem, top_mem2);
-        let mut hw = vendor.new_vcpu(guest.memory.root(), caps.cr4)?;
+        let mut hw = vendor.new_vcpu(guest.memory.translation(), caps.cr4)?;
         hw.set_tsc_offset(guest.clock.tsc_offset(0));
         let core = Core {
             index,
@@ -166,6 +168,7 @@ impl<V: Vendor> Vcpu<V> {
             system_time: 0,
             wall_clock: 0,
             shadow: (0, 0),
+            unshadowed: (0, 0),
             gives_way: false,
             woken: VcpuSet::EMPTY,
         };
@@ -199,7 +202,7 @@ impl<V: Vendor> Vcpu<V> {
             rip: entry.rip,
             ..CpuState::reset()
         };
-        self.core.hw.load_state(&state);
+        self.core.load_state(&state);
         let gprs = self.core.hw.gprs_mut();
         *gprs = [0; 16];
         (gprs[gpr::RAX], gprs[gpr::RBX]) = (entry.rax, entry.rbx);

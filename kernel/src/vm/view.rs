@@ -300,12 +300,21 @@ impl<V: Vendor> Cpu for View<'_, V> {
         })
     }
 
+    fn xmm(&mut self, index: u8) -> Option<u128> {
+        Some(extended::vector(index))
+    }
+
+    fn set_xmm(&mut self, index: u8, value: u128) -> bool {
+        extended::set_vector(index, value);
+        true
+    }
+
     fn state(&self) -> CpuState {
         self.core.hw.state()
     }
 
     fn set_state(&mut self, state: &CpuState) {
-        self.core.hw.set_state(state);
+        self.core.set_state(state);
         // What waits for the guest to open, or to leave a shadow, is looked at again.
         self.core.attention = true;
     }
@@ -315,7 +324,15 @@ impl<V: Vendor> Cpu for View<'_, V> {
     }
 
     fn flush(&mut self) {
-        self.core.hw.flush_tlb();
+        self.core.invalidate_all();
+    }
+
+    fn invalidate(&mut self, linear: u64) {
+        self.core.invalidate_page(linear);
+    }
+
+    fn invalidate_context(&mut self, kind: u8, pcid: u16, linear: u64) {
+        self.core.invalidate_context(kind, pcid, linear);
     }
 
     fn change_controls(&mut self, now: &Now, change: &Change) -> Result<(), GeneralProtection> {
@@ -323,7 +340,7 @@ impl<V: Vendor> Cpu for View<'_, V> {
     }
 
     fn read_pdptes(&mut self, cr3: u64) -> Option<[u64; 4]> {
-        V::Vcpu::KEEPS_PDPTES.then(|| self.core.read_pdptes(self.guest, cr3))
+        self.core.hw.keeps_pdptes().then(|| self.core.read_pdptes(self.guest, cr3))
     }
 
     fn set_pdptes(&mut self, pdptes: [u64; 4]) {

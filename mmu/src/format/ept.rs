@@ -295,6 +295,7 @@ impl EntryFormat for Ept {
             execute_user: if self.can_tell_user_fetches() { entry & EXECUTE_USER != 0 } else { execute },
             memory_type: type_of(entry)?,
             ignore_pat: entry & IGNORE_PAT != 0,
+            key: 0,
         })
     }
 

@@ -69,6 +69,8 @@ pub struct Leaf {
     pub memory_type: MemoryType,
     /// The guest's own tables have no say in how the page is cached. Only extended page tables can tell.
     pub ignore_pat: bool,
+    /// Protection key, 0 to 15, of a guest's own page (Intel SDM vol. 3, 4.6.2). Only tables of long mode have keys.
+    pub key: u8,
 }
 
 impl Leaf {
@@ -85,6 +87,7 @@ impl Leaf {
             execute_user: true,
             memory_type: MemoryType::WriteBack,
             ignore_pat: false,
+            key: 0,
         }
     }
 

@@ -27,6 +27,8 @@ const HOST_WRITABLE: u64 = 1 << 9;
 const MMU_WRITABLE: u64 = 1 << 10;
 /// Software: a link or a leaf; never set in an entry that only looks present, or only looks used.
 const MMU_PRESENT: u64 = 1 << 11;
+/// Protection key, bits 62:59: of a guest's own page. A nested walk does not look at it.
+const KEY_SHIFT: u32 = 59;
 /// NX: no execute.
 const NO_EXECUTE: u64 = 1 << 63;
 
@@ -237,6 +239,7 @@ impl EntryFormat for Npt {
             execute_user: entry & NO_EXECUTE == 0,
             memory_type: Self::memory_type(entry, level)?,
             ignore_pat: false,
+            key: (entry >> KEY_SHIFT & 15) as u8,
         })
     }
 
@@ -262,6 +265,7 @@ impl EntryFormat for Npt {
             entry |= NO_EXECUTE;
         }
         entry |= Self::type_bits(leaf.memory_type) | leaf.pfn.hpa().bits();
+        entry |= u64::from(leaf.key & 15) << KEY_SHIFT;
         debug_assert!(self.shadow_zero_check(entry, leaf.size.level()), "{leaf:?}");
         entry
     }

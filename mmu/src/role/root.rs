@@ -55,22 +55,25 @@ pub struct PageRole {
     pub direct: bool,
     /// The page is a level that the guest's tables do not have, above their root.
     pub passthrough: bool,
-    /// How a direct page below a large page of L1's nested tables is cached, as that page's entry says.
+    /// What the entry of a large page says beside rights, for a direct page below it.
     pub caching: Caching,
 }
 
-/// How an entry of L1's nested tables wants its page cached.
+/// What a leaf of the guest's says beside rights: how an entry of L1's nested tables wants its page cached, and the protection
+/// key of a page of the guest's own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Caching {
     /// The type.
     pub memory_type: MemoryType,
     /// L2's own tables have no say: EPT's bit 6.
     pub ignore_pat: bool,
+    /// The protection key.
+    pub key: u8,
 }
 
 impl Caching {
-    /// Ordinary memory.
-    pub const WRITE_BACK: Self = Self { memory_type: MemoryType::WriteBack, ignore_pat: false };
+    /// Ordinary memory, with key 0.
+    pub const WRITE_BACK: Self = Self { memory_type: MemoryType::WriteBack, ignore_pat: false, key: 0 };
 }
 
 impl BaseRole {
@@ -199,13 +202,16 @@ const fn all_access(guest: CpuRole) -> Prot {
 
 /// `guest` without what does not change its shadow.
 ///
-/// With CR0.WP the shadow has the guest's own rights, and the processor applies SMEP and SMAP to them. Without it, a page
-/// that a supervisor has written although it is read-only is shadowed as a supervisor's page, to which they do not apply: so
-/// they become part of the role.
+/// With CR0.WP the shadow has the guest's own rights, and the processor applies SMEP, SMAP and protection keys to them.
+/// Without it, a page that a supervisor has written although it is read-only is shadowed as a supervisor's page, to which
+/// those for user pages do not apply: so they become part of the role.
 fn shadowed(guest: CpuRole) -> CpuRole {
-    let mut flags = guest.flags().difference(RoleFlags::PKE | RoleFlags::PKS | RoleFlags::ADVANCED_INFO);
-    if flags.contains(RoleFlags::WP) && !flags.contains(RoleFlags::NESTED) {
-        flags.remove(RoleFlags::SMEP | RoleFlags::SMAP);
+    let mut flags = guest.flags().difference(RoleFlags::PKS | RoleFlags::ADVANCED_INFO);
+    if flags.contains(RoleFlags::WP) || flags.contains(RoleFlags::NESTED) {
+        flags.remove(RoleFlags::PKE);
+        if !flags.contains(RoleFlags::NESTED) {
+            flags.remove(RoleFlags::SMEP | RoleFlags::SMAP);
+        }
     }
     CpuRole { flags, ..guest }
 }
@@ -247,7 +253,7 @@ mod tests {
         // Without WP, they differ.
         let no_wp = guest(Cr0::empty(), long, Efer::LMA | Efer::NXE);
         assert_ne!(root(no_wp), root(plain));
-        for cr4 in [Cr4::SMEP, Cr4::SMAP] {
+        for cr4 in [Cr4::SMEP, Cr4::SMAP, Cr4::PKE] {
             assert_ne!(root(guest(Cr0::empty(), long | cr4, Efer::LMA | Efer::NXE)), root(no_wp));
         }
         assert_ne!(root(guest(Cr0::WP, long, Efer::LMA)), root(plain), "EFER.NXE");

@@ -125,6 +125,12 @@ impl Mmu {
         Self { role, ..self }
     }
 
+    /// Whether the vCPU's own tables, or L1's, are shadowed; if not, the processor does what the events tell of by itself.
+    #[inline]
+    pub const fn is_shadow(&self) -> bool {
+        matches!(self.serves, Serves::Shadow { .. })
+    }
+
     /// The role, as last set.
     #[inline]
     pub const fn role(&self) -> CpuRole {

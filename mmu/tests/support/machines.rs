@@ -349,7 +349,7 @@ macro_rules! on_every_machine {
             $(
                 #[test]
                 fn $test() {
-                    super::$test($crate::support::machines::$machine);
+                    super::$test(super::support::machines::$machine);
                 }
             )*
         }

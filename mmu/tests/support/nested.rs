@@ -1,16 +1,17 @@
 //! An L1 with L2s: its memory, two vCPUs of it, the processors over the shadow of its nested tables, and the reference
 //! beside them.
+mod events;
+mod host;
+mod ram;
+
 use std::cell::RefCell;
-use std::collections::{HashMap, HashSet};
-use std::sync::atomic::{AtomicU32, AtomicU64};
-use std::sync::Mutex;
+use std::collections::HashSet;
 
 use mmu::{
-    AccessKind, Backing, CpuId, CpuRole, DirectMmu, EntryFormat, EptExit, Exclusive, FaultInfo, FaultOutcome,
-    Gfn, GfnRange, Gpa, GuestEpt, Gva, Invvpid, L2Exit, L2Fault, L2Request, L2Tag, Leaf, Level, LogBy,
-    MarkObserver, Mmu, NGpa, NoPage, NoShadowRoot, Pae, PaeHost, PageSize, PagingState, Pfn, RamAddr,
-    Resolved, ShadowFault, ShadowMmu, Slot, SlotFlags, SlotNotes, Sweep, TableCache, TagFlush, Tags, Tdp12,
-    TlbControl, VcpuMmus, VmMemory, ZapProgress,
+    AccessKind, CpuId, CpuRole, DirectMmu, EntryFormat, EptExit, Exclusive, FaultInfo, FaultOutcome, Gfn,
+    Gpa, GuestEpt, Gva, L2Exit, L2Fault, L2Request, L2Tag, Leaf, Level, MarkObserver, Mmu, NGpa,
+    NoShadowRoot, Pae, PaeHost, PageSize, PagingState, ShadowFault, ShadowMmu, SlotFlags, TableCache,
+    TagFlush, Tags, Tdp12, TlbControl, VcpuMmus, VmMemory,
 };
 
 use super::flat::FlatRam;
@@ -21,6 +22,9 @@ use super::manual::{Machine, What, Who};
 use super::tables::HostTables;
 use super::two_stage::{Below, End, Exit, Op, Shadowed, Tag, Tlb, Told, OPS};
 
+use ram::memory;
+pub use ram::{slot, Ram};
+
 pub const CPU: CpuId = CpuId::BOOT;
 /// Host frames are guest frames plus multiples of this.
 pub const MOVED: u64 = 1 << 20;
@@ -30,84 +34,6 @@ pub const FRAMES: u64 = 1072;
 /// L2's own tables, by L2 frame, and where L1 has put them.
 pub const L2_TABLES: [(u64, u64); 4] = [(0x18, 32), (0x19, 33), (0x1a, 34), (0x1b, 35)];
 pub const L2_CR3: u64 = 0x18000;
-
-/// Memory of L1: contents, notes about its slots, and which blocks the host has moved.
-pub struct Ram {
-    pub flat: FlatRam,
-    notes: Vec<Notes>,
-    moves: Mutex<HashMap<u64, u64>>,
-}
-
-struct Notes {
-    dirty: Vec<AtomicU64>,
-    tracks: Vec<AtomicU32>,
-    blocks: [Vec<AtomicU32>; 2],
-}
-
-impl Ram {
-    /// The host frame behind a frame of L1.
-    pub fn frame(&self, gfn: u64) -> u64 {
-        gfn + MOVED * (1 + self.moves.lock().unwrap().get(&gfn).copied().unwrap_or(0))
-    }
-}
-
-impl Backing for Ram {
-    fn resolve(&self, at: &RamAddr, want: PageSize, _: AccessKind) -> Resolved {
-        let size = want.min(PageSize::Size2M);
-        let first = at.gfn().number() & !(size.pages() - 1);
-        let whole = (first..first + size.pages()).all(|gfn| self.frame(gfn) == gfn + MOVED);
-        if size == PageSize::Size2M && whole {
-            return Resolved::Ram { pfn: Pfn::new_truncate(first + MOVED), size };
-        }
-        Resolved::Ram { pfn: Pfn::new_truncate(self.frame(at.gfn().number())), size: PageSize::Size4K }
-    }
-    fn notes(&self, cookie: u64) -> SlotNotes<'_> {
-        let index = SLOTS.iter().position(|slot| slot.0 * 512 == cookie).unwrap();
-        let Notes { dirty, tracks, blocks } = &self.notes[index];
-        SlotNotes { dirty, tracks, tracked_in: [&blocks[0], &blocks[1]] }
-    }
-    fn read(&self, at: &RamAddr, buf: &mut [u8]) -> Result<(), NoPage> {
-        self.flat.read(at, buf)
-    }
-    fn write(&self, at: &RamAddr, data: &[u8]) -> Result<(), NoPage> {
-        self.flat.write(at, data)
-    }
-    fn load_u32(&self, at: &RamAddr) -> Result<u32, NoPage> {
-        self.flat.load_u32(at)
-    }
-    fn load_u64(&self, at: &RamAddr) -> Result<u64, NoPage> {
-        self.flat.load_u64(at)
-    }
-    fn compare_exchange_u32(&self, at: &RamAddr, current: u32, new: u32) -> Result<u32, NoPage> {
-        self.flat.compare_exchange_u32(at, current, new)
-    }
-    fn compare_exchange_u64(&self, at: &RamAddr, current: u64, new: u64) -> Result<u64, NoPage> {
-        self.flat.compare_exchange_u64(at, current, new)
-    }
-}
-
-pub fn slot(index: usize) -> Slot {
-    let (start, pages, read_only) = SLOTS[index];
-    let range = GfnRange::new(Gfn::new_truncate(start), pages).unwrap();
-    let flags = if read_only { SlotFlags::READ_ONLY } else { SlotFlags::empty() };
-    Slot::new(range, flags, start * 512)
-}
-
-fn memory() -> VmMemory<Ram> {
-    let counts = |count: u64| (0..count).map(|_| AtomicU32::new(0)).collect::<Vec<_>>();
-    let notes = |&(_, pages, _): &(u64, u64, bool)| Notes {
-        dirty: (0..pages.div_ceil(64)).map(|_| AtomicU64::new(0)).collect(),
-        tracks: counts(pages),
-        blocks: [counts(pages / 512 + 2), counts(2)],
-    };
-    let flat = FlatRam::new(FRAMES as usize * 4096);
-    let moves = Mutex::default();
-    let memory = VmMemory::new(Ram { flat, notes: SLOTS.iter().map(notes).collect(), moves });
-    for index in 0..SLOTS.len() {
-        memory.exclusive(CPU).insert_slot(&slot(index)).unwrap();
-    }
-    memory
-}
 
 /// Nobody asks; L1 logs no dirty pages.
 pub struct Unheard;
@@ -367,130 +293,6 @@ impl<H: Host> World<H> {
         let _ = self.vcpus[vcpu].mmus.apply(request);
     }
 
-    /// VM entry, or VMRUN, into L2.
-    pub fn enter_l2(&mut self, vcpu: usize, control: TlbControl) {
-        let ept = self.is_ept();
-        let v = &mut self.vcpus[vcpu];
-        if std::mem::replace(&mut v.in_l2, true) {
-            return;
-        }
-        let request = match (ept, v.name) {
-            (true, 0) => v.tag.vm_entry(None),
-            (true, name) => v.tag.vm_entry(Some(name)),
-            (false, name) => v.tag.vmrun(name, control),
-        };
-        let tdp12 = tdp12(&v.below);
-        let asid = if ept { 0 } else { v.name };
-        let pdptes = tdp12.pdptes(&self.memory.shared(CPU));
-        let _ = v.mmus.enter_l2(&tdp12, pdptes, asid);
-        let _ = v.mmus.apply(request);
-        // What the architecture flushes.
-        match (ept, v.name, control) {
-            (true, 0, _) => self.forget_linear(vcpu, 0),
-            (true, ..) | (false, _, TlbControl::Nothing) => {}
-            (false, name, TlbControl::Asid | TlbControl::AsidRetainingGlobals) => {
-                self.forget_asid(vcpu, name)
-            }
-            (false, _, TlbControl::Everything) => {
-                for name in [1, 2] {
-                    self.forget_asid(vcpu, name);
-                }
-            }
-        }
-        let context = self.context(vcpu);
-        if self.vcpus[vcpu].live.insert(context) {
-            self.remember();
-        }
-    }
-
-    /// VM exit to L1.
-    pub fn leave_l2(&mut self, vcpu: usize) {
-        let ept = self.is_ept();
-        let v = &mut self.vcpus[vcpu];
-        if !std::mem::replace(&mut v.in_l2, false) {
-            return;
-        }
-        let request = match (ept, v.name) {
-            (true, 0) => v.tag.vm_exit(None),
-            (true, name) => v.tag.vm_exit(Some(name)),
-            (false, _) => v.tag.vmexit(),
-        };
-        let _ = v.mmus.leave_nested();
-        let _ = v.mmus.apply(request);
-        if ept && v.name == 0 {
-            self.forget_linear(vcpu, 0);
-        }
-    }
-
-    fn forget_linear(&mut self, vcpu: usize, name: u16) {
-        self.vcpus[vcpu].linear.retain(|entry| entry.0 != name);
-        self.remember();
-    }
-
-    fn forget_asid(&mut self, vcpu: usize, asid: u16) {
-        let context = self.context(vcpu);
-        let v = &mut self.vcpus[vcpu];
-        v.nested.retain(|entry| entry.0 .0 != asid);
-        v.live.retain(|live| live.0 != asid || *live == context);
-        self.forget_linear(vcpu, asid);
-    }
-
-    /// INVEPT by L1: of one pointer, or of all.
-    pub fn invept(&mut self, vcpu: usize, pointer: Option<u64>) {
-        self.leave_l2(vcpu);
-        let v = &mut self.vcpus[vcpu];
-        let request = match pointer {
-            Some(pointer) => v.tag.invept_single(pointer),
-            None => v.tag.invept_global(),
-        };
-        let _ = v.mmus.apply(request);
-        v.nested.retain(|entry| pointer.is_some_and(|pointer| entry.0 .1 != pointer & !0xfff));
-        self.remember();
-    }
-
-    pub fn invvpid(&mut self, vcpu: usize, what: Invvpid) {
-        self.leave_l2(vcpu);
-        let v = &mut self.vcpus[vcpu];
-        let request = v.tag.invvpid(what);
-        let _ = v.mmus.apply(request);
-        v.linear.retain(|entry| match what {
-            Invvpid::Address { vpid, address } => (entry.0, entry.1) != (vpid, address.bits() >> 12),
-            Invvpid::Single { vpid } | Invvpid::SingleRetainingGlobals { vpid } => entry.0 != vpid,
-            Invvpid::All => entry.0 == 0,
-        });
-        self.remember();
-    }
-
-    pub fn invlpga(&mut self, vcpu: usize, va: u64, asid: u16) {
-        self.leave_l2(vcpu);
-        let v = &mut self.vcpus[vcpu];
-        let request = v.tag.invlpga(Gva::new(va), asid);
-        let _ = v.mmus.apply(request);
-        v.linear.retain(|entry| (entry.0, entry.1) != (asid, va >> 12));
-        self.remember();
-    }
-
-    /// L2 flushes an address, or all, of its own: the processor does it, on the tag it runs with.
-    pub fn l2_flush(&mut self, vcpu: usize, va: Option<u64>) {
-        self.enter_l2(vcpu, TlbControl::Nothing);
-        self.ready(vcpu);
-        let tag = self.tag(true);
-        let v = &mut self.vcpus[vcpu];
-        match va {
-            Some(va) => v.tlb.flush_page(tag, va >> 12),
-            None => v.tlb.flush(tag),
-        }
-        let name = v.name;
-        v.linear.retain(|entry| entry.0 != name || va.is_some_and(|va| entry.1 != va >> 12));
-        self.remember();
-    }
-
-    /// L1 runs another L2: other tables, or another name.
-    pub fn switch(&mut self, vcpu: usize, below: usize, name: u16) {
-        self.leave_l2(vcpu);
-        (self.vcpus[vcpu].below, self.vcpus[vcpu].name) = (self.belows[below], name);
-    }
-
     /// Whatever is due before L2 runs, and the entry: the TLB is flushed as that says.
     fn ready(&mut self, vcpu: usize) {
         for round in 0.. {
@@ -619,7 +421,6 @@ impl<H: Host> World<H> {
                 }
                 End::ToL1(gpa, exit) => (gpa, exit),
             };
-            let context = self.context(vcpu);
             let (tag, root) = (self.tag(true), if self.is_ept() { self.shadowed(vcpu).root } else { 0 });
             self.vcpus[vcpu].tlb.violated(tag, root, gpa >> 12, va >> 12);
             let at = NGpa::new_truncate(gpa);
@@ -640,8 +441,8 @@ impl<H: Host> World<H> {
                         panic!("G4: L1 gets {told:x?} where {expected:x?} is expected");
                     };
                     assert_eq!(told, Ended::ToL1(gpa, exit), "G2, G3: {va:#x} {what:?} {who:?}");
-                    let v = &mut self.vcpus[vcpu];
-                    v.nested.retain(|entry| entry.0 != context || entry.1 != gpa >> 12);
+                    // What the TLB has of other linear addresses that lead through the page may outlive the exit (Intel SDM
+                    // vol. 3, 29.4.3.1): only L1's flushes end it.
                     self.to_l1 += 1;
                     self.remember();
                     self.check();
@@ -876,121 +677,6 @@ impl<H: Host> World<H> {
             self.enter_l2(vcpu, TlbControl::Everything);
             self.leave_l2(vcpu);
         }
-    }
-
-    /// Begins the log of the first slot, in both kinds.
-    pub fn start_log(&mut self, by: LogBy) {
-        let mut sweep = self.exclusive().start_dirty_log(Gfn::default(), by).unwrap();
-        let mut progress = ZapProgress::default();
-        while !progress.is_done() {
-            let _ = self.kind.rearm(&mut self.exclusive(), &sweep, &mut progress);
-        }
-        while !sweep.is_done() {
-            let _ = self.direct.rearm(&self.memory.shared(CPU), &mut sweep).issue();
-        }
-        self.check();
-    }
-
-    pub fn logs(&self) -> bool {
-        self.memory.shared(CPU).dirty_log(Gfn::default()).is_some()
-    }
-
-    pub fn stop_log(&mut self) {
-        let range = self.exclusive().stop_dirty_log(Gfn::default()).unwrap().range();
-        let mut progress = ZapProgress::default();
-        while !progress.is_done() {
-            let _ = self.kind.collapse(&mut self.exclusive(), range, &mut progress);
-        }
-        self.check();
-    }
-
-    /// The frames that the log has, and takes them out.
-    pub fn harvest(&mut self) -> Vec<u64> {
-        let all = slot(0).range;
-        let mut sweep = Sweep::over(all);
-        while !sweep.is_done() {
-            let _ = self.direct.collect_dirty(&self.memory.shared(CPU), &mut sweep).issue();
-        }
-        let mut progress = ZapProgress::default();
-        while !progress.is_done() {
-            let _ = self.kind.collect_dirty(&mut self.exclusive(), all, &mut progress);
-        }
-        let mut found = vec![];
-        for index in 0..all.pages() / 64 {
-            let first = Gfn::new_truncate(index * 64);
-            let mask = {
-                let shared = self.memory.shared(CPU);
-                let mask = shared.dirty_log(Gfn::default()).unwrap().clear(index as usize, u64::MAX);
-                let _ = self.direct.rearm_pages(&shared, first, mask).issue();
-                mask
-            };
-            let _ = self.kind.rearm_pages(&mut self.exclusive(), first, mask);
-            found.extend((0..64).filter(|bit| mask >> bit & 1 != 0).map(|bit| index * 64 + bit));
-        }
-        self.check();
-        found
-    }
-
-    pub fn zap(&mut self, range: GfnRange) {
-        let mut progress = ZapProgress::default();
-        while !progress.is_done() {
-            let _ = self.kind.zap(&mut exclusive(self.memory, self.direct), range, &mut progress);
-        }
-        let mut sweep = Sweep::over(range);
-        while !sweep.is_done() {
-            let _ = self.direct.zap(&self.memory.shared(CPU), &mut sweep).issue();
-        }
-        self.check();
-    }
-
-    /// The host moves a frame.
-    pub fn move_frame(&mut self, gfn: u64) {
-        let range = GfnRange::of(Gfn::new_truncate(gfn));
-        let invalidation = self.exclusive().begin_invalidation(range);
-        self.zap(range);
-        *self.memory.backing().moves.lock().unwrap().entry(gfn).or_default() += 1;
-        drop(invalidation);
-    }
-
-    /// Takes a slot away, or puts it back.
-    pub fn toggle_slot(&mut self, index: usize) {
-        let slot = slot(index);
-        if self.present[index] {
-            let mut guard = exclusive(self.memory, self.direct);
-            let mut sweep = guard.remove_slot(Gfn::new_truncate(slot.range.start())).unwrap();
-            while !sweep.is_done() {
-                let _ = self.direct.zap(&guard, &mut sweep).issue();
-            }
-            let mut progress = ZapProgress::default();
-            while !progress.is_done() {
-                let _ = self.kind.zap(&mut guard, slot.range, &mut progress);
-            }
-        } else {
-            self.memory.exclusive(CPU).insert_slot(&slot).unwrap();
-        }
-        self.present[index] ^= true;
-        self.remember();
-        self.check();
-    }
-
-    pub fn obsolete(&mut self) {
-        let root = self.tables.allocate();
-        match self.direct.invalidate_all(&mut exclusive(self.memory, self.direct), root) {
-            Ok(flush) => drop(flush.issue()),
-            Err(root) => self.tables.release(root),
-        }
-    }
-
-    pub fn zap_obsolete(&mut self) {
-        let mut progress = ZapProgress::default();
-        while !progress.is_done() {
-            let _ = self.kind.zap_obsolete(&mut exclusive(self.memory, self.direct), &mut progress);
-        }
-        let mut sweep = Sweep::over(GfnRange::ALL);
-        while !sweep.is_done() {
-            let _ = self.direct.zap_obsolete(&self.memory.shared(CPU), &mut sweep).issue();
-        }
-        self.check();
     }
 
     /// Loads all that L2 may reach now into the TLB, as a processor may at any time.

@@ -521,6 +521,19 @@ impl World {
         self.remember();
     }
 
+    /// The entry of the shadow that maps `va`, in tables of long mode.
+    pub fn shadow_leaf(&self, vcpu: usize, va: u64) -> u64 {
+        let root = self.vcpus[vcpu].root;
+        let (mut table, mut level) = (root.hpa.pfn().number(), root.level as u32);
+        loop {
+            let entry = self.tables.peek(table, (va >> (12 + 9 * (level - 1)) & 511) as usize).expect("C3");
+            if level == 1 || entry >> 7 & 1 == 1 {
+                return entry;
+            }
+            (table, level) = ((entry & 0x000f_ffff_ffff_f000) >> 12, level - 1);
+        }
+    }
+
     /// What the processor finds in the shadow, without its TLB; CR0.WP and EFER.NXE are set, SMEP and SMAP the guest's.
     pub fn hardware(&self, vcpu: usize, va: u64, what: What, who: Who) -> Option<u64> {
         let Vcpu { m, root, .. } = &self.vcpus[vcpu];

@@ -10,9 +10,12 @@ use mmu::{EntryCell, HwEntry, Pfn, TableCache, TableFrame, TableMemory, TablePag
 /// Frame number of the first page: not zero, so that a lost base shows.
 pub const FIRST_PFN: u64 = 0x7_0000;
 
+/// What another CPU does.
+type Action = Box<dyn FnOnce()>;
+
 thread_local! {
-    static INTERFERE: RefCell<Option<Box<dyn FnOnce()>>> = const { RefCell::new(None) };
-    static INTERFERE_LOAD: RefCell<Option<(usize, Box<dyn FnOnce()>)>> = const { RefCell::new(None) };
+    static INTERFERE: RefCell<Option<Action>> = const { RefCell::new(None) };
+    static INTERFERE_LOAD: RefCell<Option<(usize, Action)>> = const { RefCell::new(None) };
 }
 
 /// Runs `action` just before this thread's next compare-exchange of an entry: another CPU at the worst moment.

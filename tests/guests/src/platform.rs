@@ -5,7 +5,7 @@
 //! nearly all of them in its SVM: the command line names it with `bochs-svm` or `bochs-vmx`.
 use crate::cpu::{cpuid, peek};
 use crate::multiboot;
-use crate::paging::{Space, E_P, P, PLAYGROUND, W};
+use crate::paging::{Space, E_P, E_RSVD, P, PLAYGROUND, W};
 use crate::trap::catch;
 use core::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
@@ -54,6 +54,21 @@ pub fn bochs_vmx() -> bool {
     multiboot::boot().word("bochs-vmx")
 }
 
+/// Whether a hypervisor translates by shadow tables: then it, and not the processor, reads the guest's own tables, and it
+/// takes every write of a control register.
+pub fn shadow() -> bool {
+    multiboot::boot().word("shadow")
+}
+
+/// The error code of a read that meets a reserved bit: TCG leaves P out though the entry is present.
+pub fn reserved_bit_error() -> u64 {
+    if tcg() && !shadow() {
+        E_RSVD
+    } else {
+        E_RSVD | E_P
+    }
+}
+
 /// Finds out about TCG: by its signature, by the command line, or by its best known error.
 pub fn init() {
     let found = bare_tcg() || multiboot::boot().word("tcg") || reserved_bit_fault_lacks_p();
@@ -77,5 +92,5 @@ fn reserved_bit_fault_lacks_p() -> bool {
 /// good, without #GP. A hypervisor that intercepts the write and checks it is safe; the command line says so with
 /// `cr-writes-intercepted`.
 pub fn bad_cr_write_hangs() -> bool {
-    tcg() && !multiboot::boot().word("cr-writes-intercepted")
+    tcg() && !shadow() && !multiboot::boot().word("cr-writes-intercepted")
 }

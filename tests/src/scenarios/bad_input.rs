@@ -26,7 +26,6 @@ pub(super) fn all() -> Vec<Scenario> {
         Scenario::new("no_svm", no_svm),
         Scenario::new("no_vmx", |ctx| unfit(ctx, BochsCpu::Prescott, "VMX"))
             .needs(&[Need::Grub, Need::Bochs]),
-        Scenario::new("no_ept", |ctx| unfit(ctx, BochsCpu::Penryn, "EPT")).needs(&[Need::Grub, Need::Bochs]),
         Scenario::new("vmx_locked_off", vmx_locked_off).needs(&[Need::Grub, Need::Bochs]),
         Scenario::new("small_machine", small_machine),
         Scenario::new("guest_larger_than_host", guest_larger_than_host),

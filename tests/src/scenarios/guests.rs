@@ -13,7 +13,7 @@ use crate::payload;
 use crate::scenario::{Need, Scenario};
 
 /// Guests that hold a conversation, measure or misbehave, and are not judged by their cases alone.
-const WITHOUT_CASES: [&str; 3] = ["demo", "bench_exits", "garbage"];
+const WITHOUT_CASES: [&str; 4] = ["demo", "bench_exits", "bench_mmu", "garbage"];
 
 /// What a guest writes to its exit port when all cases passed is 0, and comes back as isa-debug-exit's status.
 const ALL_PASSED: u8 = 1;
@@ -21,6 +21,13 @@ const ALL_PASSED: u8 = 1;
 /// Bochs's processors that every guest runs on: SVM; VMX; VMX without unrestricted guest.
 const IN_BOCHS: [(&str, BochsCpu); 3] =
     [("ryzen", BochsCpu::Ryzen), ("skylake", BochsCpu::SkylakeX), ("lynnfield", BochsCpu::Lynnfield)];
+
+/// Those on which every guest also runs on shadow tables: SVM; VMX; VMX without EPT.
+const SHADOWED_IN_BOCHS: [(&str, BochsCpu); 3] =
+    [("ryzen", BochsCpu::Ryzen), ("skylake", BochsCpu::SkylakeX), ("penryn", BochsCpu::Penryn)];
+
+/// Shadow tables, as umbra.toml asks for them.
+const SHADOW: &str = "mmu = \"shadow\"";
 
 /// Guests about interrupts, which also run with their local APICs in x2APIC mode: emulated on SVM, by the processor on one
 /// of Bochs's, emulated on the other.
@@ -49,26 +56,35 @@ pub(super) fn all() -> Vec<Scenario> {
     let with_cases = names().into_iter().filter(|name| !WITHOUT_CASES.contains(&name.as_str()));
     let with_cases: Vec<_> = with_cases.collect();
     for name in &with_cases {
-        for page_size in ["4K", "auto"] {
+        for config in ["page_size = \"4K\"", "page_size = \"auto\"", SHADOW] {
             let guest = name.clone();
-            let scenario = move |ctx: &Ctx| report(ctx, &ctx.machine(), &guest, page_size, "");
-            all.push(Scenario::new(format!("guest_{name}_{page_size}"), scenario).limit(240));
+            let scenario = move |ctx: &Ctx| report(ctx, &ctx.machine(), &guest, config, "");
+            let word = config.split('"').nth(1).unwrap_or_default();
+            all.push(Scenario::new(format!("guest_{name}_{word}"), scenario).limit(240));
         }
     }
     for (model, cpu) in IN_BOCHS {
         for name in &with_cases {
             let guest = name.clone();
-            let scenario = move |ctx: &Ctx| report(ctx, &ctx.bochs(cpu), &guest, "auto", "");
+            let scenario = move |ctx: &Ctx| report(ctx, &ctx.bochs(cpu), &guest, "", "");
             let scenario = Scenario::new(format!("bochs_{model}_{name}"), scenario);
             all.push(scenario.needs(&[Need::Grub, Need::Bochs]).limit(240));
         }
     }
+    for (model, cpu) in SHADOWED_IN_BOCHS {
+        for name in &with_cases {
+            let guest = name.clone();
+            let scenario = move |ctx: &Ctx| report(ctx, &ctx.bochs(cpu), &guest, SHADOW, "");
+            let scenario = Scenario::new(format!("bochs_{model}_{name}_shadow"), scenario);
+            all.push(scenario.needs(&[Need::Grub, Need::Bochs]).limit(240));
+        }
+    }
     for name in WITH_X2APIC {
-        let scenario = move |ctx: &Ctx| report(ctx, &ctx.machine(), name, "auto", "x2apic");
+        let scenario = move |ctx: &Ctx| report(ctx, &ctx.machine(), name, "", "x2apic");
         all.push(Scenario::new(format!("guest_{name}_x2apic"), scenario).limit(240));
         for (model, cpu, virtual_apic) in X2APIC_IN_BOCHS {
             let words = if virtual_apic { "x2apic virtual-apic" } else { "x2apic" };
-            let scenario = move |ctx: &Ctx| report(ctx, &ctx.bochs(cpu), name, "auto", words);
+            let scenario = move |ctx: &Ctx| report(ctx, &ctx.bochs(cpu), name, "", words);
             let scenario = Scenario::new(format!("bochs_{model}_{name}_x2apic"), scenario);
             all.push(scenario.needs(&[Need::Grub, Need::Bochs]).limit(240));
         }
@@ -93,9 +109,12 @@ fn names() -> Vec<String> {
     names
 }
 
-fn report(ctx: &Ctx, machine: &Machine, guest: &str, page_size: &str, more_words: &str) -> Result<Cases> {
+fn report(ctx: &Ctx, machine: &Machine, guest: &str, config: &str, more_words: &str) -> Result<Cases> {
     let mut words = format!("{} {more_words}", platform_word(machine));
-    let mut more = format!("page_size = \"{page_size}\"\n");
+    if config == SHADOW {
+        words.push_str(" shadow");
+    }
+    let mut more = format!("{config}\n");
     let mut bundle_files = Vec::new();
     match guest {
         // What this guest wants to find is described at its top.

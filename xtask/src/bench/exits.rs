@@ -1,19 +1,13 @@
 //! `bench exits`: what an exit costs, counted in instructions by a test guest while the emulator counts for it.
 
 use std::process::ExitCode;
-use std::time::Duration;
 
-use anyhow::{bail, Context, Result};
+use anyhow::Result;
 
 use super::grouped;
-use crate::bundle::Bundle;
-use crate::emulator::{check_model, Boot, Icount, Kind, Machine, Session};
-use crate::setup::{self, Component};
-use crate::size::Size;
-use crate::{build, paths, say};
-
-/// The guest needs seconds; a guest that hangs must not.
-const LIMIT: Duration = Duration::from_secs(600);
+use super::guest::{self, virtualization, Cost};
+use crate::emulator::Kind;
+use crate::say;
 
 /// The command line of `bench exits`.
 #[derive(Clone, Debug, clap::Args)]
@@ -49,38 +43,15 @@ const OPERATIONS: [Operation; 9] = [
     Operation { key: "npf_4k", name: "4K nested page fault", kvm: "" },
 ];
 
-/// What one operation costs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Cost {
-    instructions: u64,
-    exits: u64,
-}
-
 /// Boots the guest that measures, and prints what it reports.
 pub(super) fn bench(options: &Options) -> Result<ExitCode> {
     let Options { json, emulator, cpu } = options;
-    let needed = match emulator {
-        Kind::Qemu => &[Component::Target, Component::Qemu][..],
-        Kind::Bochs => &[Component::Target, Component::Bochs, Component::Grub],
-    };
-    let ready = setup::ensure(needed)?;
-    if let Some(model) = cpu {
-        check_model(*emulator, model)?;
-    }
-    let images = build::build(ready.compiler()?)?;
-    let config = "[[vm]]\nname = \"bench\"\nmemory = \"64M\"\nkernel = \"bench_exits\"\npage_size = \"4K\"\n\
-                  exit_port = 0xf4\non_reset = \"stop\"\n";
-    let bundle = Bundle::new(config).file_from("bench_exits", &images.guest("bench_exits"))?;
-    let dir = paths::target_dir().join("bench");
-    let machine = Machine { cpu: cpu.clone(), ..machine(*emulator, Machine::new(&dir)) };
-    let outcome = Session::start(&machine, &bundle)?.finish(LIMIT)?;
-    let costs = costs_in(&outcome.log).with_context(|| {
-        format!("the benchmark failed; its log is {}", paths::display(&dir.join("console.log")))
-    })?;
+    let log = guest::run("bench_exits", "page_size = \"4K\"\n", *emulator, cpu.as_deref())?;
+    let costs = costs_in(&log)?;
     if *json {
         println!("{}", to_json(&costs));
     } else {
-        let on = virtualization(&outcome.log);
+        let on = virtualization(&log);
         print!("{}", table(&costs, &format!("on {}, {on}", emulator.name()), *emulator));
         say!(
             "cache and TLB misses are not in these figures: {} counts instructions, it does not time",
@@ -90,50 +61,9 @@ pub(super) fn bench(options: &Options) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// A machine that counts instructions: QEMU when it is told to, Bochs always.
-fn machine(emulator: Kind, plain: Machine) -> Machine {
-    match emulator {
-        Kind::Qemu => Machine { icount: Icount::On, ..plain },
-        Kind::Bochs => Machine { kind: Kind::Bochs, boot: Boot::Iso, memory: Size::mib(512), ..plain },
-    }
-}
-
-/// What Umbra says it uses.
-fn virtualization(log: &str) -> &'static str {
-    let uses = |word: &str| log.lines().any(|line| line.starts_with("umbra: ") && line.contains(word));
-    ["SVM with nested paging", "VMX with EPT"]
-        .into_iter()
-        .find(|name| uses(name))
-        .or_else(|| ["VMX", "SVM"].into_iter().find(|name| uses(name)))
-        .unwrap_or("virtualization unknown")
-}
-
-/// The costs in the guest's lines `bench KEY instructions=N exits=N`, in the order of [`OPERATIONS`]; each once.
-fn costs_in(log: &str) -> Result<[Cost; OPERATIONS.len()]> {
-    let mut found = [None; OPERATIONS.len()];
-    for line in log.lines() {
-        let Some((key, cost)) = cost_in(line) else { continue };
-        let Some(at) = OPERATIONS.iter().position(|operation| operation.key == key) else {
-            bail!("the guest reports `{key}`, which is no operation of this benchmark");
-        };
-        if found[at].replace(cost).is_some() {
-            bail!("the guest reports `{key}` twice");
-        }
-    }
-    let missing: Vec<_> =
-        OPERATIONS.iter().zip(&found).filter(|(_, cost)| cost.is_none()).map(|(o, _)| o.key).collect();
-    if !missing.is_empty() {
-        bail!("the guest did not report {}", missing.join(", "));
-    }
-    Ok(found.map(|cost| cost.unwrap_or(Cost { instructions: 0, exits: 0 })))
-}
-
-fn cost_in(line: &str) -> Option<(&str, Cost)> {
-    let mut words = line.trim_end().strip_prefix("bench ")?.split(' ');
-    let key = words.next()?;
-    let instructions = words.next()?.strip_prefix("instructions=")?.parse().ok()?;
-    let exits = words.next()?.strip_prefix("exits=")?.parse().ok()?;
-    words.next().is_none().then_some((key, Cost { instructions, exits }))
+/// The costs in the guest's lines, in the order of [`OPERATIONS`].
+fn costs_in(log: &str) -> Result<Vec<Cost>> {
+    guest::costs_in(log, &OPERATIONS.map(|operation| operation.key))
 }
 
 /// One line, its keys in the table's order.
@@ -176,34 +106,6 @@ mod tests {
         let costs = costs_in(&format!("umbra: something\n{}done 9 passed, 0 failed\n", log())).unwrap();
         assert_eq!(costs[0], Cost { instructions: 1234, exits: 1 });
         assert_eq!(costs[8], Cost { instructions: 2034, exits: 1 });
-    }
-
-    #[test]
-    fn a_benchmark_is_whole_or_an_error() {
-        let text = log();
-        let without_hlt: String =
-            text.lines().filter(|l| !l.contains("hlt_wake")).map(|l| format!("{l}\n")).collect();
-        assert!(costs_in(&without_hlt).unwrap_err().to_string().contains("did not report hlt_wake"));
-        assert!(costs_in(&format!("{text}bench cpuid instructions=1 exits=1\n"))
-            .unwrap_err()
-            .to_string()
-            .contains("twice"));
-        assert!(costs_in(&format!("{text}bench vmcall instructions=1 exits=1\n")).is_err());
-        for line in
-            ["bench cpuid", "bench cpuid instructions=x exits=1", "bench cpuid instructions=1 exits=1 more=2"]
-        {
-            assert_eq!(cost_in(line), None, "{line}");
-        }
-    }
-
-    #[test]
-    fn the_log_says_what_was_measured() {
-        let log =
-            |words: &str| format!("umbra: hello\r\numbra:   {words} on 1 of 1 CPUs: 16 ASIDs\r\nbench x\r\n");
-        assert_eq!(virtualization(&log("SVM with nested paging")), "SVM with nested paging");
-        assert_eq!(virtualization(&log("VMX with EPT")), "VMX with EPT");
-        assert_eq!(virtualization(&log("VMX, EPT")), "VMX");
-        assert_eq!(virtualization(""), "virtualization unknown");
     }
 
     #[test]

@@ -1,6 +1,8 @@
 //! `bench`: what operations cost.
 
 mod exits;
+mod guest;
+mod mmu;
 mod mmu_host;
 
 use std::process::ExitCode;
@@ -12,6 +14,8 @@ use anyhow::Result;
 pub enum Bench {
     /// Instructions and exits per operation of a guest
     Exits(exits::Options),
+    /// Instructions and exits per operation of a guest on its own page tables, direct and shadow
+    Mmu(mmu::Options),
     /// Instructions and time of the MMU's operations on the host, beside crates that do the same
     MmuHost(mmu_host::Options),
 }
@@ -20,6 +24,7 @@ pub enum Bench {
 pub fn bench(bench: &Bench) -> Result<ExitCode> {
     match bench {
         Bench::Exits(options) => exits::bench(options),
+        Bench::Mmu(options) => mmu::bench(options),
         Bench::MmuHost(options) => mmu_host::bench(options),
     }
 }

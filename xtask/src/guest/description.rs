@@ -8,6 +8,7 @@ use anyhow::{Context, Result};
 use super::{initramfs, Linux};
 use crate::build::Images;
 use crate::bundle::{toml_string, Bundle};
+use crate::run::MmuMode;
 use crate::{paths, say};
 
 /// What is asked of a guest; without a kernel it is Linux from the cache, or the demo guest.
@@ -19,6 +20,8 @@ pub struct Request {
     pub initrd: Option<PathBuf>,
     /// The kernel's command line.
     pub cmdline: Option<String>,
+    /// How its addresses are translated.
+    pub mmu: MmuMode,
 }
 
 /// The Linux guest's command line: the console.
@@ -33,6 +36,7 @@ pub fn write(request: &Request, linux: Option<&Linux>, dir: &Path) -> Result<Bun
         initrd: request.initrd.is_some(),
         cmdline: LINUX_CMDLINE,
         exit_port: false,
+        mmu: request.mmu,
     };
     match (&request.kernel, linux) {
         (Some(kernel), _) => {
@@ -92,15 +96,20 @@ struct Guest<'a> {
     initrd: bool,
     cmdline: &'a str,
     exit_port: bool,
+    mmu: MmuMode,
 }
 
 impl Guest<'_> {
     fn toml(&self) -> String {
         let initrd = if self.initrd { "initrd = \"initrd\"\n" } else { "" };
         let exit_port = if self.exit_port { "exit_port = 0xf4\n" } else { "" };
+        let mmu = match self.mmu {
+            MmuMode::Direct => "",
+            MmuMode::Shadow => "mmu = \"shadow\"\n",
+        };
         format!(
             "# Written by `cargo xtask`, anew each time.\n\
-             [[vm]]\nname = {}\nmemory = \"512M\"\nkernel = {}\n{initrd}cmdline = {}\n{exit_port}",
+             [[vm]]\nname = {}\nmemory = \"512M\"\nkernel = {}\n{initrd}cmdline = {}\n{exit_port}{mmu}",
             toml_string(self.name),
             toml_string(self.kernel),
             toml_string(self.cmdline)
@@ -120,6 +129,7 @@ mod tests {
             initrd: true,
             cmdline: "console=ttyS0 a=\"b c\"",
             exit_port: false,
+            mmu: MmuMode::Direct,
         };
         let text = guest.toml();
         assert!(text.ends_with(
@@ -128,6 +138,7 @@ mod tests {
         ));
         assert!(!Guest { initrd: false, ..guest }.toml().contains("initrd"));
         assert!(Guest { exit_port: true, ..guest }.toml().ends_with("exit_port = 0xf4\n"));
+        assert!(Guest { mmu: MmuMode::Shadow, ..guest }.toml().ends_with("mmu = \"shadow\"\n"));
     }
 
     #[test]

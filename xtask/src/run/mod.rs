@@ -40,6 +40,9 @@ pub struct Options {
     /// The kernel's command line [default: console=ttyS0]
     #[arg(long, value_name = "TEXT")]
     pub cmdline: Option<String>,
+    /// How the guest's addresses are translated: by nested page tables, or by shadows of its own [default: direct]
+    #[arg(long, value_enum, conflicts_with = "vm")]
+    pub mmu: Option<MmuMode>,
     /// Processors of the machine that Umbra runs on
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=255))]
     pub cpus: u32,
@@ -71,6 +74,16 @@ pub struct Options {
     /// End with status 1 after this many seconds
     #[arg(long, value_name = "S", value_parser = clap::value_parser!(u64).range(1..=31_536_000))]
     pub timeout: Option<u64>,
+}
+
+/// The key `mmu` of umbra.toml.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum MmuMode {
+    /// Nested page tables.
+    #[default]
+    Direct,
+    /// Shadow tables.
+    Shadow,
 }
 
 fn regex_argument(text: &str) -> Result<Regex, String> {
@@ -164,6 +177,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
             let request = description::Request {
                 kernel: options.kernel.clone(),
                 initrd: options.initrd.clone(),
+                mmu: options.mmu.unwrap_or_default(),
                 cmdline: options.cmdline.clone(),
             };
             description::write(&request, ready.linux.as_ref(), &dir.join("guest"))?
@@ -275,6 +289,8 @@ mod tests {
             (&["--timeout", "soon"], "soon"),
             (&["--vm", "a", "--kernel", "b"], "cannot be used with"),
             (&["--iso", "--uefi"], "cannot be used with"),
+            (&["--mmu", "shadow", "--vm", "a"], "cannot be used with"),
+            (&["--mmu", "none"], "none"),
             (&["--accel", "hvf"], "hvf"),
             (&["--cpu"], "--cpu <MODEL>"),
         ] {

@@ -4,8 +4,9 @@
 use super::permission_map::{allow_msr, IOPM_BYTES, MSRPM_BYTES};
 use super::vcpu::SvmVcpu;
 use crate::cpu::features::Features;
+use crate::hw::shadowed::ShadowFormat;
 use crate::hw::tag::TagAllocator;
-use crate::hw::{OutOfMemory, Refusal, Vendor};
+use crate::hw::{OutOfMemory, Refusal, Translation, Vendor};
 use crate::mm::{self, FrameSize, Zone};
 use crate::vm::msr::PASSTHROUGH;
 use core::arch::asm;
@@ -29,6 +30,8 @@ pub(super) const MAX_CPUS: usize = mmu::MAX_CPUS;
 /// SVM as this machine has it.
 #[derive(Clone, Copy, Debug)]
 pub struct Svm {
+    /// Nested paging.
+    npt: bool,
     /// Next RIP at exits.
     pub(super) nrips: bool,
     /// Single-ASID flushes.
@@ -39,6 +42,10 @@ pub struct Svm {
     pub(super) iopm: PhysAddr,
     /// Permission map for MSRs.
     pub(super) msrpm: PhysAddr,
+    /// The guest may have INVPCID.
+    pub(super) invpcid: bool,
+    /// A guest may have five levels.
+    la57: bool,
     asid_count: u32,
     host: NptHost,
     cr4_bits: u64,
@@ -104,7 +111,6 @@ fn permission_maps() -> (PhysAddr, PhysAddr) {
 impl Vendor for Svm {
     type Vcpu = SvmVcpu;
     type Format = Npt;
-    const NAME: &'static str = "SVM with nested paging";
 
     fn detect(features: &Features) -> Result<Self, Refusal> {
         let Some(svm) = &features.svm else {
@@ -115,17 +121,17 @@ impl Vendor for Svm {
         if vm_cr & VM_CR_SVMDIS != 0 {
             return Err(Refusal::SvmDisabledByFirmware);
         }
-        if !svm.npt {
-            return Err(Refusal::NoNestedPaging);
-        }
         static MAPS: Once<(PhysAddr, PhysAddr)> = Once::new();
         let &(iopm, msrpm) = MAPS.call_once(permission_maps);
         Ok(Self {
+            npt: svm.npt,
             nrips: svm.nrips,
             flush_by_asid: svm.flush_by_asid,
             pause_filter: svm.pause_filter && svm.pause_filter_threshold,
             iopm,
             msrpm,
+            invpcid: features.invpcid,
+            la57: features.la57,
             asid_count: svm.asids.max(2),
             cr4_bits: crate::hw::cr4::of_this_cpu(),
             host: NptHost {
@@ -159,12 +165,32 @@ impl Vendor for Svm {
         Ok(())
     }
 
+    fn name(&self) -> &'static str {
+        if self.npt {
+            "SVM with nested paging"
+        } else {
+            "SVM without nested paging"
+        }
+    }
+
+    fn two_stages(&self) -> Result<(), Refusal> {
+        if self.npt {
+            Ok(())
+        } else {
+            Err(Refusal::NoNestedPaging)
+        }
+    }
+
     fn format(&self) -> Npt {
         Npt::new(&self.host)
     }
 
-    fn new_vcpu(&self, root: u64, cr4: u64) -> Result<SvmVcpu, OutOfMemory> {
-        let mut vcpu = SvmVcpu::new(*self, root)?;
+    fn shadow_format(&self) -> ShadowFormat {
+        ShadowFormat::new(&NptHost { five_level: self.la57, ..self.host })
+    }
+
+    fn new_vcpu(&self, translation: Translation, cr4: u64) -> Result<SvmVcpu, OutOfMemory> {
+        let mut vcpu = SvmVcpu::new(*self, translation)?;
         if self.cr4_bits & !cr4 != 0 {
             vcpu.intercept_cr4_writes();
         }

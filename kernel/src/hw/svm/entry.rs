@@ -1,7 +1,7 @@
 //! The world switch: VMRUN and the state around it that the processor leaves to software.
 #![allow(unsafe_code)] // The switch itself is assembly.
 
-use core::arch::naked_asm;
+use core::arch::{asm, naked_asm};
 
 extern "C" {
     /// The instruction behind VMRUN.
@@ -13,6 +13,15 @@ extern "C" {
 /// is to be ignored, and it comes while FS, GS and TR are still the guest's.
 pub fn is_stray_debug_trap(rip: u64) -> bool {
     rip == umbra_after_vmrun as *const () as u64
+}
+
+/// Invalidates the translations of the page of `linear` that are tagged with `asid` (APM vol. 3, INVLPGA).
+///
+/// # Safety
+/// SVM is enabled on this CPU, and `asid` is not the host's, or is zero where nothing is to be kept.
+pub(super) unsafe fn invalidate_page(linear: u64, asid: u32) {
+    // SAFETY: the caller's promise; translations alone are taken away.
+    unsafe { asm!("invlpga rax, ecx", in("rax") linear, in("ecx") asid, options(nostack, preserves_flags)) };
 }
 
 /// Runs the guest of the VMCB at physical address `vmcb` until it exits.

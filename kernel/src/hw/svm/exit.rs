@@ -1,14 +1,22 @@
 //! From #VMEXIT codes to the vendor-neutral [`Exit`]. AMD APM vol. 2, appendix C.
-use crate::hw::{Event, Exit, FaultCause, PortAccess, PortKind, SecondStageFault};
+use crate::hw::{
+    Event, Exit, FaultCause, PortAccess, PortKind, SecondStageFault, TaskSwitch, TaskSwitchCause,
+};
 
 /// Exit codes. APM table C-1.
 pub mod code {
+    /// Read of CR0; CRn is this plus n.
+    pub const CR0_READ: u32 = 0x00;
+    /// Read of CR15.
+    pub const CR15_READ: u32 = 0x0f;
     /// Write of CR0; CRn is this plus n.
     pub const CR0_WRITE: u32 = 0x10;
     /// Write of CR15.
     pub const CR15_WRITE: u32 = 0x1f;
     /// Exception vector 0; vector n is this plus n.
     pub const EXCEPTION: u32 = 0x40;
+    /// #PF.
+    pub const PAGE_FAULT: u32 = EXCEPTION + 14;
     /// Exception vector 31.
     pub const EXCEPTION_LAST: u32 = 0x5f;
     /// Physical interrupt.
@@ -35,12 +43,16 @@ pub mod code {
     pub const PAUSE: u32 = 0x77;
     /// HLT.
     pub const HLT: u32 = 0x78;
+    /// INVLPG.
+    pub const INVLPG: u32 = 0x79;
     /// INVLPGA.
     pub const INVLPGA: u32 = 0x7a;
     /// Port access.
     pub const IOIO: u32 = 0x7b;
     /// MSR access.
     pub const MSR: u32 = 0x7c;
+    /// Hardware task switch.
+    pub const TASK_SWITCH: u32 = 0x7d;
     /// FERR freeze.
     pub const FERR_FREEZE: u32 = 0x7e;
     /// Shutdown.
@@ -65,6 +77,8 @@ pub mod code {
     pub const XSETBV: u32 = 0x8d;
     /// RDPRU.
     pub const RDPRU: u32 = 0x8e;
+    /// INVPCID.
+    pub const INVPCID: u32 = 0xa2;
     /// Nested page fault.
     pub const NPF: u32 = 0x400;
     /// Invalid guest state, as the low half of -1.
@@ -95,6 +109,14 @@ pub fn decode(exit_code: u64, info_1: u64, info_2: u64) -> Exit {
         code @ code::CR0_WRITE..=code::CR15_WRITE => {
             Exit::WriteCr { cr: (code - code::CR0_WRITE) as u8, gpr: None }
         }
+        code::PAGE_FAULT => Exit::PageFault { code: info_1 as u32, linear: info_2 },
+        // EXITINFO1 holds the address only with decode assists (APM 15.8.1): zero else, as for address zero.
+        code::INVLPG => Exit::InvalidatePage { linear: None },
+        code @ code::CR0_READ..=code::CR15_READ => {
+            Exit::ReadCr { cr: (code - code::CR0_READ) as u8, gpr: None }
+        }
+        code::INVPCID => Exit::Emulate,
+        code::TASK_SWITCH => Exit::TaskSwitch(task_switch(info_1, info_2)),
         code @ code::EXCEPTION..=code::EXCEPTION_LAST => exception((code - code::EXCEPTION) as u8, info_1),
         code::XSETBV => Exit::Xsetbv,
         code::INVD | code::WBINVD => Exit::CacheFlush,
@@ -127,6 +149,19 @@ fn nested_page_fault(info: u64, gpa: u64) -> SecondStageFault {
     let table_walk = (info >> 33 & 1) as u8 * FaultCause::TABLE_WALK.bits();
     let code = FaultCause::all().bits() & !FaultCause::TABLE_WALK.bits() & info as u8;
     SecondStageFault { gpa, linear: None, cause: FaultCause::from_bits_retain(code | table_walk) }
+}
+
+/// EXITINFO1 and EXITINFO2 of a task switch: the new TSS, and in bits 36 and 38 whether IRET or a far jump started it. What
+/// neither did, CALL or the delivery of an event through a task gate did; the second shows in EXITINTINFO. APM 15.14.1.
+fn task_switch(info_1: u64, info_2: u64) -> TaskSwitch {
+    let cause = if info_2 >> 36 & 1 != 0 {
+        TaskSwitchCause::Iret
+    } else if info_2 >> 38 & 1 != 0 {
+        TaskSwitchCause::Jump
+    } else {
+        TaskSwitchCause::Call
+    };
+    TaskSwitch { selector: info_1 as u16, cause, next_rip: None }
 }
 
 /// EXITINFO1 and EXITINFO2 of a port access. APM 15.10.2.

@@ -6,8 +6,12 @@ use super::entry;
 use super::exit::{code, decode, encode_event, interrupted_event, INTERCEPTED_EXCEPTIONS};
 use super::nmi::NmiBlock;
 use super::vmcb::{Intercepts, TlbControl, Vmcb, VmcbSegment};
+use crate::hw::shadowed::ControlRegisters;
 use crate::hw::tag::{Tag, TagAllocator};
-use crate::hw::{gpr, CpuState, Event, Exit, HwVcpu, OutOfMemory, Segment, SegmentName, TableRegister};
+use crate::hw::{
+    gpr, CpuState, Event, Exit, HwVcpu, OutOfMemory, Segment, SegmentName, TableRegister, TaskSwitch,
+    TaskSwitchCause, Translation,
+};
 use crate::mm::{self, FrameSize, Zone};
 use core::ptr::NonNull;
 use x86_64::PhysAddr;
@@ -17,9 +21,15 @@ const EFER_SVME: u64 = 1 << 12;
 const RFLAGS_IF: u64 = 1 << 9;
 /// SYSENTER_CS, the lowest MSR that VMLOAD and VMSAVE move.
 const FIRST_SWITCHED_MSR: u32 = 0x174;
-/// Bit of CR4 and CR8 in the set of intercepted control-register writes.
+/// Bits in the sets of intercepted accesses to control registers.
+const CR0: u16 = 1 << 0;
+const CR3: u16 = 1 << 3;
 const CR4: u16 = 1 << 4;
 const CR8: u16 = 1 << 8;
+/// #PF in the set of intercepted exceptions.
+const PAGE_FAULT: u32 = 1 << 14;
+/// INVPCID in word 5 of the intercepts. APM table B-1.
+const INVPCID: u32 = 1 << 2;
 
 /// A vCPU under SVM.
 #[derive(Debug)]
@@ -34,13 +44,17 @@ pub struct SvmVcpu {
     tag: Tag,
     flush: bool,
     nmi: NmiBlock,
+    /// The guest's control registers, if shadows translate: those of the VMCB follow from them.
+    shadowed: Option<ControlRegisters>,
+    /// The guest's PDPTE registers in that case.
+    pdptes: [u64; 4],
 }
 
 // SAFETY: the VMCB belongs to this vCPU alone, wherever it runs.
 unsafe impl Send for SvmVcpu {}
 
 impl SvmVcpu {
-    pub(super) fn new(svm: Svm, root: u64) -> Result<Self, OutOfMemory> {
+    pub(super) fn new(svm: Svm, translation: Translation) -> Result<Self, OutOfMemory> {
         let vmcb_pa = mm::alloc(FrameSize::Size4K, Zone::Any).ok_or(OutOfMemory)?;
         let vmcb = NonNull::new(mm::phys_to_virt(vmcb_pa).cast::<Vmcb>()).ok_or(OutOfMemory)?;
         // SAFETY: the frame is ours, page-aligned, and all zeroes is a valid VMCB.
@@ -54,6 +68,8 @@ impl SvmVcpu {
             tag: Tag::default(),
             flush: false,
             nmi: NmiBlock::default(),
+            shadowed: (translation == Translation::Shadow).then(ControlRegisters::default),
+            pdptes: [0; 4],
         };
         let vmcb = vcpu.vmcb_mut();
         vmcb.set_intercepts(
@@ -92,9 +108,14 @@ impl SvmVcpu {
         }
         vmcb.set_permission_maps(svm.iopm.as_u64(), svm.msrpm.as_u64());
         vmcb.enable_interrupt_masking();
-        vmcb.enable_nested_paging();
-        vmcb.set_n_cr3(root);
         vmcb.set_g_pat(0x0007_0406_0007_0406);
+        match translation {
+            Translation::TwoStages(root) => {
+                vmcb.enable_nested_paging();
+                vmcb.set_n_cr3(root);
+            }
+            Translation::Shadow => vcpu.intercept_translation(),
+        }
         vcpu.load_state(&CpuState::reset());
         Ok(vcpu)
     }
@@ -110,6 +131,49 @@ impl SvmVcpu {
     fn vmcb_mut(&mut self) -> &mut Vmcb {
         // SAFETY: as in `vmcb`, and `&mut self` makes the reference unique.
         unsafe { self.vmcb.as_mut() }
+    }
+
+    /// Makes everything exit that tells the guest's tables or asks for their translations.
+    fn intercept_translation(&mut self) {
+        let invpcid = self.svm.invpcid;
+        let vmcb = self.vmcb_mut();
+        vmcb.set_exceptions(vmcb.exceptions() | PAGE_FAULT);
+        vmcb.set_cr_writes(vmcb.cr_writes() | CR0 | CR3 | CR4);
+        // A task switch loads CR3.
+        vmcb.intercept(Intercepts::INVLPG | Intercepts::TASK_SWITCH, true);
+        if invpcid {
+            vmcb.set_more_intercepts(INVPCID);
+        }
+    }
+
+    /// Changes the guest's control registers: `change` gets them.
+    fn change_controls(&mut self, change: impl FnOnce(&mut ControlRegisters)) {
+        let Some(mut guest) = self.shadowed else { return };
+        change(&mut guest);
+        self.shadowed = Some(guest);
+        let vmcb = self.vmcb_mut();
+        let given = guest.for_processor(vmcb.cr3());
+        vmcb.set_cr0(given.cr0);
+        vmcb.set_cr4(given.cr4);
+        vmcb.set_efer(given.efer | EFER_SVME);
+        let differs = |bit, ours, theirs| if ours == theirs { 0 } else { bit };
+        let reads = CR3 | differs(CR0, given.cr0, guest.cr0) | differs(CR4, given.cr4, guest.cr4);
+        if vmcb.cr_reads() != reads {
+            vmcb.set_cr_reads(reads);
+        }
+    }
+
+    /// What EXITINTINFO adds to a task switch: it was an event's, through a task gate. What hardware delivers returns to the
+    /// instruction itself, INT n, INT3 and INTO behind it.
+    #[cold]
+    fn task_switch(&self, switch: TaskSwitch) -> TaskSwitch {
+        const VALID: u64 = 1 << 31;
+        let info = self.vmcb().control.exit_int_info;
+        if info & VALID == 0 {
+            return switch;
+        }
+        let next_rip = interrupted_event(info).map(|_| self.rip());
+        TaskSwitch { cause: TaskSwitchCause::Gate, next_rip, ..switch }
     }
 
     /// Makes every write of CR4 exit: this CPU has bits of it that the guest may not set.
@@ -186,6 +250,10 @@ fn table_from_vmcb(table: VmcbSegment) -> TableRegister {
 }
 
 impl HwVcpu for SvmVcpu {
+    fn keeps_pdptes(&self) -> bool {
+        self.shadowed.is_some()
+    }
+
     #[inline]
     fn gprs(&self) -> &[u64; 16] {
         &self.gprs
@@ -226,7 +294,10 @@ impl HwVcpu for SvmVcpu {
         if self.nmi != NmiBlock::Open && self.ended_nmi_handler(exit_code) {
             return Exit::NmiWindow;
         }
-        decode(exit_code, info_1, info_2)
+        match decode(exit_code, info_1, info_2) {
+            Exit::TaskSwitch(switch) => Exit::TaskSwitch(self.task_switch(switch)),
+            exit => exit,
+        }
     }
 
     #[inline]
@@ -246,30 +317,54 @@ impl HwVcpu for SvmVcpu {
     }
     #[inline]
     fn cr0(&self) -> u64 {
-        self.vmcb().cr0()
+        match &self.shadowed {
+            Some(guest) => guest.cr0,
+            None => self.vmcb().cr0(),
+        }
     }
     fn set_cr0(&mut self, cr0: u64) {
-        self.vmcb_mut().set_cr0(cr0);
+        match self.shadowed {
+            Some(_) => self.change_controls(|guest| guest.cr0 = cr0),
+            None => self.vmcb_mut().set_cr0(cr0),
+        }
     }
     fn cr2(&self) -> u64 {
         self.vmcb().cr2()
+    }
+    fn pdptes(&self) -> Option<[u64; 4]> {
+        self.shadowed.filter(ControlRegisters::uses_pdptes).map(|_| self.pdptes)
+    }
+    fn set_pdptes(&mut self, pdptes: [u64; 4]) {
+        self.pdptes = pdptes;
     }
     fn set_cr2(&mut self, cr2: u64) {
         self.vmcb_mut().set_cr2(cr2);
     }
     #[inline]
     fn cr3(&self) -> u64 {
-        self.vmcb().cr3()
+        match &self.shadowed {
+            Some(guest) => guest.cr3,
+            None => self.vmcb().cr3(),
+        }
     }
     fn set_cr3(&mut self, cr3: u64) {
-        self.vmcb_mut().set_cr3(cr3);
+        match self.shadowed {
+            Some(_) => self.change_controls(|guest| guest.cr3 = cr3),
+            None => self.vmcb_mut().set_cr3(cr3),
+        }
     }
     #[inline]
     fn cr4(&self) -> u64 {
-        self.vmcb().cr4()
+        match &self.shadowed {
+            Some(guest) => guest.cr4,
+            None => self.vmcb().cr4(),
+        }
     }
     fn set_cr4(&mut self, cr4: u64) {
-        self.vmcb_mut().set_cr4(cr4);
+        match self.shadowed {
+            Some(_) => self.change_controls(|guest| guest.cr4 = cr4),
+            None => self.vmcb_mut().set_cr4(cr4),
+        }
     }
     #[inline]
     fn cr8(&self) -> u8 {
@@ -281,10 +376,16 @@ impl HwVcpu for SvmVcpu {
     }
     #[inline]
     fn efer(&self) -> u64 {
-        self.vmcb().efer() & !EFER_SVME
+        match &self.shadowed {
+            Some(guest) => guest.efer,
+            None => self.vmcb().efer() & !EFER_SVME,
+        }
     }
     fn set_efer(&mut self, efer: u64) {
-        self.vmcb_mut().set_efer(efer | EFER_SVME);
+        match self.shadowed {
+            Some(_) => self.change_controls(|guest| guest.efer = efer),
+            None => self.vmcb_mut().set_efer(efer | EFER_SVME),
+        }
     }
     fn dr6(&self) -> u64 {
         self.vmcb().dr6()
@@ -373,10 +474,10 @@ impl HwVcpu for SvmVcpu {
             tr: from_vmcb(vmcb.save.tr),
             gdtr: table_from_vmcb(vmcb.gdtr()),
             idtr: table_from_vmcb(vmcb.idtr()),
-            cr0: vmcb.cr0(),
+            cr0: self.cr0(),
             cr2: vmcb.cr2(),
-            cr3: vmcb.cr3(),
-            cr4: vmcb.cr4(),
+            cr3: self.cr3(),
+            cr4: self.cr4(),
             efer: self.efer(),
             dr6: vmcb.dr6(),
             dr7: vmcb.dr7(),
@@ -401,15 +502,21 @@ impl HwVcpu for SvmVcpu {
         // CPL is SS.DPL, bits 6:5 of the attributes; real mode runs at 0.
         let protected = state.cr0 & 1 != 0;
         vmcb.set_cpl(if protected { (ss.attrib >> 5 & 3) as u8 } else { 0 });
-        vmcb.set_cr0(state.cr0);
         vmcb.set_cr2(state.cr2);
-        vmcb.set_cr3(state.cr3);
-        vmcb.set_cr4(state.cr4);
-        vmcb.set_efer(state.efer | EFER_SVME);
         vmcb.set_dr6(state.dr6);
         vmcb.set_dr7(state.dr7);
         vmcb.save.rflags = state.rflags;
         vmcb.save.rip = state.rip;
+        let CpuState { cr0, cr3, cr4, efer, .. } = *state;
+        if self.shadowed.is_some() {
+            self.change_controls(|guest| *guest = ControlRegisters { cr0, cr3, cr4, efer });
+        } else {
+            let vmcb = self.vmcb_mut();
+            vmcb.set_cr0(cr0);
+            vmcb.set_cr3(cr3);
+            vmcb.set_cr4(cr4);
+            vmcb.set_efer(efer | EFER_SVME);
+        }
         self.flush = true;
     }
 
@@ -510,8 +617,20 @@ impl HwVcpu for SvmVcpu {
     }
 
     fn set_root(&mut self, root: u64) {
-        self.vmcb_mut().set_n_cr3(root);
-        self.flush = true;
+        if self.shadowed.is_some() {
+            self.vmcb_mut().set_cr3(root);
+        } else {
+            self.vmcb_mut().set_n_cr3(root);
+            self.flush = true;
+        }
+    }
+    fn flush_page(&mut self, linear: u64) {
+        // A tag that is not valid here, or is about to be flushed, has nothing to lose; if it is another vCPU's by now,
+        // that one walks its tables once more.
+        if !self.flush {
+            // SAFETY: SVM is enabled on the CPU that runs a vCPU, and the number is one of its ASIDs.
+            unsafe { entry::invalidate_page(linear, self.tag.number) };
+        }
     }
     fn flush_tlb(&mut self) {
         self.flush = true;

@@ -34,6 +34,8 @@ bitflags! {
         const PAUSE = 1 << 23;
         /// HLT.
         const HLT = 1 << 24;
+        /// INVLPG.
+        const INVLPG = 1 << 25;
         /// INVLPGA.
         const INVLPGA = 1 << 26;
         /// Port access selected by the I/O permission map.
@@ -114,7 +116,8 @@ pub struct Control {
     intercept_dr_write: u16,
     intercept_exceptions: u32,
     intercepts: [u32; 2],
-    _reserved_014: [u8; 0x03c - 0x014],
+    more_intercepts: u32,
+    _reserved_018: [u8; 0x03c - 0x018],
     pause_filter_threshold: u16,
     pause_filter_count: u16,
     iopm_base_pa: u64,
@@ -359,6 +362,10 @@ impl Vmcb {
         tsc_offset set_tsc_offset: u64 = control.tsc_offset, INTERCEPTS;
         /// Intercepted exception vectors, one bit each.
         exceptions set_exceptions: u32 = control.intercept_exceptions, INTERCEPTS;
+        /// Intercepted reads of CR0 to CR15, one bit each.
+        cr_reads set_cr_reads: u16 = control.intercept_cr_read, INTERCEPTS;
+        /// Word 5 of the intercepts: INVLPGB, INVPCID and others (APM table B-1, offset 0x014).
+        more_intercepts set_more_intercepts: u32 = control.more_intercepts, INTERCEPTS;
         /// Intercepted writes of CR0 to CR15, one bit each.
         cr_writes set_cr_writes: u16 = control.intercept_cr_write, INTERCEPTS;
     }

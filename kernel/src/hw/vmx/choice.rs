@@ -5,6 +5,17 @@ use super::controls::{EntryControls, ExitControls, Pin, Primary, Secondary};
 use bitflags::Flags;
 use core::fmt::{self, Write};
 
+/// How guests' addresses are translated, and so in which modes the processor runs guests by itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// By EPT, and where the CPU can, unpaged and in real mode, too.
+    Unrestricted,
+    /// By EPT, in protected, paged mode alone.
+    Restricted,
+    /// By shadow tables for CR3: in protected, paged mode alone.
+    Shadow,
+}
+
 /// The controls of a vCPU in reset state, fit for a CPU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Controls {
@@ -101,18 +112,20 @@ fn possible<C: ControlSet>(allowed: u64) -> C {
 }
 
 impl Controls {
-    /// The controls that Umbra runs guests with. With `unrestricted` the guest runs unpaged and in real mode
-    /// by itself where the CPU can; then [`Secondary::UNRESTRICTED_GUEST`] is among them, and CR3 is the
-    /// guest's own.
-    pub fn choose(capabilities: &VmxCapabilities, unrestricted: bool) -> Result<Self, Missing> {
+    /// The controls that Umbra runs guests with. If the guest runs unpaged and in real mode by itself,
+    /// [`Secondary::UNRESTRICTED_GUEST`] is among them, and CR3 is the guest's own.
+    pub fn choose(capabilities: &VmxCapabilities, mode: Mode) -> Result<Self, Missing> {
         let pin = adjust(
             Pin::EXTERNAL_INTERRUPT_EXITING | Pin::NMI_EXITING | Pin::VIRTUAL_NMIS,
             Pin::empty(),
             capabilities.pin,
         )?;
-        let unrestricted = unrestricted && capabilities.unrestricted_guest();
-        let primary = choose_primary(capabilities, unrestricted)?;
-        let secondary = choose_secondary(capabilities, unrestricted)?;
+        let mode = match mode {
+            Mode::Unrestricted if !capabilities.unrestricted_guest() => Mode::Restricted,
+            mode => mode,
+        };
+        let primary = choose_primary(capabilities, mode)?;
+        let secondary = choose_secondary(capabilities, mode)?;
         let exit = adjust(
             ExitControls::SAVE_DEBUG_CONTROLS | ExitControls::HOST_ADDRESS_SPACE_SIZE,
             ExitControls::SAVE_PAT
@@ -151,6 +164,16 @@ impl Controls {
             && self.secondary.contains(Secondary::UNRESTRICTED_GUEST)
     }
 
+    /// Whether guests run unpaged and in real mode by themselves.
+    pub fn unrestricted(&self) -> bool {
+        self.secondary.contains(Secondary::UNRESTRICTED_GUEST)
+    }
+
+    /// Whether guests' addresses are translated by shadow tables for CR3.
+    pub fn shadow(&self) -> bool {
+        !self.secondary.contains(Secondary::EPT)
+    }
+
     /// Whether the guest's EFER is loaded by entries, and the host's by exits, without MSR areas.
     pub fn switch_efer(&self) -> bool {
         self.entry.contains(EntryControls::LOAD_EFER)
@@ -176,7 +199,7 @@ pub const APIC_VIRTUALIZATION: Secondary = Secondary::VIRTUALIZE_X2APIC
 /// Controls that are on at times.
 const OFFERED: Secondary = Secondary::PAGE_MODIFICATION_LOG.union(APIC_VIRTUALIZATION);
 
-fn choose_primary(capabilities: &VmxCapabilities, unrestricted: bool) -> Result<Primary, Missing> {
+fn choose_primary(capabilities: &VmxCapabilities, mode: Mode) -> Result<Primary, Missing> {
     let possible: Primary = possible(capabilities.primary);
     let mut wanted = Primary::TSC_OFFSETTING
         | Primary::HLT_EXITING
@@ -197,28 +220,36 @@ fn choose_primary(capabilities: &VmxCapabilities, unrestricted: bool) -> Result<
     } else {
         Primary::CR8_LOAD_EXITING | Primary::CR8_STORE_EXITING
     };
-    if !unrestricted {
+    if mode != Mode::Unrestricted {
         // A guest starts unpaged, and then CR3 holds identity tables of the host.
         wanted |= CR3_EXITING;
+    }
+    if mode == Mode::Shadow {
+        // INVPCID with it.
+        wanted |= Primary::INVLPG_EXITING;
     }
     Ok(adjust(wanted | needed_later, Primary::empty(), capabilities.primary)? - needed_later)
 }
 
-fn choose_secondary(capabilities: &VmxCapabilities, unrestricted: bool) -> Result<Secondary, Missing> {
+fn choose_secondary(capabilities: &VmxCapabilities, mode: Mode) -> Result<Secondary, Missing> {
     let mut optional = Secondary::RDTSCP
         | Secondary::INVPCID
         | Secondary::XSAVES
         | Secondary::PAUSE_LOOP_EXITING
-        | Secondary::ENCLS_EXITING
-        | Secondary::MODE_BASED_EXECUTE;
+        | Secondary::ENCLS_EXITING;
     // A VPID is of use only with a way to flush it.
     if capabilities.ept_vpid.contains(EptVpid::INVVPID | EptVpid::INVVPID_ALL) {
         optional |= Secondary::VPID;
     }
-    if unrestricted {
+    let mut wanted = Secondary::WBINVD_EXITING;
+    if mode != Mode::Shadow {
+        wanted |= Secondary::EPT;
+        optional |= Secondary::MODE_BASED_EXECUTE;
+    }
+    if mode == Mode::Unrestricted {
         optional |= Secondary::UNRESTRICTED_GUEST;
     }
-    adjust(Secondary::EPT | Secondary::WBINVD_EXITING, optional, capabilities.secondary)
+    adjust(wanted, optional, capabilities.secondary)
 }
 
 /// Why a CPU with VMX cannot run guests.
@@ -252,7 +283,10 @@ impl fmt::Display for Unsuitable {
 }
 
 /// Whether Umbra can run guests on a CPU, and with which controls.
-pub fn examine(capabilities: &VmxCapabilities, unrestricted: bool) -> Result<Controls, Unsuitable> {
+pub fn examine(capabilities: &VmxCapabilities, mode: Mode) -> Result<Controls, Unsuitable> {
+    if mode == Mode::Shadow {
+        return examine_without_ept(capabilities, mode);
+    }
     if !possible::<Secondary>(capabilities.secondary).contains(Secondary::EPT) {
         return Err(Unsuitable::NoEpt);
     }
@@ -266,10 +300,14 @@ pub fn examine(capabilities: &VmxCapabilities, unrestricted: bool) -> Result<Con
     if !ept.contains(EptVpid::INVEPT) || !ept.intersects(EptVpid::INVEPT_SINGLE | EptVpid::INVEPT_ALL) {
         return Err(Unsuitable::NoInvept);
     }
+    examine_without_ept(capabilities, mode)
+}
+
+fn examine_without_ept(capabilities: &VmxCapabilities, mode: Mode) -> Result<Controls, Unsuitable> {
     if capabilities.memory_type() != WRITE_BACK {
         return Err(Unsuitable::MemoryType(capabilities.memory_type()));
     }
-    Controls::choose(capabilities, unrestricted).map_err(Unsuitable::Missing)
+    Controls::choose(capabilities, mode).map_err(Unsuitable::Missing)
 }
 
 #[cfg(test)]
@@ -291,8 +329,8 @@ mod tests {
     fn every_capable_cpu_gets_legal_controls() {
         for (name, msrs) in [("Nehalem", NEHALEM), ("Skylake", SKYLAKE), ("emulated", EMULATED)] {
             let capabilities = cpu(&msrs);
-            for unrestricted in [false, true] {
-                let controls = examine(&capabilities, unrestricted).unwrap();
+            for mode in [Mode::Restricted, Mode::Unrestricted] {
+                let controls = examine(&capabilities, mode).unwrap();
                 for (bits, allowed) in [
                     (controls.pin.bits(), capabilities.pin),
                     (controls.primary.bits(), capabilities.primary),
@@ -328,12 +366,12 @@ mod tests {
 
     #[test]
     fn cr3_exits_as_long_as_the_guest_cannot_run_unpaged() {
-        let on = Controls::choose(&cpu(&SKYLAKE), true).unwrap();
+        let on = Controls::choose(&cpu(&SKYLAKE), Mode::Unrestricted).unwrap();
         assert!(on.secondary.contains(Secondary::UNRESTRICTED_GUEST));
         assert!(!on.primary.intersects(CR3_EXITING));
         for controls in [
-            Controls::choose(&cpu(&SKYLAKE), false).unwrap(),
-            Controls::choose(&cpu(&NEHALEM), true).unwrap(),
+            Controls::choose(&cpu(&SKYLAKE), Mode::Restricted).unwrap(),
+            Controls::choose(&cpu(&NEHALEM), Mode::Unrestricted).unwrap(),
         ] {
             assert!(!controls.secondary.contains(Secondary::UNRESTRICTED_GUEST));
             assert!(controls.primary.contains(CR3_EXITING));
@@ -344,14 +382,14 @@ mod tests {
 
     #[test]
     fn what_newer_cpus_offer_is_told() {
-        let skylake = Controls::choose(&cpu(&SKYLAKE), true).unwrap();
+        let skylake = Controls::choose(&cpu(&SKYLAKE), Mode::Unrestricted).unwrap();
         assert!(skylake.secondary.contains(
             Secondary::RDTSCP | Secondary::INVPCID | Secondary::XSAVES | Secondary::PAUSE_LOOP_EXITING
         ));
         let server_only = Secondary::APIC_REGISTER_VIRTUALIZATION | Secondary::VIRTUAL_INTERRUPT_DELIVERY;
         assert_eq!(skylake.offered, OFFERED - server_only);
-        assert!(Controls::choose(&cpu(&EMULATED), true).unwrap().offered.contains(server_only));
-        let nehalem = Controls::choose(&cpu(&NEHALEM), true).unwrap();
+        assert!(Controls::choose(&cpu(&EMULATED), Mode::Unrestricted).unwrap().offered.contains(server_only));
+        let nehalem = Controls::choose(&cpu(&NEHALEM), Mode::Unrestricted).unwrap();
         assert_eq!(nehalem.offered, Secondary::VIRTUALIZE_X2APIC);
         assert!(skylake.secondary.contains(Secondary::MODE_BASED_EXECUTE));
         assert!(!nehalem.secondary.contains(Secondary::MODE_BASED_EXECUTE));
@@ -359,7 +397,8 @@ mod tests {
 
     #[test]
     fn the_processor_gets_the_apic_whole_or_not_at_all() {
-        let able = Controls { offered: OFFERED, ..Controls::choose(&cpu(&SKYLAKE), true).unwrap() };
+        let able =
+            Controls { offered: OFFERED, ..Controls::choose(&cpu(&SKYLAKE), Mode::Unrestricted).unwrap() };
         assert!(able.can_virtualize_apic());
         for control in APIC_VIRTUALIZATION {
             assert!(!Controls { offered: OFFERED - control, ..able }.can_virtualize_apic(), "{control:?}");
@@ -377,7 +416,7 @@ mod tests {
         capabilities.entry &= !(u64::from(EntryControls::LOAD_EFER.bits()) << 32);
         capabilities.exit &= !(u64::from(ExitControls::SAVE_PAT.bits()) << 32);
         capabilities.ept_vpid -= EptVpid::INVVPID;
-        let controls = Controls::choose(&capabilities, true).unwrap();
+        let controls = Controls::choose(&capabilities, Mode::Unrestricted).unwrap();
         assert!(controls
             .primary
             .contains(Primary::CR8_LOAD_EXITING | Primary::CR8_STORE_EXITING | Primary::IO_BITMAPS));
@@ -387,9 +426,10 @@ mod tests {
 
     #[test]
     fn unsuitable_cpus_say_why() {
-        let sentence =
-            |capabilities: &VmxCapabilities| std::format!("{}", examine(capabilities, true).unwrap_err());
-        assert_eq!(examine(&cpu(&FIRST), true), Err(Unsuitable::NoEpt));
+        let sentence = |capabilities: &VmxCapabilities| {
+            std::format!("{}", examine(capabilities, Mode::Unrestricted).unwrap_err())
+        };
+        assert_eq!(examine(&cpu(&FIRST), Mode::Unrestricted), Err(Unsuitable::NoEpt));
         let mut without = cpu(&SKYLAKE);
         without.primary &= !(u64::from((Primary::HLT_EXITING | Primary::MSR_BITMAPS).bits()) << 32);
         assert_eq!(sentence(&without), "VMX without the primary VMX control HLT EXITING, MSR BITMAPS");
@@ -401,11 +441,11 @@ mod tests {
         ] {
             let mut capabilities = cpu(&SKYLAKE);
             capabilities.ept_vpid -= lacking;
-            assert_eq!(examine(&capabilities, true), Err(expected));
+            assert_eq!(examine(&capabilities, Mode::Unrestricted), Err(expected));
             assert!(sentence(&capabilities).starts_with("EPT without"));
         }
         let mut uncached = cpu(&SKYLAKE);
         uncached.basic &= !(0xf << 50);
-        assert_eq!(examine(&uncached, true), Err(Unsuitable::MemoryType(0)));
+        assert_eq!(examine(&uncached, Mode::Unrestricted), Err(Unsuitable::MemoryType(0)));
     }
 }

@@ -5,19 +5,20 @@ use super::capabilities::{
     feature_control, has_faulty_preemption_timer, EptVpid, FeatureControl, VmxCapabilities,
     MSR_FEATURE_CONTROL, MSR_VMX_BASIC,
 };
-use super::choice::{examine, Controls, Unsuitable};
+use super::choice::{examine, Controls, Mode, Unsuitable};
 use super::controls::{Primary, Secondary};
 use super::instructions::vmxon;
 use super::msr_bitmap;
 use super::vcpu::VmxVcpu;
 use crate::cpu::features::Features;
 use crate::cpu::{self, compaction, msr};
+use crate::hw::shadowed::ShadowFormat;
 use crate::hw::tag::TagAllocator;
-use crate::hw::{GuestPage, OutOfMemory, Refusal, Vendor};
+use crate::hw::{GuestPage, OutOfMemory, Refusal, Translation, Vendor};
 use crate::mm::{self, FrameSize, Zone};
 use core::cell::UnsafeCell;
 use core::fmt;
-use mmu::{Ept, EptHost, Hpa, PageSize};
+use mmu::{Ept, EptHost, Hpa, NptHost, PageSize};
 use spin::Once;
 use x86_64::registers::control::{Cr0, Cr4};
 use x86_64::PhysAddr;
@@ -39,8 +40,10 @@ pub struct Vmx {
 #[derive(Debug)]
 pub(super) struct Machine {
     pub(super) capabilities: VmxCapabilities,
-    /// The controls of a new vCPU.
-    pub(super) controls: Controls,
+    /// The controls of a new vCPU whose addresses are translated in two stages, if the CPU can.
+    pub(super) two_stages: Result<Controls, Unsuitable>,
+    /// Those of one whose addresses are translated by shadow tables.
+    pub(super) shadow: Controls,
     /// Bitmaps for MSRs.
     pub(super) msr_bitmap: PhysAddr,
     /// The same while the processor has the local APIC.
@@ -54,30 +57,38 @@ pub(super) struct Machine {
     /// Whether EPT keeps accessed and dirty flags.
     accessed_dirty: bool,
     format: Ept,
+    /// What the CPU's own tables can be.
+    shadow_host: NptHost,
 }
 
 impl Machine {
-    /// Whether guests run in real mode and unpaged by themselves.
-    pub(super) fn unrestricted(&self) -> bool {
-        self.controls.secondary.contains(Secondary::UNRESTRICTED_GUEST)
+    /// The controls of a vCPU whose addresses are translated so.
+    fn controls(&self, translation: Translation) -> &Controls {
+        match (translation, &self.two_stages) {
+            (Translation::TwoStages(_), Ok(controls)) => controls,
+            _ => &self.shadow,
+        }
     }
 
     /// Whether the processor can log pages that become dirty. It takes EPT's dirty flags for that (SDM vol. 3, 29.3.6).
-    pub(super) fn can_log_dirty_pages(&self) -> bool {
-        self.controls.offered.contains(Secondary::PAGE_MODIFICATION_LOG) && self.accessed_dirty
+    pub(super) fn can_log_dirty_pages(&self, controls: &Controls) -> bool {
+        controls.offered.contains(Secondary::PAGE_MODIFICATION_LOG)
+            && self.accessed_dirty
+            && !controls.shadow()
     }
 }
 
 impl fmt::Display for Vmx {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Machine { capabilities, controls, .. } = self.shared;
+        let Machine { capabilities, two_stages, shadow, .. } = self.shared;
+        let controls = two_stages.as_ref().unwrap_or(shadow);
         let yes = |has: bool| if has { "yes" } else { "no" };
         let ept = capabilities.ept_vpid;
         write!(
             f,
             "unrestricted guest {}, VPID {}, EPT accessed and dirty {}, execute-only {}, 1G pages {}, TPR shadow {}, \
              preemption timer {}, APIC virtualization {}, page-modification log {}, mode-based execute {}",
-            yes(self.shared.unrestricted()),
+            yes(controls.unrestricted()),
             yes(controls.secondary.contains(Secondary::VPID)),
             yes(ept.contains(EptVpid::ACCESSED_DIRTY)),
             yes(ept.contains(EptVpid::EXECUTE_ONLY)),
@@ -85,7 +96,7 @@ impl fmt::Display for Vmx {
             yes(controls.primary.contains(Primary::TPR_SHADOW)),
             yes(controls.preemption_timer),
             yes(controls.can_virtualize_apic()),
-            yes(self.shared.can_log_dirty_pages()),
+            yes(self.shared.can_log_dirty_pages(controls)),
             yes(controls.secondary.contains(Secondary::MODE_BASED_EXECUTE)),
         )
     }
@@ -145,7 +156,6 @@ fn refusal(unsuitable: Unsuitable) -> Refusal {
 impl Vendor for Vmx {
     type Vcpu = VmxVcpu;
     type Format = Ept;
-    const NAME: &'static str = "VMX with EPT";
 
     fn detect(features: &Features) -> Result<Self, Refusal> {
         if !features.vmx {
@@ -160,17 +170,21 @@ impl Vendor for Vmx {
         let read = |index| unsafe { msr::read(index) };
         let linear_bits = if features.la57 { 57 } else { 48 };
         let capabilities = VmxCapabilities::read(read, features.physical_address_bits, linear_bits);
-        let mut controls = examine(&capabilities, true).map_err(refusal)?;
-        if !compaction::is_sound() {
-            // Hidden from guests: #UD, as without it.
-            controls.secondary -= Secondary::XSAVES;
-        }
+        let sound = |mut controls: Controls| {
+            if !compaction::is_sound() {
+                // Hidden from guests: #UD, as without it.
+                controls.secondary -= Secondary::XSAVES;
+            }
+            controls
+        };
+        let two_stages = examine(&capabilities, Mode::Unrestricted).map(sound);
+        let shadow = examine(&capabilities, Mode::Shadow).map(sound).map_err(refusal)?;
+        let has = |control| two_stages.as_ref().is_ok_and(|controls| controls.secondary.contains(control));
         let signature = core::arch::x86_64::__cpuid(1).eax;
         let ept = capabilities.ept_vpid;
         // Without unrestricted guest the processor walks identity tables that the guest must not change. With these flags
         // its walks would be writes (29.3.3.2).
-        let accessed_dirty = ept.contains(EptVpid::ACCESSED_DIRTY)
-            && controls.secondary.contains(Secondary::UNRESTRICTED_GUEST);
+        let accessed_dirty = ept.contains(EptVpid::ACCESSED_DIRTY) && has(Secondary::UNRESTRICTED_GUEST);
         let format = Ept::new(&EptHost {
             five_level: false,
             max_phys_addr: features.physical_address_bits,
@@ -183,12 +197,13 @@ impl Vendor for Vmx {
             },
             accessed_dirty,
             execute_only: ept.contains(EptVpid::EXECUTE_ONLY),
-            mode_based_execute: controls.secondary.contains(Secondary::MODE_BASED_EXECUTE),
+            mode_based_execute: has(Secondary::MODE_BASED_EXECUTE),
         });
         static MACHINE: Once<Machine> = Once::new();
         let shared = MACHINE.call_once(|| Machine {
             capabilities,
-            controls,
+            two_stages,
+            shadow,
             msr_bitmap: msr_bitmap::for_all_guests(false),
             apic_msr_bitmap: msr_bitmap::for_all_guests(true),
             io_bitmaps: io_bitmaps(),
@@ -196,6 +211,12 @@ impl Vendor for Vmx {
             timer_is_reliable: !has_faulty_preemption_timer(signature),
             accessed_dirty,
             format,
+            shadow_host: NptHost {
+                five_level: features.la57,
+                max_phys_addr: features.physical_address_bits,
+                no_execute: features.nx,
+                largest: if features.pages_1g { PageSize::Size1G } else { PageSize::Size2M },
+            },
         });
         Ok(Self { shared })
     }
@@ -246,16 +267,33 @@ impl Vendor for Vmx {
         self.shared.format
     }
 
-    fn guest_pages(&self) -> &'static [GuestPage] {
-        if self.shared.unrestricted() {
+    fn shadow_format(&self) -> ShadowFormat {
+        ShadowFormat::new(&self.shared.shadow_host)
+    }
+
+    fn name(&self) -> &'static str {
+        if self.shared.two_stages.is_ok() {
+            "VMX with EPT"
+        } else {
+            "VMX without EPT"
+        }
+    }
+
+    fn two_stages(&self) -> Result<(), Refusal> {
+        self.shared.two_stages.map(|_| ()).map_err(refusal)
+    }
+
+    fn guest_pages(&self, shadow: bool) -> &'static [GuestPage] {
+        let unrestricted = self.shared.two_stages.as_ref().is_ok_and(Controls::unrestricted);
+        if unrestricted && !shadow {
             &[]
         } else {
             super::real_mode::GUEST_PAGES
         }
     }
 
-    fn new_vcpu(&self, root: u64, cr4: u64) -> Result<VmxVcpu, OutOfMemory> {
-        VmxVcpu::new(*self, self.eptp(root), cr4)
+    fn new_vcpu(&self, translation: Translation, cr4: u64) -> Result<VmxVcpu, OutOfMemory> {
+        VmxVcpu::new(*self, self.shared.controls(translation), translation, cr4)
     }
 }
 

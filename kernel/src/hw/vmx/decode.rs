@@ -17,6 +17,7 @@ const BREAKPOINT: u8 = 3;
 const OVERFLOW: u8 = 4;
 const DEBUG: u8 = 1;
 const GENERAL_PROTECTION: u8 = 13;
+const PAGE_FAULT: u8 = 14;
 const MACHINE_CHECK: u8 = 18;
 /// DR6: what a debug exception reports anew each time, B3 to B0 and BD, BS, BT.
 const DR6_CAUSES: u64 = 0xf | 7 << 13;
@@ -61,8 +62,13 @@ pub(super) fn exit(vcpu: &mut VmxVcpu, vmcs: Current, basic: u16) -> Exit {
             instruction(vcpu, vmcs);
             match CrAccess::from(vmcs.read(vmcs::EXIT_QUALIFICATION)) {
                 CrAccess::Write { cr, register } => Exit::WriteCr { cr, gpr: Some(register) },
-                CrAccess::Read { .. } | CrAccess::Clts | CrAccess::Lmsw(_) => Exit::Emulate,
+                CrAccess::Read { cr, register } => Exit::ReadCr { cr, gpr: Some(register) },
+                CrAccess::Clts | CrAccess::Lmsw(_) => Exit::Emulate,
             }
+        }
+        reason::INVLPG => {
+            instruction(vcpu, vmcs);
+            Exit::InvalidatePage { linear: Some(vmcs.read(vmcs::EXIT_QUALIFICATION)) }
         }
         reason::VIRTUALIZED_EOI => {
             // A trap: RIP is behind the instruction (SDM vol. 3, 30.1.4).
@@ -110,7 +116,6 @@ fn rare(vcpu: &mut VmxVcpu, basic: u16) -> Exit {
             Exit::DirtyLogFull
         }
         reason::MOV_DR
-        | reason::INVLPG
         | reason::INVPCID
         | reason::RDTSC
         | reason::RDTSCP
@@ -191,6 +196,10 @@ fn exception_or_nmi(vcpu: &mut VmxVcpu) -> Exit {
         block_nmis_again(vcpu);
     }
     match vector {
+        PAGE_FAULT if vcpu.controls.shadow() => {
+            let linear = vcpu.region.read(vmcs::EXIT_QUALIFICATION);
+            Exit::PageFault { code: error.unwrap_or(0), linear }
+        }
         MACHINE_CHECK => Exit::MachineCheck,
         DEBUG => {
             if info >> TYPE_SHIFT & 7 == TYPE_PRIVILEGED_EXCEPTION {
@@ -239,5 +248,5 @@ fn task_switch(vcpu: &mut VmxVcpu) -> Exit {
     let by_hardware = matches!(vcpu.vectoring >> TYPE_SHIFT & 7, 0 | 2 | 3);
     let stays = source == TaskSwitchSource::TaskGate && vcpu.vectoring & VALID != 0 && by_hardware;
     let next_rip = if stays { vcpu.rip() } else { next_rip(vcpu, vcpu.length) };
-    Exit::TaskSwitch(TaskSwitch { selector, cause, next_rip })
+    Exit::TaskSwitch(TaskSwitch { selector, cause, next_rip: Some(next_rip) })
 }

@@ -127,16 +127,31 @@ pub(super) unsafe fn invept(scope: InveptScope, eptp: u64) -> Result<(), Failure
     }
 }
 
-/// Removes all linear and combined translations of all VPIDs but the host's (INVVPID, type 2).
+/// Which translations INVVPID removes (SDM vol. 3, INVVPID).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum InvvpidScope {
+    /// Those of one linear address of one VPID.
+    Address(u16, u64),
+    /// All of one VPID.
+    Single(u16),
+    /// All of all VPIDs but the host's.
+    All,
+}
+
+/// Removes linear and combined translations.
 ///
 /// # Safety
 /// This CPU is in VMX operation and has that kind of INVVPID.
-pub(super) unsafe fn invvpid_all() -> Result<(), Failure> {
-    const ALL_CONTEXTS: u64 = 2;
-    let descriptor = [0u64, 0];
+pub(super) unsafe fn invvpid(scope: InvvpidScope) -> Result<(), Failure> {
+    let (kind, vpid, linear) = match scope {
+        InvvpidScope::Address(vpid, linear) => (0u64, vpid, linear),
+        InvvpidScope::Single(vpid) => (1, vpid, 0),
+        InvvpidScope::All => (2, 0, 0),
+    };
+    let descriptor = [u64::from(vpid), linear];
     // SAFETY: promised by the caller.
     unsafe {
-        vmx_instruction!("invvpid {scope}, [{descriptor}]", scope = in(reg) ALL_CONTEXTS,
+        vmx_instruction!("invvpid {kind}, [{descriptor}]", kind = in(reg) kind,
                          descriptor = in(reg) &raw const descriptor)
     }
 }

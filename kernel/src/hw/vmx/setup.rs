@@ -2,7 +2,7 @@
 #![allow(unsafe_code)] // Reads of the registers that make the host's state.
 
 use super::cache::FieldsMut;
-use super::choice::APIC_VIRTUALIZATION;
+use super::choice::{Controls, APIC_VIRTUALIZATION};
 use super::controls::{
     ExitControls, Primary, Secondary, EXCEPTION_ALIGNMENT_CHECK, EXCEPTION_DEBUG, EXCEPTION_MACHINE_CHECK,
 };
@@ -32,11 +32,11 @@ const NO_LINK: u64 = u64::MAX;
 pub(super) fn write_controls(
     region: &Region,
     machine: &Machine,
+    controls: &Controls,
     eptp: u64,
     apic_page: PhysAddr,
     areas: &MsrAreas,
 ) {
-    let controls = &machine.controls;
     region.set(vmcs::PIN_CONTROLS, controls.pin.bits());
     region.set(vmcs::EXIT_CONTROLS, controls.exit.bits());
     region.set(vmcs::EXCEPTION_BITMAP, INTERCEPTED_EXCEPTIONS);
@@ -45,7 +45,9 @@ pub(super) fn write_controls(
     region.set(vmcs::PAGE_FAULT_ERROR_MATCH, 0);
     region.set(vmcs::CR3_TARGET_COUNT, 0);
     write_secondary(region, machine, controls.secondary);
-    region.set(vmcs::EPT_POINTER, eptp);
+    if !controls.shadow() {
+        region.set(vmcs::EPT_POINTER, eptp);
+    }
     if controls.primary.contains(Primary::IO_BITMAPS) {
         region.set(vmcs::IO_BITMAP_A, machine.io_bitmaps.as_u64());
         region.set(vmcs::IO_BITMAP_B, machine.io_bitmaps.as_u64() + 4096);

@@ -5,11 +5,13 @@ use super::access_rights::{from_access_rights, to_access_rights};
 use super::cache::{Cache, FieldsMut, Hot, AT_COMPLETION, IN_EMULATION};
 use super::capabilities::{cr0_for_hardware, cr4_for_hardware, EptVpid};
 use super::check::{explain, guest_state_error, Failure, GuestState};
-use super::choice::{APIC_VIRTUALIZATION, CR3_EXITING};
-use super::controls::{Activity, EntryControls, ExitControls, Interruptibility, Pin, Primary, Secondary};
+use super::choice::{Controls, APIC_VIRTUALIZATION, CR3_EXITING};
+use super::controls::{
+    Activity, EntryControls, ExitControls, Interruptibility, Pin, Primary, Secondary, EXCEPTION_PAGE_FAULT,
+};
 use super::cpu::{with_this_cpu, Machine, Vmx};
 use super::exit::{interrupted_event, ExitReason};
-use super::instructions::{invept, invvpid_all, InveptScope};
+use super::instructions::{invept, invvpid, InveptScope, InvvpidScope};
 use super::msr_area::MsrAreas;
 use super::real_mode::{self, Form};
 use super::region::{Current, Region};
@@ -19,7 +21,9 @@ use super::{decode, dirty_log, entry, event, setup, spoil};
 use crate::cpu::{msr, tsc};
 use crate::devices::lapic::{ApicPage, LocalApic, VectorSet};
 use crate::hw::tag::{Tag, TagAllocator};
-use crate::hw::{gpr, CpuState, Event, Exit, HwVcpu, OutOfMemory, Segment, SegmentName, TableRegister};
+use crate::hw::{
+    gpr, CpuState, Event, Exit, HwVcpu, OutOfMemory, Segment, SegmentName, TableRegister, Translation,
+};
 use crate::mm::{self, FrameSize, Zone};
 use crate::vm::msr::{EFER_LMA, PAT_RESET};
 use x86_64::PhysAddr;
@@ -36,6 +40,13 @@ const CR4_VMXE: u64 = 1 << 13;
 /// The guest changes MP, EM, TS, WP and AM of CR0 without an exit. The others are the host's: PE and PG because EFER.LMA
 /// and the form in which the VMCS holds the state follow from them, CD, NW and NE because the hardware has others.
 const CR0_OWN: u64 = 1 << 1 | 1 << 2 | 1 << 3 | 1 << 16 | 1 << 18;
+/// CR0.WP: what shadow tables permit goes for all.
+const CR0_WP: u64 = 1 << 16;
+const CR4_PCIDE: u64 = 1 << 17;
+/// PSE, PAE, PGE, LA57, PCIDE, SMEP, SMAP, PKE and PKS.
+const CR4_OF_TABLES: u64 =
+    1 << 4 | CR4_PAE | 1 << 7 | 1 << 12 | CR4_PCIDE | 1 << 20 | 1 << 21 | 1 << 22 | 1 << 24;
+const EFER_NXE: u64 = 1 << 11;
 /// CR0.CD and CR0.NW: an entry does not load them (SDM vol. 3, 27.3.2.1), and caches stay on.
 const CR0_CACHE: u64 = 1 << 29 | 1 << 30;
 /// Pending debug exceptions: single step (SDM vol. 3, table 25-4).
@@ -59,6 +70,7 @@ pub struct VmxVcpu {
     apic_page: PhysAddr,
     machine: &'static Machine,
     vmx: Vmx,
+    pub(super) controls: &'static Controls,
     eptp: u64,
     /// Bits of CR4 that the guest may set.
     cr4_allowed: u64,
@@ -74,8 +86,10 @@ pub struct VmxVcpu {
     pub(super) form: Form,
     /// Without unrestricted guest: the state was changed by software, so it may need another form, or have none.
     unsettled: bool,
-    /// The guest's CR3 while the VMCS has that of the identity tables.
-    unpaged_cr3: u64,
+    /// The guest's CR3 while the VMCS has that of identity tables, or of a shadow.
+    own_cr3: u64,
+    /// The guest's PDPTE registers, where shadow tables translate.
+    pdptes: [u64; 4],
     /// Attributes of ES to GS, and the LDTR and TR, while the VMCS has those of virtual-8086 mode.
     real_attributes: [u16; 6],
     real_tr: Segment,
@@ -120,13 +134,21 @@ pub struct VmxVcpu {
 unsafe impl Send for VmxVcpu {}
 
 impl VmxVcpu {
-    pub(super) fn new(vmx: Vmx, eptp: u64, cr4_allowed: u64) -> Result<Self, OutOfMemory> {
+    pub(super) fn new(
+        vmx: Vmx,
+        controls: &'static Controls,
+        translation: Translation,
+        cr4_allowed: u64,
+    ) -> Result<Self, OutOfMemory> {
         let machine = vmx.machine();
-        let controls = &machine.controls;
+        let eptp = match translation {
+            Translation::TwoStages(root) => vmx.eptp(root),
+            Translation::Shadow => 0,
+        };
         let areas = MsrAreas::new(controls)?;
         let region = Region::new(machine.capabilities.revision())?;
         let apic_page = mm::alloc_zeroed(FrameSize::Size4K, Zone::Any).ok_or(OutOfMemory)?;
-        setup::write_controls(&region, machine, eptp, apic_page, &areas);
+        setup::write_controls(&region, machine, controls, eptp, apic_page, &areas);
         let mut vcpu = Self {
             gprs: [0; 16],
             region,
@@ -136,6 +158,7 @@ impl VmxVcpu {
             apic_page,
             machine,
             vmx,
+            controls,
             eptp,
             cr4_allowed,
             cr0_mask: u64::MAX,
@@ -145,7 +168,8 @@ impl VmxVcpu {
             efer: 0,
             form: Form::Own,
             unsettled: false,
-            unpaged_cr3: 0,
+            own_cr3: 0,
+            pdptes: [0; 4],
             real_attributes: [0; 6],
             real_tr: Segment::default(),
             real_iopl: 0,
@@ -185,23 +209,26 @@ impl VmxVcpu {
         if self.cpu != cpu {
             self.cpu = cpu;
             self.tag = Tag::default();
-            setup::write_host_state(&self.region, self.machine.controls.exit);
+            setup::write_host_state(&self.region, self.controls.exit);
             self.areas.set_host();
         }
         if !vpids.is_current(self.tag) {
             let allocation = vpids.allocate();
             self.tag = allocation.tag;
-            if self.machine.controls.secondary.contains(Secondary::VPID) {
+            if self.controls.secondary.contains(Secondary::VPID) {
                 self.region.set(vmcs::VPID, allocation.tag.number as u16);
                 if allocation.flush_all {
                     // SAFETY: VMX is on, and VPIDs are used only with this kind of INVVPID.
-                    let flushed = unsafe { invvpid_all() };
+                    let flushed = unsafe { invvpid(InvvpidScope::All) };
                     debug_assert!(flushed.is_ok());
                 }
             }
         }
-        // An EPT pointer may have been another VM's on this CPU, so a new tag flushes, too.
         self.flush = false;
+        if self.controls.shadow() {
+            return self.flush_tag();
+        }
+        // An EPT pointer may have been another VM's on this CPU, so a new tag flushes, too.
         let scope = if capabilities.contains(EptVpid::INVEPT_SINGLE) {
             InveptScope::Single
         } else {
@@ -212,20 +239,38 @@ impl VmxVcpu {
         debug_assert!(flushed.is_ok());
     }
 
+    /// Flushes what the tag holds. Without tags every entry and exit does.
+    fn flush_tag(&mut self) {
+        if !self.controls.secondary.contains(Secondary::VPID) {
+            return;
+        }
+        let single = self.machine.capabilities.ept_vpid.contains(EptVpid::INVVPID_SINGLE);
+        let vpid = self.tag.number as u16;
+        let scope = if single { InvvpidScope::Single(vpid) } else { InvvpidScope::All };
+        // SAFETY: VMX is on, the CPU has that kind of INVVPID, for VPIDs are used only with the second, and the tag is one.
+        let flushed = unsafe { invvpid(scope) };
+        debug_assert!(flushed.is_ok());
+    }
+
     /// Sets who owns which bits of CR0 and CR4, and which exceptions exit, in this form.
     fn write_form_masks(&mut self) {
+        // Shadow tables follow from what is in these.
+        let (cr0_own, cr4_of_tables) =
+            if self.controls.shadow() { (CR0_OWN & !CR0_WP, CR4_OF_TABLES) } else { (CR0_OWN, 0) };
         (self.cr0_mask, self.cr4_mask) = match self.form {
-            Form::Own => (!CR0_OWN, !self.cr4_allowed | CR4_MCE | CR4_VMXE),
-            Form::Unpaged => (!CR0_OWN, u64::MAX),
+            Form::Own => (!cr0_own, !self.cr4_allowed | CR4_MCE | CR4_VMXE | cr4_of_tables),
+            Form::Unpaged => (!cr0_own, u64::MAX),
             Form::Vm86 => (u64::MAX, u64::MAX),
         };
         self.region.set(vmcs::CR0_MASK, self.cr0_mask);
         self.region.set(vmcs::CR4_MASK, self.cr4_mask);
-        let exceptions = if self.form == Form::Vm86 { u32::MAX } else { setup::INTERCEPTED_EXCEPTIONS };
+        let page_fault = if self.controls.shadow() { EXCEPTION_PAGE_FAULT } else { 0 };
+        let exceptions =
+            if self.form == Form::Vm86 { u32::MAX } else { setup::INTERCEPTED_EXCEPTIONS | page_fault };
         self.region.set(vmcs::EXCEPTION_BITMAP, exceptions);
         // CPUs that cannot run CR3 accesses free have these bits fixed; then they exit in each form.
         let cr3 = CR3_EXITING - Primary::from_bits_retain(self.machine.capabilities.primary as u32);
-        self.primary.set(cr3, self.form != Form::Own);
+        self.primary.set(cr3, self.form != Form::Own || self.controls.shadow());
     }
 
     /// Brings the VMCS into a form that can be entered; false if there is none.
@@ -343,8 +388,9 @@ impl VmxVcpu {
     fn write_efer(&mut self, form: Form, efer: u64) {
         self.efer = efer;
         self.entry.set(EntryControls::IA32E_GUEST, efer & EFER_LMA != 0 && form == Form::Own);
-        let hardware = real_mode::efer(efer, form);
-        if self.machine.controls.entry.contains(EntryControls::LOAD_EFER) {
+        let no_execute = if self.controls.shadow() { EFER_NXE } else { 0 };
+        let hardware = real_mode::efer(efer, form) | no_execute;
+        if self.controls.entry.contains(EntryControls::LOAD_EFER) {
             self.region.set(vmcs::GUEST_EFER, hardware);
         }
         self.areas.set_guest(msr::EFER, hardware);
@@ -353,15 +399,20 @@ impl VmxVcpu {
     fn write_cr0(&mut self, form: Form, cr0: u64) {
         self.cr0_shadow = cr0;
         let machine = self.machine;
-        let hardware = real_mode::cr0(cr0, form) & !CR0_CACHE;
-        self.cache.set(Hot::Cr0, cr0_for_hardware(hardware, &machine.capabilities, machine.unrestricted()));
+        let protect = if self.controls.shadow() { CR0_WP } else { 0 };
+        let hardware = real_mode::cr0(cr0, form) & !CR0_CACHE | protect;
+        self.cache
+            .set(Hot::Cr0, cr0_for_hardware(hardware, &machine.capabilities, self.controls.unrestricted()));
         self.region.set(vmcs::CR0_SHADOW, cr0);
     }
 
     fn write_cr4(&mut self, form: Form, cr4: u64) {
         self.cr4_shadow = cr4;
         let host_mce = self.machine.host_cr4 & CR4_MCE;
-        let hardware = real_mode::cr4(cr4, form) & !CR4_MCE | host_mce;
+        let mut hardware = real_mode::cr4(cr4, form) & !CR4_MCE | host_mce;
+        if self.controls.shadow() {
+            hardware = hardware & !CR4_PCIDE | CR4_PAE;
+        }
         self.cache.set(Hot::Cr4, cr4_for_hardware(hardware, &self.machine.capabilities));
         self.region.set(vmcs::CR4_SHADOW, cr4);
     }
@@ -409,9 +460,11 @@ impl VmxVcpu {
         self.write_cr0(form, state.cr0);
         self.write_cr4(form, state.cr4);
         self.write_efer(form, state.efer);
-        self.unpaged_cr3 = state.cr3;
-        let cr3 = if form == Form::Own { state.cr3 } else { real_mode::IDENTITY_TABLE };
-        self.cache.set(Hot::Cr3, cr3);
+        self.own_cr3 = state.cr3;
+        if !self.controls.shadow() {
+            let cr3 = if form == Form::Own { state.cr3 } else { real_mode::IDENTITY_TABLE };
+            self.cache.set(Hot::Cr3, cr3);
+        }
         self.registers.set_cr2(state.cr2);
         self.registers.set_dr6(state.dr6);
         self.cache.set(Hot::Dr7, state.dr7);
@@ -507,7 +560,9 @@ impl Drop for VmxVcpu {
 }
 
 impl HwVcpu for VmxVcpu {
-    const KEEPS_PDPTES: bool = true;
+    fn keeps_pdptes(&self) -> bool {
+        true
+    }
 
     #[inline]
     fn gprs(&self) -> &[u64; 16] {
@@ -588,7 +643,7 @@ impl HwVcpu for VmxVcpu {
     }
     fn set_cr0(&mut self, cr0: u64) {
         const MODE: u64 = CR0_PE | CR0_PG;
-        if (cr0 ^ self.cr0_shadow) & MODE != 0 && !self.machine.unrestricted() {
+        if (cr0 ^ self.cr0_shadow) & MODE != 0 && !self.controls.unrestricted() {
             let state = CpuState { cr0, ..self.state() };
             self.set_state(&state);
         } else {
@@ -600,12 +655,19 @@ impl HwVcpu for VmxVcpu {
     }
     fn pdptes(&self) -> Option<[u64; 4]> {
         let paged = self.cr0_shadow & CR0_PG != 0 && self.cr4() & CR4_PAE != 0 && self.efer & EFER_LMA == 0;
+        if self.controls.shadow() {
+            return paged.then_some(self.pdptes);
+        }
         paged.then(|| {
             [vmcs::GUEST_PDPTE_0, vmcs::GUEST_PDPTE_1, vmcs::GUEST_PDPTE_2, vmcs::GUEST_PDPTE_3]
                 .map(|field| self.region.read(field))
         })
     }
     fn set_pdptes(&mut self, pdptes: [u64; 4]) {
+        if self.controls.shadow() {
+            self.pdptes = pdptes;
+            return;
+        }
         let fields = [vmcs::GUEST_PDPTE_0, vmcs::GUEST_PDPTE_1, vmcs::GUEST_PDPTE_2, vmcs::GUEST_PDPTE_3];
         for (field, pdpte) in fields.into_iter().zip(pdptes) {
             self.region.set(field, pdpte);
@@ -616,15 +678,15 @@ impl HwVcpu for VmxVcpu {
     }
     #[inline]
     fn cr3(&self) -> u64 {
-        if self.form == Form::Own {
+        if self.form == Form::Own && !self.controls.shadow() {
             self.cache.get(Hot::Cr3, &self.region)
         } else {
-            self.unpaged_cr3
+            self.own_cr3
         }
     }
     fn set_cr3(&mut self, cr3: u64) {
-        self.unpaged_cr3 = cr3;
-        if self.form == Form::Own {
+        self.own_cr3 = cr3;
+        if self.form == Form::Own && !self.controls.shadow() {
             self.cache.set(Hot::Cr3, cr3);
         }
     }
@@ -722,7 +784,9 @@ impl HwVcpu for VmxVcpu {
         true
     }
     fn set_pat(&mut self, pat: u64) {
-        if self.machine.controls.entry.contains(EntryControls::LOAD_PAT) {
+        // Shadow tables are made for the usual types, and the guest's own have no say there.
+        let pat = if self.controls.shadow() { PAT_RESET } else { pat };
+        if self.controls.entry.contains(EntryControls::LOAD_PAT) {
             self.region.set(vmcs::GUEST_PAT, pat);
         }
         self.areas.set_guest(msr::PAT, pat);
@@ -755,7 +819,7 @@ impl HwVcpu for VmxVcpu {
     fn set_state(&mut self, state: &CpuState) {
         // Not necessarily a form that can be entered: `settle_form` finds that.
         self.write_state(Form::Own, state);
-        self.unsettled = !self.machine.unrestricted();
+        self.unsettled = !self.controls.unrestricted();
         self.flush = true;
     }
 
@@ -819,7 +883,7 @@ impl HwVcpu for VmxVcpu {
     }
     #[inline]
     fn take_undeliverable(&mut self) -> Option<Event> {
-        if self.injection.is_none() || self.machine.unrestricted() {
+        if self.injection.is_none() || self.controls.unrestricted() {
             return None;
         }
         let by_hardware = self.cr0_shadow & CR0_PE != 0 && self.settle_form();
@@ -871,7 +935,7 @@ impl HwVcpu for VmxVcpu {
         self.primary.set(Primary::CR8_LOAD_EXITING, on || always);
     }
     fn set_deadline(&mut self, tsc: u64) -> bool {
-        if !self.machine.controls.preemption_timer {
+        if !self.controls.preemption_timer {
             return false;
         }
         // A timer that may count at a wrong rate ends runs early, or late: the other timer must be there, too.
@@ -879,7 +943,7 @@ impl HwVcpu for VmxVcpu {
         if self.deadline.is_none() {
             self.pin.insert(Pin::PREEMPTION_TIMER);
             self.region.set(vmcs::PIN_CONTROLS, self.pin.bits());
-            let exit = self.machine.controls.exit | ExitControls::SAVE_PREEMPTION_TIMER;
+            let exit = self.controls.exit | ExitControls::SAVE_PREEMPTION_TIMER;
             self.region.set(vmcs::EXIT_CONTROLS, exit.bits());
         }
         self.deadline = Some(tsc);
@@ -916,7 +980,7 @@ impl HwVcpu for VmxVcpu {
     }
 
     fn set_dirty_log(&mut self, on: bool) -> bool {
-        if !self.machine.can_log_dirty_pages() {
+        if !self.machine.can_log_dirty_pages(self.controls) {
             return false;
         }
         if on && self.dirty_log.is_none() {
@@ -947,9 +1011,26 @@ impl HwVcpu for VmxVcpu {
     }
 
     fn set_root(&mut self, root: u64) {
+        if self.controls.shadow() {
+            self.cache.set(Hot::Cr3, root);
+            return;
+        }
         self.eptp = self.vmx.eptp(root);
         self.region.set(vmcs::EPT_POINTER, self.eptp);
         self.flush = true;
+    }
+    fn flush_page(&mut self, linear: u64) {
+        let tagged = self.controls.secondary.contains(Secondary::VPID);
+        if tagged && !self.flush {
+            if self.machine.capabilities.ept_vpid.contains(EptVpid::INVVPID_ADDRESS) && self.tag.number != 0 {
+                // SAFETY: a vCPU is run where VMX is on, and the CPU has that kind of INVVPID. It fails for an address that is
+                // not canonical, and of those there are no translations. If the tag is another vCPU's by now, that one walks
+                // its tables once more.
+                let _ = unsafe { invvpid(InvvpidScope::Address(self.tag.number as u16, linear)) };
+            } else {
+                self.flush = true;
+            }
+        }
     }
     fn flush_tlb(&mut self) {
         self.flush = true;

@@ -380,6 +380,11 @@ pub trait Cpu {
         let _ = linear;
         self.flush();
     }
+    /// INVPCID of `kind` 0 to 3, its operands checked: more translations may become invalid than it names.
+    fn invalidate_context(&mut self, kind: u8, pcid: u16, linear: u64) {
+        let _ = (kind, pcid, linear);
+        self.flush();
+    }
     /// Makes a write of a control register take effect, with PDPTEs and the flush of translations; #GP for PDPTEs that
     /// the processor would refuse.
     fn change_controls(&mut self, now: &Now, change: &Change) -> Result<(), GeneralProtection>;

@@ -403,7 +403,7 @@ impl<C: Cpu> Execution<'_, C> {
         Ok(())
     }
 
-    /// INVPCID. All of its kinds are a flush of everything here.
+    /// INVPCID.
     fn invalidate_context(&mut self) -> Result<(), Fault> {
         const HAS_INVPCID: u32 = 1 << 10;
         if self.cpu.cpuid(7, 0)[1] & HAS_INVPCID == 0 {
@@ -422,7 +422,7 @@ impl<C: Cpu> Execution<'_, C> {
         {
             return Err(self.general_protection().into());
         }
-        self.cpu.flush();
+        self.cpu.invalidate_context(kind as u8, pcid as u16, linear);
         Ok(())
     }
 

@@ -10,7 +10,7 @@ use crate::addr::Pfn;
 use crate::format::{EntryFormat, Leaf, MemoryType, Writability};
 use crate::level::{Level, PageSize};
 use crate::mutant::{self, Mutant};
-use crate::role::{Caching, CpuRole, RoleFlags};
+use crate::role::{Caching, CpuRole, PagingMode, RoleFlags};
 use crate::tables::TableMemory;
 
 impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
@@ -39,6 +39,7 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
             execute_user,
             memory_type: self.format.nearest_memory_type(caching.memory_type),
             ignore_pat: caching.ignore_pat,
+            key: caching.key,
             ..Leaf::ram(pfn, size, writability)
         }
     }
@@ -50,10 +51,12 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
     }
 }
 
-/// How the leaf `entry` of `guest`'s tables at `level` wants its page cached. A guest's own tables have their say by the
-/// processor, and none here.
+/// How the leaf `entry` of `guest`'s tables at `level` wants its page cached, and its protection key. A guest's own tables
+/// have their say on caching by the processor, and none here; their keys the processor finds in the shadow (the role does not
+/// tell whether it heeds them).
 pub(super) fn caching(guest: Option<&CpuRole>, entry: u64, level: Level) -> Caching {
     const EPT_IGNORE_PAT: u64 = 1 << 6;
+    const KEY_SHIFT: u32 = 59;
     let Some(guest) = guest.filter(|_| !mutant::is(Mutant::NestedTypeIgnored)) else {
         return Caching::WRITE_BACK;
     };
@@ -66,13 +69,15 @@ pub(super) fn caching(guest: Option<&CpuRole>, entry: u64, level: Level) -> Cach
             6 => MemoryType::WriteBack,
             _ => MemoryType::Uncacheable,
         };
-        return Caching { memory_type, ignore_pat: entry & EPT_IGNORE_PAT != 0 };
+        return Caching { memory_type, ignore_pat: entry & EPT_IGNORE_PAT != 0, key: 0 };
     }
     if !guest.flags().contains(RoleFlags::NESTED) {
-        return Caching::WRITE_BACK;
+        let long = matches!(guest.mode(), PagingMode::FourLevel | PagingMode::FiveLevel);
+        let key = if long { (entry >> KEY_SHIFT & 15) as u8 } else { 0 };
+        return Caching { key, ..Caching::WRITE_BACK };
     }
     // PWT and PCD are bits 3 and 4; PAT is bit 7 of a PTE and bit 12 of a large page (AMD APM vol. 2, 7.8.3).
     let pat = if level == Level::L1 { 7 } else { 12 };
     let index = entry >> 3 & 3 | (entry >> pat & 1) << 2;
-    Caching { memory_type: guest.types().at(index as u32), ignore_pat: false }
+    Caching { memory_type: guest.types().at(index as u32), ignore_pat: false, key: 0 }
 }

@@ -180,6 +180,7 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         leaf.execute &= now.execute;
         leaf.execute_user &= now.execute_user;
         leaf.read &= now.read;
+        leaf.key = now.key;
         if !self.can_say(&leaf) || (now.memory_type, now.ignore_pat) != (leaf.memory_type, leaf.ignore_pat) {
             return self.drop_entry(memory, entry);
         }

@@ -6,7 +6,7 @@
 use guests::dev::fw_cfg;
 use guests::frames::{self, PAGE, PAGE_2M};
 use guests::multiboot::boot;
-use guests::paging::{has_1g, Space, A, D, E_I, E_P, E_PK, E_RSVD, E_U, E_W, G, NX, P, PLAYGROUND, PS, U, W};
+use guests::paging::{has_1g, Space, A, D, E_I, E_P, E_PK, E_U, E_W, G, NX, P, PLAYGROUND, PS, U, W};
 use guests::prelude::*;
 use guests::report::{case, Case};
 use guests::trap::{self, catch, Eoi, PF, UD};
@@ -131,7 +131,7 @@ fn error_codes() {
 fn reserved_bits() {
     let space = Space::current();
     // TCG leaves P out of the code although the entry is present.
-    let code = if guests::platform::tcg() { E_RSVD } else { E_RSVD | E_P };
+    let code = guests::platform::reserved_bit_error();
     let wide = machine::physical_bits();
     for (name, level) in
         [("reserved.pml4e", 4), ("reserved.pdpte", 3), ("reserved.pde", 2), ("reserved.pte", 1)]

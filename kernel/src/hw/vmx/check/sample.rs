@@ -1,7 +1,7 @@
 //! VMCSs of guests in each mode that pass every rule, to be broken by tests.
 use super::{GuestState, Settings};
 use crate::hw::vmx::capabilities::{cr0_for_hardware, cr4_for_hardware, samples, VmxCapabilities};
-use crate::hw::vmx::choice::Controls;
+use crate::hw::vmx::choice::{Controls, Mode};
 use crate::hw::vmx::controls::{Activity, EntryControls, Interruptibility, Secondary};
 use crate::hw::vmx::vmcs::{self, Field, Fields, Width, GUEST_SEGMENTS};
 use crate::hw::{CpuState, Segment, SegmentName};
@@ -84,7 +84,8 @@ impl Table {
     /// A VMCS with which a guest in `state` can be entered.
     pub(super) fn of(state: &CpuState, unrestricted: bool) -> Self {
         let capabilities = capabilities();
-        let controls = Controls::choose(&capabilities, unrestricted).unwrap();
+        let mode = if unrestricted { Mode::Unrestricted } else { Mode::Restricted };
+        let controls = Controls::choose(&capabilities, mode).unwrap();
         let mut table = Self(BTreeMap::new());
         table.set_controls(&controls);
         table.set_host();

@@ -1,7 +1,7 @@
 //! Page tables against CPUID: widths, page sizes, NX, process-context identifiers, protection of user pages.
 use crate::view::{bit, B, C, D, EXT1};
 use guests::frames;
-use guests::paging::{Space, E_I, E_P, E_PK, E_RSVD, NX, P, PLAYGROUND, U, W};
+use guests::paging::{Space, E_I, E_P, E_PK, NX, P, PLAYGROUND, U, W};
 use guests::prelude::*;
 use guests::report::case;
 use guests::trap::{catch, GP, PF};
@@ -10,22 +10,18 @@ use guests::{exec, machine, platform};
 /// Where the cases map: far from what the library does.
 const AREA: u64 = PLAYGROUND + (32 << 30);
 
-/// The error code of a reserved bit: TCG leaves P out though the entry is present.
-fn reserved() -> u64 {
-    if platform::tcg() {
-        E_RSVD
-    } else {
-        E_RSVD | E_P
-    }
-}
-
 pub(crate) fn run() {
     let space = Space::current();
     case("memory.physical_width", |t| {
         let wide = machine::physical_bits();
         for number in wide..52 {
             space.map(AREA, 1 << number, 1, P | W);
-            t.faults("a read by a bit beyond the width", catch(|| peek::<u8>(AREA)), PF, Some(reserved()));
+            t.faults(
+                "a read by a bit beyond the width",
+                catch(|| peek::<u8>(AREA)),
+                PF,
+                Some(platform::reserved_bit_error()),
+            );
         }
         // Nothing is there, but it is an address.
         space.map(AREA, 1 << (wide - 1), 1, P | W);
@@ -54,7 +50,12 @@ pub(crate) fn run() {
         if bit((EXT1, 0, D, 26)) {
             t.eq("the value there", got.unwrap_or(0), 0x5aa5u32);
         } else {
-            t.faults("a read where bit 7 of a PDPTE is reserved", got, PF, Some(reserved()));
+            t.faults(
+                "a read where bit 7 of a PDPTE is reserved",
+                got,
+                PF,
+                Some(platform::reserved_bit_error()),
+            );
         }
     });
     case("memory.nx_follows_nxe", |t| {
@@ -74,7 +75,7 @@ pub(crate) fn run() {
             wrmsr(MSR_EFER, rdmsr(MSR_EFER) | EFER_NXE);
             set_cr3(cr3());
         }
-        t.faults("a read with NXE clear", got, PF, Some(reserved()));
+        t.faults("a read with NXE clear", got, PF, Some(platform::reserved_bit_error()));
     });
     case("memory.smep", |t| {
         let address = AREA + (4 << 30);

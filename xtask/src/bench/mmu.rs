@@ -1,0 +1,150 @@
+//! `bench mmu`: what a guest's own paging costs, on nested page tables and on shadow tables, counted in instructions and
+//! exits by a test guest.
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+
+use super::grouped;
+use super::guest::{self, virtualization, Cost};
+use crate::emulator::Kind;
+use crate::say;
+
+/// The command line of `bench mmu`.
+#[derive(Clone, Debug, clap::Args)]
+pub struct Options {
+    /// One line of JSON on standard output
+    #[arg(long)]
+    json: bool,
+    /// The emulator: QEMU for SVM, Bochs for VMX
+    #[arg(long, value_enum, default_value_t)]
+    emulator: Kind,
+    /// The emulator's processor [default: the one that offers most]
+    #[arg(long, value_name = "MODEL")]
+    cpu: Option<String>,
+}
+
+/// An operation; what it costs under KVM in QEMU, with nested and with shadow paging: Linux 6.1 with `mitigations=off` on
+/// QEMU 7.2, as the guest's RDTSC counts; and what it may cost here with shadow tables.
+struct Operation {
+    key: &'static str,
+    name: &'static str,
+    kvm: [u64; 2],
+    target: Cost,
+}
+
+const fn operation(key: &'static str, name: &'static str, kvm: [u64; 2], target: [u64; 2]) -> Operation {
+    Operation { key, name, kvm, target: Cost { instructions: target[0], exits: target[1] } }
+}
+
+const OPERATIONS: [Operation; 11] = [
+    operation("first_touch", "first touch of a mapped page", [4, 5_026], [1_200, 1]),
+    operation("remap_invlpg_touch", "remap, INVLPG, touch", [99, 9_273], [1_500, 2]),
+    operation("invlpg", "INVLPG", [3, 3_450], [700, 1]),
+    operation("cr3_reload", "CR3 reload", [12, 6_526], [700, 1]),
+    operation("cr3_switch_pair", "CR3 switch pair, a touch each", [23, 6_980], [1_500, 2]),
+    operation("guest_pf", "page fault, not present", [251, 15_316], [2_800, 4]),
+    operation("cow", "copy-on-write fault", [257, 20_851], [3_300, 5]),
+    operation("fork_page", "fork-like copy, a page", [259, 13_644], [2_000, 3]),
+    operation("map_touch_unmap_page", "map, touch, unmap, a page", [243, 10_076], [1_700, 2]),
+    operation("cr0_wp_toggle", "CR0.WP toggle pair", [8_904, 11_087], [1_100, 2]),
+    operation("cr4_pge_toggle", "CR4.PGE toggle pair", [7_590, 7_765], [1_300, 2]),
+];
+
+/// The two ways, as umbra.toml and the keys of JSON have them.
+const WAYS: [&str; 2] = ["direct", "shadow"];
+
+/// Boots the guest that measures once for each way, and prints what it reports.
+pub(super) fn bench(options: &Options) -> Result<ExitCode> {
+    let Options { json, emulator, cpu } = options;
+    let mut costs = Vec::new();
+    let mut on = "";
+    for way in WAYS {
+        let log = guest::run("bench_mmu", &format!("mmu = \"{way}\"\n"), *emulator, cpu.as_deref())?;
+        costs.push(guest::costs_in(&log, &OPERATIONS.map(|operation| operation.key))?);
+        on = virtualization(&log);
+    }
+    let rows: Vec<[Cost; 2]> =
+        costs[0].iter().zip(&costs[1]).map(|(&direct, &shadow)| [direct, shadow]).collect();
+    if *json {
+        println!("{}", to_json(&rows));
+    } else {
+        print!("{}", table(&rows, &format!("on {}, {on}", emulator.name()), *emulator));
+        say!(
+            "cache and TLB misses are not in these figures: {} counts instructions, it does not time",
+            emulator.name()
+        );
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// One line, its keys in the table's order.
+fn to_json(rows: &[[Cost; 2]]) -> String {
+    let cost = |way: &str, cost: &Cost| {
+        format!(r#""{way}":{{"instructions":{},"exits":{}}}"#, cost.instructions, cost.exits)
+    };
+    let member = |(operation, [direct, shadow]): (&Operation, &[Cost; 2])| {
+        format!(r#""{}":{{{},{}}}"#, operation.key, cost(WAYS[0], direct), cost(WAYS[1], shadow))
+    };
+    let members: Vec<_> = OPERATIONS.iter().zip(rows).map(member).collect();
+    format!("{{{}}}", members.join(","))
+}
+
+/// The costs under a line that says what they were counted `on`. KVM's, and the targets, are for QEMU and stand beside those
+/// only.
+fn table(rows: &[[Cost; 2]], on: &str, emulator: Kind) -> String {
+    let mut text = format!(
+        "{on}\n{:<30} {:>8} {:>5} {:>8} {:>5}",
+        "operation: instructions, exits", "direct", "", "shadow", ""
+    );
+    let beside = emulator == Kind::Qemu;
+    if beside {
+        text += &format!(" {:>8} {:>5}   {:>8} {:>8}", "target", "", "KVM npt", "no npt");
+    }
+    text.truncate(text.trim_end().len());
+    text.push('\n');
+    for (operation, [direct, shadow]) in OPERATIONS.iter().zip(rows) {
+        let cost = |cost: &Cost| format!(" {:>8} {:>5}", grouped(cost.instructions), cost.exits);
+        text += &format!("{:<30}{}{}", operation.name, cost(direct), cost(shadow));
+        if beside {
+            let [nested, without] = operation.kvm.map(grouped);
+            text += &format!("{}   {nested:>8} {without:>8}", cost(&operation.target));
+        }
+        text.push('\n');
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::{json, Value};
+
+    fn rows() -> Vec<[Cost; 2]> {
+        let cost = |instructions, exits| Cost { instructions, exits };
+        (0..OPERATIONS.len() as u64).map(|n| [cost(n, 0), cost(1000 + n, 1)]).collect()
+    }
+
+    #[test]
+    fn json_is_one_line_with_every_key() {
+        let json = to_json(&rows());
+        assert!(!json.contains('\n'));
+        let value: Value = serde_json::from_str(&json).unwrap();
+        assert_eq!(
+            value["invlpg"],
+            json!({ "direct": { "instructions": 2, "exits": 0 }, "shadow": { "instructions": 1002, "exits": 1 } })
+        );
+        assert_eq!(value.as_object().unwrap().len(), OPERATIONS.len());
+    }
+
+    #[test]
+    fn the_table_has_a_line_for_each_operation() {
+        let text = table(&rows(), "on QEMU, SVM", Kind::Qemu);
+        assert_eq!(text.lines().count(), 2 + OPERATIONS.len());
+        let line = text.lines().find(|line| line.starts_with("INVLPG")).unwrap();
+        let words: Vec<_> = line.split_whitespace().collect();
+        assert_eq!(words, ["INVLPG", "2", "0", "1,002", "1", "700", "1", "3", "3,450"]);
+        let text = table(&rows(), "on Bochs, VMX", Kind::Bochs);
+        assert!(!text.contains("KVM") && text.lines().all(|line| line == line.trim_end()), "{text}");
+    }
+}
