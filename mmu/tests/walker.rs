@@ -313,6 +313,18 @@ fn commit_5f0b819995e1_nx_is_reserved_only_without_nxe() {
     }
 }
 
+/// A fetch shows in the error code with SMEP, or with NXE and eight-byte entries: not with NXE alone. Intel SDM vol. 3, 4.7.
+#[test]
+fn fetches_show_in_the_error_code_without_pae_only_by_smep() {
+    let memory = memory();
+    for (nxe, smep) in [(false, false), (true, false), (false, true), (true, true)] {
+        let m = Machine { lma: false, pae: false, pse: true, nxe, smep, ..BASE };
+        // An entry that is not present.
+        compare(&memory, &context(&m), &m, 0x0040_0000, What::Fetch, Who::Supervisor);
+        assert_eq!(context(&m).role().reports_fetches(), smep, "{m:?}");
+    }
+}
+
 /// CVE-2021-38198: rights are those of the walk that was made, also when two walks share the lower tables.
 #[test]
 fn cve_2021_38198_shared_tables_keep_the_rights_of_each_path() {

@@ -203,8 +203,9 @@ impl CpuRole {
         let mut flags = RoleFlags::empty();
         if mode != PagingMode::Unpaged {
             flags.set(RoleFlags::WP, cr0.contains(Cr0::WP) && !mutant::is(Mutant::WpForgotten));
-            // 4-byte entries have no bit 63, yet NXE still makes fetches show in the error code.
-            flags.set(RoleFlags::NX, efer.contains(Efer::NXE));
+            // 4-byte entries have no bit 63, and without PAE fetches do not show in the error code either (Intel SDM vol. 3,
+            // 4.7; AMD APM vol. 2, 8.4.2).
+            flags.set(RoleFlags::NX, efer.contains(Efer::NXE) && mode != PagingMode::TwoLevel);
             flags.set(RoleFlags::SMEP, cr4.contains(Cr4::SMEP));
             flags.set(RoleFlags::SMAP, cr4.contains(Cr4::SMAP));
         }

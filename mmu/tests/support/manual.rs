@@ -90,7 +90,8 @@ pub fn walk(
     if user {
         code |= 4;
     }
-    if what == What::Fetch && m.pg && (m.nxe || m.smep) {
+    // Intel SDM vol. 3, 4.7: with CR4.PAE and EFER.NXE both, or with SMEP.
+    if what == What::Fetch && m.pg && (m.nxe && (m.pae || m.lma) || m.smep) {
         code |= 16;
     }
     if !m.pg {
