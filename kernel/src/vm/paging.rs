@@ -291,6 +291,7 @@ pub enum PageFault {
 }
 
 /// #PF error codes: write, user, instruction fetch. Intel SDM vol. 3, 4.7.
+const PF_PRESENT: u32 = 1 << 0;
 const PF_WRITE: u32 = 1 << 1;
 pub(super) const PF_USER: u32 = 1 << 2;
 pub(super) const PF_FETCH: u32 = 1 << 4;
@@ -314,6 +315,8 @@ pub struct Paging {
     cpu: GuestCpu,
     /// The last instruction fetch.
     fetches: FetchCache,
+    /// RIP and address of a supervisor's access that faulted last though the tables permit it.
+    spurious: Option<(u64, u64)>,
     /// The CPU that the vCPU runs on.
     host_cpu: CpuId,
     /// The root that the hardware was given.
@@ -337,6 +340,7 @@ impl Paging {
             registers: (0, 0, 0),
             cpu,
             fetches: FetchCache::new(),
+            spurious: None,
             host_cpu: this_cpu(),
             root: match memory.translation() {
                 Translation::TwoStages(root) => root,
@@ -519,13 +523,22 @@ impl Paging {
             });
             let write = access.kind == AccessKind::Write;
             match done.outcome {
-                ShadowFault::Spurious if access.agent == Agent::Supervisor && self.heeds_smap() => {
-                    // The tables permit an access by an operand, and yet it faulted: it is one of the processor's own, which
-                    // RFLAGS.AC does not concern.
+                ShadowFault::Spurious
+                    if code & PF_PRESENT != 0 && access.agent == Agent::Supervisor && self.heeds_smap() =>
+                {
+                    // The tables permit an access by an operand, and yet it faulted. Another vCPU may just have mapped the
+                    // page; if the same access faults again, it is one of the processor's own, which RFLAGS.AC does not
+                    // concern.
+                    let at = (hw.rip(), linear);
+                    if self.spurious.replace(at) != Some(at) {
+                        return PageFault::Mapped;
+                    }
+                    self.spurious = None;
                     access.agent = Agent::Implicit;
                 }
                 ShadowFault::Mapped | ShadowFault::Spurious | ShadowFault::NoRoot | ShadowFault::Wait => {
-                    return PageFault::Mapped
+                    self.spurious = None;
+                    return PageFault::Mapped;
                 }
                 ShadowFault::Retry => {}
                 ShadowFault::Mmio(gpa) | ShadowFault::ReadOnly(gpa) => {

@@ -345,6 +345,10 @@ impl<V: Vendor> Cpu for View<'_, V> {
 
     fn set_pdptes(&mut self, pdptes: [u64; 4]) {
         self.core.hw.set_pdptes(pdptes);
+        // They come after the CR3 that they belong to.
+        if self.core.paging.is_shadowed() {
+            self.core.paging.state_replaced(&self.core.hw);
+        }
     }
 
     fn cr8(&self) -> u8 {

@@ -24,6 +24,12 @@ pub(super) unsafe fn invalidate_page(linear: u64, asid: u32) {
     unsafe { asm!("invlpga rax, ecx", in("rax") linear, in("ecx") asid, options(nostack, preserves_flags)) };
 }
 
+/// Sets CR2, which VMRUN loads from the VMCB (APM vol. 2, 15.5.1): Bochs 2.7 enters the guest with the register as it is.
+pub(super) fn set_cr2(value: u64) {
+    // SAFETY: CR2 says something only in a page-fault handler, and the kernel's report of its own fault reads it there.
+    unsafe { asm!("mov cr2, {}", in(reg) value, options(nomem, nostack, preserves_flags)) };
+}
+
 /// Runs the guest of the VMCB at physical address `vmcb` until it exits.
 ///
 /// `gprs` holds the guest's registers in encoding order; RAX and RSP are in the VMCB. FS, GS, TR, LDTR and the

@@ -339,6 +339,7 @@ impl HwVcpu for SvmVcpu {
     }
     fn set_cr2(&mut self, cr2: u64) {
         self.vmcb_mut().set_cr2(cr2);
+        entry::set_cr2(cr2);
     }
     #[inline]
     fn cr3(&self) -> u64 {
