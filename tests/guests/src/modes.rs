@@ -544,6 +544,13 @@ pub fn run_prepared(mode: Mode, registers: Registers, cr3: u64) -> Outcome {
     go(kind, [cr0, cr3 as u32, cr4], registers, [machine::base_cr0(), crate::cpu::cr3(), crate::cpu::cr4()])
 }
 
+/// The same in a mode with paging, with values of CR0 and CR4 of one's own.
+pub fn run_controls(mode: Mode, registers: Registers, cr3: u64, cr0: u64, cr4: u64) -> Outcome {
+    let kind = if mode == Mode::Compat { KIND_COMPAT } else { KIND_32 };
+    let back = [machine::base_cr0(), crate::cpu::cr3(), crate::cpu::cr4()];
+    go(kind, [cr0 as u32, cr3 as u32, cr4 as u32], registers, back)
+}
+
 /// Leaves long mode and enters it again with another CR3 and CR4: the only way to change the number of levels.
 pub fn switch_paging(cr3: u64, cr4: u64) {
     install();

@@ -12,8 +12,8 @@ use crate::context::{platform_word, Ctx};
 use crate::payload;
 use crate::scenario::{Need, Scenario};
 
-/// Guests that hold a conversation, measure or misbehave, and are not judged by their cases alone.
-const WITHOUT_CASES: [&str; 4] = ["demo", "bench_exits", "bench_mmu", "garbage"];
+/// Guests that hold a conversation, measure, compare or misbehave, and are not judged by their cases alone.
+const WITHOUT_CASES: [&str; 5] = ["demo", "bench_exits", "bench_mmu", "garbage", "paging_digest"];
 
 /// What a guest writes to its exit port when all cases passed is 0, and comes back as isa-debug-exit's status.
 const ALL_PASSED: u8 = 1;
@@ -79,6 +79,14 @@ pub(super) fn all() -> Vec<Scenario> {
             all.push(scenario.needs(&[Need::Grub, Need::Bochs]).limit(240));
         }
     }
+    for (word, config) in [("direct", ""), ("shadow", SHADOW)] {
+        // Its processors are each a processor of the machine.
+        let scenario = move |ctx: &Ctx| {
+            let machine = Machine { cpus: 4, ..ctx.machine() };
+            report(ctx, &machine, "hostile_paging", config, "")
+        };
+        all.push(Scenario::new(format!("guest_hostile_paging_{word}_4_cpus"), scenario).limit(240));
+    }
     for name in WITH_X2APIC {
         let scenario = move |ctx: &Ctx| report(ctx, &ctx.machine(), name, "", "x2apic");
         all.push(Scenario::new(format!("guest_{name}_x2apic"), scenario).limit(240));
@@ -124,7 +132,7 @@ fn report(ctx: &Ctx, machine: &Machine, guest: &str, config: &str, more_words: &
             let text = b"umbra module".repeat(1000);
             bundle_files = vec![("module-a", text[..5000].to_vec()), ("module-b", text[..12].to_vec())];
         }
-        "smp" => more.push_str("vcpus = 4\n"),
+        "smp" | "hostile_paging" => more.push_str("vcpus = 4\n"),
         _ => {}
     }
     let mut bundle = bundle(ctx, guest, &words, &more)?;
@@ -167,7 +175,7 @@ fn other_vms_go_on(ctx: &Ctx) -> Result<Cases> {
     Ok(cases)
 }
 
-fn bundle(ctx: &Ctx, guest: &str, cmdline: &str, more: &str) -> Result<Bundle> {
+pub(super) fn bundle(ctx: &Ctx, guest: &str, cmdline: &str, more: &str) -> Result<Bundle> {
     let config = format!(
         "[[vm]]\nname = \"{guest}\"\nmemory = \"64M\"\nkernel = \"{guest}\"\ncmdline = \"{}\"\n\
          exit_port = 0xf4\non_reset = \"stop\"\n{more}",

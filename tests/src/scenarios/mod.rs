@@ -4,16 +4,22 @@ mod bad_input;
 mod boot;
 mod guests;
 mod linux;
+mod paging_digest;
 mod refused_entries;
 
 use crate::scenario::Scenario;
 
 /// The registry.
 pub(crate) fn all() -> Vec<Scenario> {
-    [boot::all(), bad_input::all(), guests::all(), refused_entries::all(), linux::all()]
-        .into_iter()
-        .flatten()
-        .collect()
+    let folders = [
+        boot::all(),
+        bad_input::all(),
+        guests::all(),
+        paging_digest::all(),
+        refused_entries::all(),
+        linux::all(),
+    ];
+    folders.into_iter().flatten().collect()
 }
 
 #[cfg(test)]

@@ -42,6 +42,9 @@ pub enum Boot {
     Iso,
     /// GRUB loads both from an ISO image, on UEFI.
     Uefi,
+    /// QEMU loads a Multiboot 1 kernel in Umbra's place, without a bundle, and gives it the exit port of the test
+    /// guests: what such a guest does on the bare machine is what it should do under Umbra.
+    Bare,
 }
 
 /// Whether QEMU counts instructions in place of time, which makes a run repeatable.
@@ -145,7 +148,7 @@ impl Machine {
             .with_context(|| format!("cannot create {}", self.dir.display()))?;
         std::fs::write(self.bundle_file(), bundle.archive()?)
             .with_context(|| format!("cannot write {}", self.bundle_file().display()))?;
-        if self.boot != Boot::Pvh {
+        if matches!(self.boot, Boot::Iso | Boot::Uefi) {
             let work = self.dir.join("iso");
             image::write_iso(
                 &self.umbra,

@@ -60,6 +60,9 @@ fn debugger(line: CommandLine, machine: &Machine) -> CommandLine {
 fn boot(line: CommandLine, machine: &Machine) -> Result<CommandLine> {
     Ok(match machine.boot {
         Boot::Pvh => line.arg("-kernel").arg(&machine.umbra).arg("-initrd").arg(machine.bundle_file()),
+        Boot::Bare => {
+            line.args(["-device", "isa-debug-exit,iobase=0xf4,iosize=4"]).arg("-kernel").arg(&machine.umbra)
+        }
         Boot::Iso => line.arg("-cdrom").arg(machine.iso_file()).args(["-boot", "d"]),
         Boot::Uefi => {
             let files = firmware::uefi_files().context(firmware::NO_UEFI)?;
@@ -115,6 +118,14 @@ mod tests {
         assert_eq!(line.value_of("-rtc"), Some("base=2026-01-01,clock=vm"));
         assert_eq!(line.value_of("-seed"), Some("1"));
         assert_eq!(line.value_of("-smp"), Some("1"));
+    }
+
+    #[test]
+    fn a_bare_guest_is_the_kernel_and_has_its_exit_port() {
+        let line = command_line(&Machine { boot: Boot::Bare, ..machine() }).unwrap();
+        assert_eq!(line.value_of("-kernel"), Some("/t/umbra"));
+        assert_eq!(line.value_of("-device"), Some("isa-debug-exit,iobase=0xf4,iosize=4"));
+        assert!(!line.has_arg("-initrd"));
     }
 
     #[test]

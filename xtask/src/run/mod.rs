@@ -114,7 +114,7 @@ impl Options {
             Kind::Bochs => Component::Bochs,
         });
         match self.boot() {
-            Boot::Pvh => {}
+            Boot::Pvh | Boot::Bare => {}
             Boot::Iso => needed.push(Component::Grub),
             Boot::Uefi => needed.extend([Component::Uefi, Component::Grub]),
         }
