@@ -56,6 +56,64 @@ fn four_levels() {
     world.finish();
 }
 
+/// D7: a fault that needs more pages than are left does not take those that it uses itself.
+#[test]
+fn d7_recycled_pages_are_not_those_in_use() {
+    let mut world = World::new(BASE, 8, addresses(), long_mode);
+    let (paging, cpu) = registers(&BASE);
+    let role = CpuRole::new(&paging, &cpu);
+    let root_role = RootRole::shadow(role, Level::L4, VcpuMode::default(), true);
+    // With the two vCPUs' root, and the one that the fault is on, all of the quota but two pages.
+    let roots: Vec<_> = [TABLES, 0x6000, 0x7000, 0x8000, 0x9000, 0xa000]
+        .map(|cr3| {
+            world.tables.fill(&mut world.cache);
+            let mut guard = world.memory.exclusive(CPU);
+            world.kind.get_root(&mut guard, &mut world.cache, root_role, cr3, [0; 4]).outcome.unwrap()
+        })
+        .into();
+    world.tables.fill(&mut world.cache);
+    let read = access(What::Read, Who::Supervisor);
+    let context = PagingContext::<Gva, Gpa>::new(role);
+    let walked = context.walk(&world.memory.shared(CPU), &regs(&BASE), Gva::new(0x1000), read).unwrap();
+    let mut guard = world.memory.exclusive(CPU);
+    let done =
+        world.kind.fault(&mut guard, &mut world.cache, roots[0], &walked, Gva::new(0x1000), read).outcome;
+    assert_eq!(done, ShadowFault::Full);
+    for root in roots {
+        world.kind.put_root(&mut guard, root);
+    }
+    drop(guard);
+    world.finish();
+}
+
+/// F1: a guest that clears an accessed bit, and says so, finds it set by the next use.
+#[test]
+fn f1_a_cleared_accessed_bit_is_set_again_after_a_flush() {
+    let mut world = world(BASE);
+    world.access(0, 0x1000, What::Read, Who::Supervisor);
+    assert!(matches!(world.guest_store(0, 0x4008, 0x1047), Ended::At(_)));
+    world.invlpg(0, 0x1000);
+    world.access(0, 0x1000, What::Read, Who::Supervisor);
+    assert_eq!(world.ram().get(0x4008), Some(0x1067));
+    world.finish();
+}
+
+/// C5: of two addresses that are invalidated before the next entry, both are.
+#[test]
+fn c5_two_invalidated_addresses_are_both_heard_of() {
+    let mut world = world(BASE);
+    for va in [0x1000, 0x2000] {
+        world.access(0, va, What::Read, Who::Supervisor);
+    }
+    world.guest_store(0, 0x4008, 0x9067);
+    world.guest_store(0, 0x4010, 0xa067);
+    world.invlpg(0, 0x1000);
+    world.invlpg(0, 0x2000);
+    assert_eq!(world.access(0, 0x1000, What::Read, Who::Supervisor), Ended::At(0x9000));
+    assert_eq!(world.access(0, 0x2000, What::Read, Who::Supervisor), Ended::At(0xa000));
+    world.finish();
+}
+
 /// Protection keys are the processor's affair: it finds them where the guest has put them.
 #[test]
 fn shadows_have_the_guests_protection_keys() {

@@ -111,6 +111,24 @@ fn b6_recovery_brings_huge_pages_back() {
     world.finish();
 }
 
+/// Recovery leaves the small pages of a logged slot alone: they would have to be made again at once.
+#[test]
+fn b6_recovery_spares_logged_slots() {
+    let mut world = world(BASE);
+    forbid(&mut world, true);
+    at(&mut world, HUGE, What::Fetch);
+    assert_eq!(world.kind.execute_splits(), 1);
+    let start = mmu::Gfn::default();
+    let mut guard = world.memory.exclusive(CPU);
+    let _ = guard.start_dirty_log(start, mmu::LogBy::WriteProtection).unwrap();
+    let mut progress = mmu::ZapProgress::default();
+    while !progress.is_done() {
+        let _ = world.kind.recover_huge_pages(&mut guard, 1, &mut progress);
+    }
+    drop(guard);
+    assert_eq!(world.kind.execute_splits(), 1);
+}
+
 /// An unpaged guest's memory is one run of direct pages: the rule holds there, too.
 #[test]
 fn b6_unpaged_guests_have_no_executable_huge_page() {

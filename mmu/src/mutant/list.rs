@@ -380,7 +380,7 @@ mutants! {
         /// A sync does not compare frames.
         SyncOtherFrame = "sync_other_frame" by ["d5_unsync"];
         /// A sync keeps a leaf whose entry is not accessed any more.
-        SyncUnused = "sync_unused" by ["any_sequence"];
+        SyncUnused = "sync_unused" by ["f1_a_cleared_accessed_bit"];
         /// A sync does not go down.
         SyncThisPageOnly = "sync_this_page_only" by ["d5_unsync"];
         /// A table that is written again and again stays shadowed.
@@ -396,7 +396,7 @@ mutants! {
         /// A page of an obsolete generation is used again.
         ObsoleteReused = "obsolete_reused" by ["d7", "d10"];
         /// A page that this fault uses is recycled.
-        RecycleInUse = "recycle_in_use" by ["d7_recycled", "d7_direct_pages"];
+        RecycleInUse = "recycle_in_use" by ["d7_recycled"];
         /// A page goes and links to it stay.
         ZapLeavesParents = "zap_leaves_parents" by ["d7", "any_sequence"];
         /// A page with something unsync below is linked, and its ancestors do not know.
@@ -414,7 +414,7 @@ mutants! {
         /// Collapsing drops small pages that are needed.
         ShadowCollapseLogged = "shadow_collapse_needed" by ["collapse_drops", "logging_ends"];
         /// Recovery takes pages of logged slots away.
-        ShadowRecoverLogged = "shadow_recover_logged" by ["b6_recovery"];
+        ShadowRecoverLogged = "shadow_recover_logged" by ["b6_recovery_spares"];
         /// A vCPU that moves to another CPU trusts the tag there.
         TagOfOtherCpu = "tag_of_other_cpu" by ["c4_the_tag"];
         /// A vCPU enters on an obsolete root.
@@ -426,7 +426,7 @@ mutants! {
         /// The root that was used last goes first.
         LeastRecentKept = "least_recent_kept" by ["d9_the_least_recently"];
         /// The second address that is due hides the first.
-        OneSyncOfTwo = "one_sync_of_two" by ["any_sequence", "vcpu"];
+        OneSyncOfTwo = "one_sync_of_two" by ["c5_two_invalidated_addresses"];
         /// A root that is behind is run on as it is.
         RootUnsynced = "root_unsynced" by ["stale_guest_flush", "any_sequence"];
         /// An address that was invalidated is not synced.

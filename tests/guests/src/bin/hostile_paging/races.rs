@@ -76,7 +76,8 @@ pub(crate) fn run() {
         let frame = page_with(0);
         space.map(address, frame, 1, P | W);
         let entry = space.entry(address, 1);
-        (ASKED.store(0, SeqCst), DONE.store(0, SeqCst));
+        ASKED.store(0, SeqCst);
+        DONE.store(0, SeqCst);
         ADDRESS.store(address, SeqCst);
         smp::give(others, touch);
         for round in 1..=1500u64 {
@@ -88,7 +89,7 @@ pub(crate) fn run() {
                 exec!("lock add qword ptr [{}], 0x200", in(reg) entry);
             }
             t.yes("the other processor is done", wait_until(LONG, || DONE.load(SeqCst) == round));
-            t.eq("the entry", read(entry), frame | P | W | A | D | round % 8 << 9);
+            t.eq("the entry", read(entry), frame | P | W | A | D | (round % 8) << 9);
         }
     });
     with("race.split_and_merge", &|t, others| {
@@ -96,7 +97,7 @@ pub(crate) fn run() {
         let block = frames::untouched(PAGE_2M, PAGE_2M);
         (0..512).for_each(|page| poke(block + page * PAGE, 7u64));
         let table = frames::page();
-        (0..512).for_each(|page| poke(table + page * 8, block + page * PAGE | P | W));
+        (0..512).for_each(|page| poke(table + page * 8, (block + page * PAGE) | P | W));
         space.map(address, block, 2, P | W);
         watch(others, address + 77 * PAGE, 7, 7);
         for _ in 0..400 {
@@ -136,7 +137,7 @@ fn look(index: usize) {
     while !STOP.load(SeqCst) {
         count += 1;
         let address = ADDRESS.load(SeqCst);
-        if count % 3 == 0 {
+        if count.is_multiple_of(3) {
             invlpg(address);
         }
         let word = read(address);

@@ -168,9 +168,9 @@ fn changes() {
             for page in [0, 1, 255, 511] {
                 t.eq("a word by the large page", read(address + page * PAGE), page);
             }
-            (0..512).for_each(|page| poke(table + page * 8, block + page * PAGE | P | W));
+            (0..512).for_each(|page| poke(table + page * 8, (block + page * PAGE) | P | W));
             // One page of the split is read-only.
-            poke(table + round * 8, block + round * PAGE | P);
+            poke(table + round * 8, (block + round * PAGE) | P);
             space.set(address, 2, table | P | W);
             for page in [0, 1, 255, 511] {
                 t.eq("a word by small pages", read(address + page * PAGE), page);

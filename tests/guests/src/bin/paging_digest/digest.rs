@@ -81,7 +81,7 @@ impl Digest {
             Err(fault) => {
                 self.add(0x100 | u64::from(fault.vector));
                 let mask = match fault.vector {
-                    PF => u64::from(fault.error & E_RSVD != 0) * E_P | u64::from(exchange) * E_W,
+                    PF => (u64::from(fault.error & E_RSVD != 0) * E_P) | (u64::from(exchange) * E_W),
                     _ => 0,
                 };
                 self.exact = fold(self.exact, fault.error);
