@@ -164,6 +164,12 @@ impl Chipset {
         }
     }
 
+    /// Writes a byte at `port`.
+    #[inline]
+    pub fn port_write_byte(&mut self, port: u16, value: u8, now_ns: u64) -> Option<ChipsetEvent> {
+        self.write8(port, value, now_ns)
+    }
+
     /// Writes `size` bytes (1, 2 or 4) at `port`. `ram` is where fw_cfg's DMA goes.
     #[inline]
     pub fn port_write(

@@ -188,6 +188,26 @@ pub struct PortAccess {
     pub next_rip: u64,
 }
 
+/// A page fault of the processor's that exited.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)] // See `Exit`.
+pub struct CpuPageFault {
+    /// The error code, as far as hardware without SEV-SNP has it: bits 15:0.
+    pub code: u16,
+    /// The linear address.
+    pub linear: u64,
+}
+
+/// An INVLPG that exited.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)] // See `Exit`.
+pub struct Invlpg {
+    /// Whether the hardware said the address.
+    pub known: bool,
+    /// The linear address.
+    pub linear: u64,
+}
+
 bitflags! {
     /// Kinds of port accesses.
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -253,17 +273,9 @@ pub enum Exit {
     /// PAUSE in a loop.
     Pause,
     /// The CPU's own page fault, where shadow tables translate: the guest's, or one of the shadow.
-    PageFault {
-        /// The error code.
-        code: u32,
-        /// The linear address.
-        linear: u64,
-    },
+    PageFault(CpuPageFault),
     /// INVLPG.
-    InvalidatePage {
-        /// The linear address, where the hardware says it.
-        linear: Option<u64>,
-    },
+    InvalidatePage(Invlpg),
     /// MOV from a control register whose value the processor has not got.
     ReadCr {
         /// Its number.

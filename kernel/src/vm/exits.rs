@@ -21,8 +21,8 @@ use crate::devices::lapic::{ApicAction, Deadline, X2APIC_MSR_FIRST, X2APIC_MSR_L
 use crate::hw::extended;
 use crate::hw::gpr::{RAX, RBX, RCX, RDX};
 use crate::hw::{
-    CpuState, Event, Exit, FaultCause, HwVcpu, PortAccess, PortKind, SecondStageFault, SegmentName,
-    TaskSwitch, TaskSwitchCause, Vendor,
+    CpuPageFault, CpuState, Event, Exit, FaultCause, HwVcpu, Invlpg, PortAccess, PortKind, SecondStageFault,
+    SegmentName, TaskSwitch, TaskSwitchCause, Vendor,
 };
 
 const CS_LONG: u16 = crate::hw::Segment::LONG;
@@ -61,8 +61,8 @@ impl<V: Vendor> Vcpu<V> {
                 self.core.gives_way = true;
                 self.core.attention = true;
             }
-            Exit::PageFault { code, linear } => self.page_fault(guest, code, linear),
-            Exit::InvalidatePage { linear } => self.invalidate_page(guest, linear),
+            Exit::PageFault(fault) => self.page_fault(guest, fault),
+            Exit::InvalidatePage(invlpg) => self.invalidate_page(guest, invlpg),
             Exit::ReadCr { cr, gpr } => self.read_cr(guest, cr, gpr),
             Exit::WriteCr { cr, gpr } => self.write_cr(guest, cr, gpr),
             Exit::Emulate => {
@@ -297,7 +297,9 @@ impl<V: Vendor> Vcpu<V> {
     }
 
     /// A page fault of the processor's on shadow tables.
-    fn page_fault(&mut self, guest: &Guest<V>, code: u32, linear: u64) {
+    #[inline(never)]
+    fn page_fault(&mut self, guest: &Guest<V>, fault: CpuPageFault) {
+        let (code, linear) = (u32::from(fault.code), fault.linear);
         let core = &mut self.core;
         match core.paging.page_fault(&guest.memory, &core.hw, code, linear) {
             PageFault::Mapped => {}
@@ -422,10 +424,10 @@ impl<V: Vendor> Vcpu<V> {
         }
     }
 
-    /// INVLPG of `linear`, where the hardware named it.
-    #[inline]
-    fn invalidate_page(&mut self, guest: &Guest<V>, linear: Option<u64>) {
-        match (linear, self.core.hw.exit_next_rip()) {
+    /// INVLPG.
+    #[inline(never)]
+    fn invalidate_page(&mut self, guest: &Guest<V>, invlpg: Invlpg) {
+        match (invlpg.known.then_some(invlpg.linear), self.core.hw.exit_next_rip()) {
             (Some(linear), Some(next)) => {
                 self.core.invalidate_page(linear);
                 self.complete(guest, next);
@@ -435,6 +437,7 @@ impl<V: Vendor> Vcpu<V> {
     }
 
     /// MOV from control register `cr`, to general-purpose register `gpr` where the hardware named it.
+    #[inline(never)]
     fn read_cr(&mut self, guest: &Guest<V>, cr: u8, gpr: Option<u8>) {
         match (gpr, self.core.hw.exit_next_rip()) {
             (Some(gpr), Some(next)) => {
@@ -904,7 +907,7 @@ impl<V: Vendor> Core<V> {
     }
 
     /// IN of 1, 2 or 4 bytes.
-    #[inline]
+    #[inline(always)]
     pub(super) fn port_in(&mut self, guest: &Guest<V>, port: u16, size: u8) -> u32 {
         let now = guest.clock.ns(tsc::read());
         let mut board = guest.board.lock();
@@ -914,11 +917,15 @@ impl<V: Vendor> Core<V> {
     }
 
     /// OUT of 1, 2 or 4 bytes.
-    #[inline]
+    #[inline(always)]
     pub(super) fn port_out(&mut self, guest: &Guest<V>, port: u16, size: u8, value: u32) {
-        let (now, cpu) = (guest.clock.ns(tsc::read()), self.paging.host_cpu());
+        let now = guest.clock.ns(tsc::read());
         let mut board = guest.board.lock();
-        let event = board.chipset.port_write(port, size, value, now, &guest.memory.for_devices(cpu));
+        let event = if size == 1 {
+            board.chipset.port_write_byte(port, value as u8, now)
+        } else {
+            self.port_out_wide(guest, &mut board, port, size, value, now)
+        };
         if board.chipset.com1_has_output() {
             board.chipset.com1_take_output(&mut |byte| guest.output.put(byte));
             // The console takes its time; it is this vCPU's time.
@@ -929,6 +936,21 @@ impl<V: Vendor> Core<V> {
         if let Some(event) = event {
             self.chipset_event(guest, event);
         }
+    }
+
+    /// OUT of 2 or 4 bytes, which may begin a DMA.
+    #[inline(never)]
+    fn port_out_wide(
+        &self,
+        guest: &Guest<V>,
+        board: &mut Board,
+        port: u16,
+        size: u8,
+        value: u32,
+        now: u64,
+    ) -> Option<ChipsetEvent> {
+        let ram = guest.memory.for_devices(self.paging.host_cpu());
+        board.chipset.port_write(port, size, value, now, &ram)
     }
 
     /// After an access to the chipset: its lines go to the I/O APIC, and if it looks different now, this vCPU looks

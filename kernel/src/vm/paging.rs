@@ -396,16 +396,24 @@ impl Paging {
             }
             entered = self.mmu.enter(&memory.vm, self.host_cpu);
         }
-        if entered.root().hpa.bits() != self.root {
-            self.root = entered.root().hpa.bits();
-            hw.set_root(self.root);
+        // Another root is always a flush as well, for all have one tag.
+        if entered.flush() != TagFlush::None {
+            Self::obey(&mut self.root, entered.root().hpa.bits(), entered.flush(), hw);
         }
-        match entered.flush() {
+        hw.run(self.host_cpu.number())
+    }
+
+    /// Gives the hardware the root that is entered on, and flushes.
+    #[cold]
+    fn obey<H: HwVcpu>(given: &mut u64, root: u64, flush: TagFlush, hw: &mut H) {
+        if core::mem::replace(given, root) != root {
+            hw.set_root(root);
+        }
+        match flush {
             TagFlush::None => {}
             TagFlush::Address(linear) => hw.flush_page(linear.bits()),
             TagFlush::All => hw.flush_tlb(),
         }
-        hw.run(self.host_cpu.number())
     }
 
     /// Takes the root of now; if that cannot be, what to do instead of an entry.

@@ -1,6 +1,7 @@
 //! From #VMEXIT codes to the vendor-neutral [`Exit`]. AMD APM vol. 2, appendix C.
 use crate::hw::{
-    Event, Exit, FaultCause, PortAccess, PortKind, SecondStageFault, TaskSwitch, TaskSwitchCause,
+    CpuPageFault, Event, Exit, FaultCause, Invlpg, PortAccess, PortKind, SecondStageFault, TaskSwitch,
+    TaskSwitchCause,
 };
 
 /// Exit codes. APM table C-1.
@@ -109,14 +110,13 @@ pub fn decode(exit_code: u64, info_1: u64, info_2: u64) -> Exit {
         code @ code::CR0_WRITE..=code::CR15_WRITE => {
             Exit::WriteCr { cr: (code - code::CR0_WRITE) as u8, gpr: None }
         }
-        code::PAGE_FAULT => Exit::PageFault { code: info_1 as u32, linear: info_2 },
+        code::PAGE_FAULT => Exit::PageFault(CpuPageFault { code: info_1 as u16, linear: info_2 }),
         // EXITINFO1 holds the address only with decode assists (APM 15.8.1): zero else, as for address zero.
-        code::INVLPG => Exit::InvalidatePage { linear: None },
+        code::INVLPG => Exit::InvalidatePage(Invlpg { known: false, linear: 0 }),
         code @ code::CR0_READ..=code::CR15_READ => {
             Exit::ReadCr { cr: (code - code::CR0_READ) as u8, gpr: None }
         }
         code::INVPCID => Exit::Emulate,
-        code::TASK_SWITCH => Exit::TaskSwitch(task_switch(info_1, info_2)),
         code @ code::EXCEPTION..=code::EXCEPTION_LAST => exception((code - code::EXCEPTION) as u8, info_1),
         code::XSETBV => Exit::Xsetbv,
         code::INVD | code::WBINVD => Exit::CacheFlush,
@@ -153,7 +153,7 @@ fn nested_page_fault(info: u64, gpa: u64) -> SecondStageFault {
 
 /// EXITINFO1 and EXITINFO2 of a task switch: the new TSS, and in bits 36 and 38 whether IRET or a far jump started it. What
 /// neither did, CALL or the delivery of an event through a task gate did; the second shows in EXITINTINFO. APM 15.14.1.
-fn task_switch(info_1: u64, info_2: u64) -> TaskSwitch {
+pub(super) fn task_switch(info_1: u64, info_2: u64) -> TaskSwitch {
     let cause = if info_2 >> 36 & 1 != 0 {
         TaskSwitchCause::Iret
     } else if info_2 >> 38 & 1 != 0 {

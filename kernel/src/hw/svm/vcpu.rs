@@ -3,7 +3,7 @@
 
 use super::cpu::{with_this_cpu, Svm};
 use super::entry;
-use super::exit::{code, decode, encode_event, interrupted_event, INTERCEPTED_EXCEPTIONS};
+use super::exit::{code, decode, encode_event, interrupted_event, task_switch, INTERCEPTED_EXCEPTIONS};
 use super::nmi::NmiBlock;
 use super::vmcb::{Intercepts, TlbControl, Vmcb, VmcbSegment};
 use crate::hw::shadowed::ControlRegisters;
@@ -44,8 +44,11 @@ pub struct SvmVcpu {
     tag: Tag,
     flush: bool,
     nmi: NmiBlock,
-    /// The guest's control registers, if shadows translate: those of the VMCB follow from them.
-    shadowed: Option<ControlRegisters>,
+    /// Where the guest's control registers are: in the VMCB, or, if shadows translate, in a page of the same layout that no
+    /// processor sees. So reading one costs the same in both cases.
+    own: NonNull<Vmcb>,
+    /// That page: the control registers of the VMCB follow from those in it.
+    shadowed: Option<PhysAddr>,
     /// The guest's PDPTE registers in that case.
     pdptes: [u64; 4],
 }
@@ -59,6 +62,15 @@ impl SvmVcpu {
         let vmcb = NonNull::new(mm::phys_to_virt(vmcb_pa).cast::<Vmcb>()).ok_or(OutOfMemory)?;
         // SAFETY: the frame is ours, page-aligned, and all zeroes is a valid VMCB.
         unsafe { mm::phys::zero(vmcb_pa, 4096) };
+        let (mut own, mut shadowed) = (vmcb, None);
+        if translation == Translation::Shadow {
+            let Some(page) = mm::alloc_zeroed(FrameSize::Size4K, Zone::Any) else {
+                mm::free(vmcb_pa, FrameSize::Size4K);
+                return Err(OutOfMemory);
+            };
+            own = NonNull::new(mm::phys_to_virt(page).cast::<Vmcb>()).ok_or(OutOfMemory)?;
+            shadowed = Some(page);
+        }
         let mut vcpu = Self {
             gprs: [0; 16],
             vmcb,
@@ -68,7 +80,8 @@ impl SvmVcpu {
             tag: Tag::default(),
             flush: false,
             nmi: NmiBlock::default(),
-            shadowed: (translation == Translation::Shadow).then(ControlRegisters::default),
+            own,
+            shadowed,
             pdptes: [0; 4],
         };
         let vmcb = vcpu.vmcb_mut();
@@ -127,6 +140,13 @@ impl SvmVcpu {
         unsafe { self.vmcb.as_ref() }
     }
 
+    /// What has the guest's control registers.
+    #[inline]
+    fn own(&self) -> &Vmcb {
+        // SAFETY: as in `vmcb`; no processor writes the page, if it is another.
+        unsafe { self.own.as_ref() }
+    }
+
     #[inline]
     fn vmcb_mut(&mut self) -> &mut Vmcb {
         // SAFETY: as in `vmcb`, and `&mut self` makes the reference unique.
@@ -146,11 +166,22 @@ impl SvmVcpu {
         }
     }
 
-    /// Changes the guest's control registers: `change` gets them.
+    /// What the guest wrote to its control registers.
+    fn controls(&self) -> ControlRegisters {
+        ControlRegisters { cr0: self.cr0(), cr3: self.cr3(), cr4: self.cr4(), efer: self.efer() }
+    }
+
+    /// Changes the guest's control registers where shadows translate: `change` gets them.
     fn change_controls(&mut self, change: impl FnOnce(&mut ControlRegisters)) {
-        let Some(mut guest) = self.shadowed else { return };
+        let mut guest = self.controls();
         change(&mut guest);
-        self.shadowed = Some(guest);
+        // SAFETY: as in `own`, and `&mut self` makes the reference unique: in a vCPU whose addresses shadows translate it is
+        // not the VMCB.
+        let own = unsafe { self.own.as_mut() };
+        own.set_cr0(guest.cr0);
+        own.set_cr3(guest.cr3);
+        own.set_cr4(guest.cr4);
+        own.set_efer(guest.efer);
         let vmcb = self.vmcb_mut();
         let given = guest.for_processor(vmcb.cr3());
         vmcb.set_cr0(given.cr0);
@@ -166,14 +197,15 @@ impl SvmVcpu {
     /// What EXITINTINFO adds to a task switch: it was an event's, through a task gate. What hardware delivers returns to the
     /// instruction itself, INT n, INT3 and INTO behind it.
     #[cold]
-    fn task_switch(&self, switch: TaskSwitch) -> TaskSwitch {
+    fn task_switch(&self, info_1: u64, info_2: u64) -> Exit {
         const VALID: u64 = 1 << 31;
+        let switch = task_switch(info_1, info_2);
         let info = self.vmcb().control.exit_int_info;
         if info & VALID == 0 {
-            return switch;
+            return Exit::TaskSwitch(switch);
         }
         let next_rip = interrupted_event(info).map(|_| self.rip());
-        TaskSwitch { cause: TaskSwitchCause::Gate, next_rip, ..switch }
+        Exit::TaskSwitch(TaskSwitch { cause: TaskSwitchCause::Gate, next_rip, ..switch })
     }
 
     /// Makes every write of CR4 exit: this CPU has bits of it that the guest may not set.
@@ -228,6 +260,9 @@ impl SvmVcpu {
 impl Drop for SvmVcpu {
     fn drop(&mut self) {
         mm::free(self.vmcb_pa, FrameSize::Size4K);
+        if let Some(page) = self.shadowed {
+            mm::free(page, FrameSize::Size4K);
+        }
     }
 }
 
@@ -294,10 +329,10 @@ impl HwVcpu for SvmVcpu {
         if self.nmi != NmiBlock::Open && self.ended_nmi_handler(exit_code) {
             return Exit::NmiWindow;
         }
-        match decode(exit_code, info_1, info_2) {
-            Exit::TaskSwitch(switch) => Exit::TaskSwitch(self.task_switch(switch)),
-            exit => exit,
+        if exit_code == u64::from(code::TASK_SWITCH) {
+            return self.task_switch(info_1, info_2);
         }
+        decode(exit_code, info_1, info_2)
     }
 
     #[inline]
@@ -317,10 +352,7 @@ impl HwVcpu for SvmVcpu {
     }
     #[inline]
     fn cr0(&self) -> u64 {
-        match &self.shadowed {
-            Some(guest) => guest.cr0,
-            None => self.vmcb().cr0(),
-        }
+        self.own().cr0()
     }
     fn set_cr0(&mut self, cr0: u64) {
         match self.shadowed {
@@ -332,7 +364,7 @@ impl HwVcpu for SvmVcpu {
         self.vmcb().cr2()
     }
     fn pdptes(&self) -> Option<[u64; 4]> {
-        self.shadowed.filter(ControlRegisters::uses_pdptes).map(|_| self.pdptes)
+        (self.shadowed.is_some() && self.controls().uses_pdptes()).then_some(self.pdptes)
     }
     fn set_pdptes(&mut self, pdptes: [u64; 4]) {
         self.pdptes = pdptes;
@@ -343,10 +375,7 @@ impl HwVcpu for SvmVcpu {
     }
     #[inline]
     fn cr3(&self) -> u64 {
-        match &self.shadowed {
-            Some(guest) => guest.cr3,
-            None => self.vmcb().cr3(),
-        }
+        self.own().cr3()
     }
     fn set_cr3(&mut self, cr3: u64) {
         match self.shadowed {
@@ -356,10 +385,7 @@ impl HwVcpu for SvmVcpu {
     }
     #[inline]
     fn cr4(&self) -> u64 {
-        match &self.shadowed {
-            Some(guest) => guest.cr4,
-            None => self.vmcb().cr4(),
-        }
+        self.own().cr4()
     }
     fn set_cr4(&mut self, cr4: u64) {
         match self.shadowed {
@@ -377,10 +403,7 @@ impl HwVcpu for SvmVcpu {
     }
     #[inline]
     fn efer(&self) -> u64 {
-        match &self.shadowed {
-            Some(guest) => guest.efer,
-            None => self.vmcb().efer() & !EFER_SVME,
-        }
+        self.own().efer() & !EFER_SVME
     }
     fn set_efer(&mut self, efer: u64) {
         match self.shadowed {

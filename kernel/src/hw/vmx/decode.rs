@@ -11,7 +11,9 @@ use super::real_mode::Form;
 use super::region::Current;
 use super::vcpu::VmxVcpu;
 use super::vmcs::{self, Fields};
-use crate::hw::{Exit, FaultCause, HwVcpu, SecondStageFault, TaskSwitch, TaskSwitchCause};
+use crate::hw::{
+    CpuPageFault, Exit, FaultCause, HwVcpu, Invlpg, SecondStageFault, TaskSwitch, TaskSwitchCause,
+};
 
 const BREAKPOINT: u8 = 3;
 const OVERFLOW: u8 = 4;
@@ -68,7 +70,7 @@ pub(super) fn exit(vcpu: &mut VmxVcpu, vmcs: Current, basic: u16) -> Exit {
         }
         reason::INVLPG => {
             instruction(vcpu, vmcs);
-            Exit::InvalidatePage { linear: Some(vmcs.read(vmcs::EXIT_QUALIFICATION)) }
+            Exit::InvalidatePage(Invlpg { known: true, linear: vmcs.read(vmcs::EXIT_QUALIFICATION) })
         }
         reason::VIRTUALIZED_EOI => {
             // A trap: RIP is behind the instruction (SDM vol. 3, 30.1.4).
@@ -198,7 +200,7 @@ fn exception_or_nmi(vcpu: &mut VmxVcpu) -> Exit {
     match vector {
         PAGE_FAULT if vcpu.controls.shadow() => {
             let linear = vcpu.region.read(vmcs::EXIT_QUALIFICATION);
-            Exit::PageFault { code: error.unwrap_or(0), linear }
+            Exit::PageFault(CpuPageFault { code: error.unwrap_or(0) as u16, linear })
         }
         MACHINE_CHECK => Exit::MachineCheck,
         DEBUG => {
