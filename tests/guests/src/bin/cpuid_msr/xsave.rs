@@ -1,9 +1,13 @@
 //! XCR0, XSETBV and the XSAVE leaf.
+use guests::platform;
 use guests::prelude::*;
 use guests::report::{case, Case};
 use guests::trap::{catch, GP, UD};
 use guests::user;
 use guests::{exec, Racy};
+
+/// PKRU's bit of XCR0.
+const PKRU: u32 = 9;
 
 pub(crate) fn run() {
     case("xsave.leaf_d", leaf_d);
@@ -60,7 +64,9 @@ pub(crate) fn run() {
             return;
         }
         let offered = offered();
-        for bit in (2..64).filter(|bit| offered >> bit & 1 == 0) {
+        // TCG executes XSETBV without the exit that was asked for, and has PKRU itself, be it hidden from the guest.
+        let known = |bit: &u32| platform::tcg() && *bit == PKRU;
+        for bit in (2..64).filter(|bit| offered >> bit & 1 == 0 && !known(bit)) {
             let got = catch(|| xsetbv(0, 3 | 1 << bit));
             t.faults("a bit that leaf 0Dh does not have", got, GP, Some(0));
         }
