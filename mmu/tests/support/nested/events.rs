@@ -1,8 +1,8 @@
 //! What L1 and L2 do to translations: to the crate, and to what the reference remembers.
 use mmu::{Gva, Invvpid, TlbControl};
 
+use super::super::machines::Machine as Host;
 use super::{tdp12, World, CPU};
-use crate::support::machines::Machine as Host;
 
 impl<H: Host> World<H> {
     /// VM entry, or VMRUN, into L2.

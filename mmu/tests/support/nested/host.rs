@@ -1,9 +1,9 @@
 //! What the host does to the memory of an L1.
 use mmu::{Gfn, GfnRange, LogBy, Sweep, ZapProgress};
 
+use super::super::machines::Machine as Host;
 use super::ram::slot;
 use super::{exclusive, World, CPU};
-use crate::support::machines::Machine as Host;
 
 impl<H: Host> World<H> {
     /// Begins the log of the first slot, in both kinds.

@@ -8,8 +8,8 @@ use mmu::{
     VmMemory,
 };
 
+use super::super::flat::FlatRam;
 use super::{CPU, FRAMES, MOVED, SLOTS};
-use crate::support::flat::FlatRam;
 
 /// Memory of L1: contents, notes about its slots, and which blocks the host has moved.
 pub struct Ram {
