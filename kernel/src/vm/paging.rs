@@ -29,6 +29,7 @@ pub struct GuestMemory<V: Vendor> {
 }
 
 /// The kind that a VM's vCPUs run on.
+#[expect(clippy::large_enum_variant, reason = "one for each VM, and the large variant is the frequent one")]
 enum Tables<V: Vendor> {
     /// Second-stage tables.
     Direct(DirectMmu<V::Format, PhysTables>),

@@ -14,7 +14,7 @@ use crate::sync::{AtomicU32, Ordering};
 const LARGE: [PageSize; 2] = [PageSize::Size2M, PageSize::Size1G];
 
 impl<'m, B: Backing> Exclusive<'m, B> {
-    /// One more wants every write to `gfn` emulated, in every space. Returns what to [`track`](crate::DirectMmu::track) in
+    /// One more wants every write to `gfn` emulated, in every space. Returns what to `track` in
     /// every kind, before the guard is given up; nothing, if the page was tracked already. An error changes nothing.
     pub fn track_writes(&mut self, gfn: Gfn) -> Result<Sweep, SlotError> {
         let memory = Held::<B>::memory(self);
@@ -38,7 +38,7 @@ impl<'m, B: Backing> Exclusive<'m, B> {
         }
     }
 
-    /// One fewer wants the writes to `gfn` emulated. Returns what may be [`untrack`](crate::DirectMmu::untrack)ed in every
+    /// One fewer wants the writes to `gfn` emulated. Returns what may be `untrack`ed in every
     /// kind; what is not, the next write to the page does.
     pub fn untrack_writes(&mut self, gfn: Gfn) -> Result<Sweep, SlotError> {
         let memory = Held::<B>::memory(self);

@@ -1,8 +1,7 @@
 //! From #VMEXIT codes to the vendor-neutral [`Exit`]. AMD APM vol. 2, appendix C.
-use crate::hw::{
-    CpuPageFault, Event, Exit, FaultCause, Invlpg, PortAccess, PortKind, SecondStageFault, TaskSwitch,
-    TaskSwitchCause,
-};
+use crate::hw::{CpuPageFault, Event, Exit, FaultCause, Invlpg, PortAccess, PortKind, SecondStageFault};
+#[cfg(any(target_os = "none", test))]
+use crate::hw::{TaskSwitch, TaskSwitchCause};
 
 /// Exit codes. APM table C-1.
 pub mod code {
@@ -153,6 +152,7 @@ fn nested_page_fault(info: u64, gpa: u64) -> SecondStageFault {
 
 /// EXITINFO1 and EXITINFO2 of a task switch: the new TSS, and in bits 36 and 38 whether IRET or a far jump started it. What
 /// neither did, CALL or the delivery of an event through a task gate did; the second shows in EXITINTINFO. APM 15.14.1.
+#[cfg(any(target_os = "none", test))]
 pub(super) fn task_switch(info_1: u64, info_2: u64) -> TaskSwitch {
     let cause = if info_2 >> 36 & 1 != 0 {
         TaskSwitchCause::Iret
@@ -284,6 +284,25 @@ mod tests {
         for code in 0x80..=0x86 {
             assert_eq!(decode(code, 0, 0), Exit::Undefined);
         }
+    }
+
+    #[test]
+    fn a_task_switch_tells_its_cause() {
+        for (info_2, cause) in [
+            (1 << 36, TaskSwitchCause::Iret),
+            (1 << 38, TaskSwitchCause::Jump),
+            (1 << 44, TaskSwitchCause::Call),
+        ] {
+            assert_eq!(task_switch(0x48, info_2), TaskSwitch { selector: 0x48, cause, next_rip: None });
+        }
+    }
+
+    #[test]
+    fn exits_of_shadow_tables() {
+        assert_eq!(decode(0x4e, 7, 0x1234), Exit::PageFault(CpuPageFault { code: 7, linear: 0x1234 }));
+        assert_eq!(decode(3, 0, 0), Exit::ReadCr { cr: 3, gpr: None });
+        assert_eq!(decode(0x79, 0, 0), Exit::InvalidatePage(Invlpg { known: false, linear: 0 }));
+        assert_eq!(decode(0xa2, 0, 0), Exit::Emulate);
     }
 
     #[test]

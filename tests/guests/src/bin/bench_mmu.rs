@@ -74,7 +74,7 @@ impl Pages {
         let frames = frames::pages(PAGES);
         for page in 0..PAGES {
             poke(frames + page * PAGE, page);
-            poke(entries + page * 8, frames + page * PAGE | flags);
+            poke(entries + page * 8, (frames + page * PAGE) | flags);
         }
         Self { address, entries, frames }
     }
@@ -101,7 +101,7 @@ fn run() {
 
     let pages = Pages::new(&space, 2, used);
     pages.touch();
-    let (one, other) = (pages.frames | used, pages.frames + PAGE | used);
+    let (one, other) = (pages.frames | used, (pages.frames + PAGE) | used);
     let remap = || {
         exec!("2: mov [rsi], rax", "invlpg [rdi]", "mov r8, [rdi]", "xchg rax, rdx", "dec ecx", "jnz 2b",
             in("rsi") pages.entries, in("rdi") pages.address, inout("rax") other => _, inout("rdx") one => _,
