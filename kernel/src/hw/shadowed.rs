@@ -4,7 +4,8 @@
 //! The processor always pages, on tables of eight-byte entries: three levels below 4 GiB outside long mode, else four or
 //! five. It always heeds read-only pages and no-execute bits; what a guest without CR0.WP or EFER.NXE expects is in the
 //! tables themselves.
-use crate::vm::control_regs::{CR0_PG, CR0_WP, CR4_LA57, CR4_PAE, CR4_PCIDE, CR4_SMEP};
+use crate::vm::control_regs::{uses_pdptes, CR0_PG, CR0_WP, CR4_LA57, CR4_PAE, CR4_PCIDE, CR4_SMEP};
+use crate::vm::msr::{EFER_LMA, EFER_LME};
 use mmu::{Npt, NptHost, Pae, PaeHost};
 
 /// CR4: supervisor-mode access prevention.
@@ -12,9 +13,7 @@ const CR4_SMAP: u64 = 1 << 21;
 /// CR4: protection keys of user pages, and of the supervisor's.
 const CR4_PKE: u64 = 1 << 22;
 const CR4_PKS: u64 = 1 << 24;
-/// EFER: long mode enabled, long mode active, no-execute.
-const EFER_LME: u64 = 1 << 8;
-const EFER_LMA: u64 = 1 << 10;
+/// EFER: no-execute.
 const EFER_NXE: u64 = 1 << 11;
 
 /// What the processor is given of tables.
@@ -50,7 +49,7 @@ impl ControlRegisters {
     /// PAE paging outside long mode.
     #[must_use]
     pub const fn uses_pdptes(&self) -> bool {
-        self.cr0 & CR0_PG != 0 && self.cr4 & CR4_PAE != 0 && self.efer & EFER_LMA == 0
+        uses_pdptes(self.cr0, self.cr4, self.efer)
     }
 
     /// What the processor runs with while the guest's registers are these; `root` is the shadow table for CR3.

@@ -154,7 +154,8 @@ impl Now {
 }
 
 /// PAE paging outside long mode.
-const fn uses_pdptes(cr0: u64, cr4: u64, efer: u64) -> bool {
+#[must_use]
+pub const fn uses_pdptes(cr0: u64, cr4: u64, efer: u64) -> bool {
     cr0 & CR0_PG != 0 && cr4 & CR4_PAE != 0 && efer & EFER_LMA == 0
 }
 

@@ -305,7 +305,7 @@ impl<V: Vendor> Vcpu<V> {
             PageFault::Mapped => {}
             PageFault::Guest(fault) => self.refuse(guest, fault),
             PageFault::NoTableMemory => self.stop(guest, StopReason::NoTableMemory),
-            PageFault::TableOutsideRam { .. } => {
+            PageFault::TableOutsideRam => {
                 self.stop(guest, StopReason::Unsupported("page tables of the guest outside its RAM"));
             }
             PageFault::Device { gpa, .. } if core.events.delivery_was_interrupted() => {

@@ -283,10 +283,7 @@ pub enum PageFault {
         gpa: u64,
     },
     /// A table of the guest lies where its writes cannot be followed.
-    TableOutsideRam {
-        /// Guest-physical address.
-        gpa: u64,
-    },
+    TableOutsideRam,
     /// The host has no memory for tables.
     NoTableMemory,
 }
@@ -560,9 +557,7 @@ impl Paging {
                     }
                 }
                 ShadowFault::Full => return PageFault::NoTableMemory,
-                ShadowFault::Untrackable(gfn) => {
-                    return PageFault::TableOutsideRam { gpa: gfn.gpa().bits() };
-                }
+                ShadowFault::Untrackable(_) => return PageFault::TableOutsideRam,
             }
         }
         PageFault::Mapped
@@ -639,13 +634,6 @@ impl Paging {
     /// All translations of the guest go.
     pub fn invalidate_all(&mut self) {
         let _ = self.mmu.flush_guest();
-    }
-
-    /// Gives the vCPU's roots back.
-    pub fn unload<V: Vendor>(&mut self, memory: &GuestMemory<V>) {
-        if let Some(shadow) = memory.shadow() {
-            let _ = shadow.with(&memory.vm, self.host_cpu, |kind, guard| self.mmu.unload(kind, guard));
-        }
     }
 
     /// Where an access of guest-physical address `gpa` leads. A `write` to read-only memory is a device's affair: nobody's.
