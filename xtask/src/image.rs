@@ -9,7 +9,7 @@ use crate::bundle::Bundle;
 use crate::exec::{find_program, CommandLine};
 use crate::guest::description::{self, Request};
 use crate::setup::{self, Component};
-use crate::{build, paths, say};
+use crate::{build, grub, paths, say};
 
 /// The command line of `image`.
 #[derive(Clone, Debug, clap::Args)]
@@ -49,24 +49,6 @@ pub fn make(options: &Options) -> Result<PathBuf> {
     Ok(iso)
 }
 
-/// GRUB's configuration: it talks on the serial line where there is one, and starts Umbra at once, after the command
-/// `first`.
-fn grub_cfg(first: &str) -> String {
-    let menu = "\
-if serial --unit=0 --speed=115200; then
-    terminal_input serial console
-    terminal_output serial
-fi
-set timeout=0
-set default=0
-menuentry \"Umbra\" {
-    multiboot2 /boot/umbra
-    module2 /boot/bundle.cpio
-}
-";
-    menu.replace("    multiboot2", &format!("    {first}\n    multiboot2"))
-}
-
 /// GRUB's image maker, by the names that distributions give it.
 pub fn grub_mkrescue() -> Option<&'static str> {
     ["grub-mkrescue", "grub2-mkrescue"].into_iter().find(|name| find_program(name).is_some())
@@ -83,7 +65,7 @@ pub fn write_iso(umbra: &Path, bundle: &Path, first: &str, work: &Path, iso: &Pa
     }
     let boot = work.join("boot");
     fs::create_dir_all(boot.join("grub")).with_context(|| format!("cannot create {}", boot.display()))?;
-    fs::write(boot.join("grub/grub.cfg"), grub_cfg(first))?;
+    fs::write(boot.join("grub/grub.cfg"), grub::image_cfg(first))?;
     fs::copy(umbra, boot.join("umbra")).with_context(|| format!("cannot read {}", umbra.display()))?;
     fs::copy(bundle, boot.join("bundle.cpio"))
         .with_context(|| format!("cannot read {}", bundle.display()))?;
@@ -93,17 +75,4 @@ pub fn write_iso(umbra: &Path, bundle: &Path, first: &str, work: &Path, iso: &Pa
     fs::rename(&unfinished, iso).with_context(|| format!("cannot write {}", iso.display()))?;
     fs::remove_dir_all(work)?;
     Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_menu_loads_what_the_image_holds() {
-        for line in ["multiboot2 /boot/umbra\n", "module2 /boot/bundle.cpio\n", "set timeout=0\n"] {
-            assert!(grub_cfg("").contains(line), "{line}");
-        }
-        assert!(grub_cfg("wrmsr 1 2").contains("{\n    wrmsr 1 2\n    multiboot2 /boot/umbra\n"));
-    }
 }

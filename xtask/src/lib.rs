@@ -11,6 +11,7 @@ pub mod elf32;
 pub mod emulator;
 pub mod exec;
 pub mod fuzz;
+pub mod grub;
 pub mod guest;
 pub mod image;
 pub mod miri;
