@@ -101,7 +101,7 @@ extern "C" fn own_machine() -> ! {
     log::info!("timers");
     let Some(calibration) = tsc::calibrate(features, &acpi) else {
         power::halt_with_error(format_args!(
-            "no timer to measure the time-stamp counter against: neither HPET, ACPI PM timer nor PIT counts"
+            "the time-stamp counter's rate is unknown: neither HPET, ACPI PM timer nor PIT counts, and CPUID does not tell"
         ));
     };
     log::info!("  TSC: {calibration}");

@@ -17,8 +17,9 @@ static RATE: Once<Rate> = Once::new();
 /// How long the counter is measured.
 const SPAN_US: u64 = 50_000;
 
-/// Reads of a timer that does not move before it is given up.
-const MAX_POLLS: u32 = 50_000_000;
+/// Reads of a timer that does not move before it is given up. The slowest of them ticks every 840 ns, and a read takes
+/// some nanoseconds at least; one of a port that is not there takes a microsecond.
+const MAX_POLLS: u32 = 1_000_000;
 
 /// The counter's value.
 #[inline]
@@ -53,34 +54,39 @@ pub fn spin_ns(ns: u64) {
 pub struct Calibration {
     /// The rate.
     pub rate: Rate,
-    /// What it was measured against.
-    pub timer: &'static str,
-    /// CPUID's value was taken, which the measurement confirmed.
+    /// What it was measured against; nothing where no other timer counts, and CPUID alone is believed.
+    pub timer: Option<&'static str>,
+    /// CPUID's value was taken.
     pub from_cpuid: bool,
 }
 
 impl fmt::Display for Calibration {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let khz = self.rate.khz();
-        match self.from_cpuid {
-            true => write!(f, "{khz} kHz (CPUID, confirmed by {})", self.timer),
-            false => write!(f, "{khz} kHz (measured against {})", self.timer),
+        match (self.from_cpuid, self.timer) {
+            (true, Some(timer)) => write!(f, "{khz} kHz (CPUID, confirmed by {timer})"),
+            (false, Some(timer)) => write!(f, "{khz} kHz (measured against {timer})"),
+            (_, None) => write!(f, "{khz} kHz (CPUID alone)"),
         }
     }
 }
 
-/// Measures the counter against the best timer there is: HPET, ACPI PM timer, PIT channel 2. Once.
+/// Measures the counter against the best timer there is: HPET, ACPI PM timer, PIT channel 2. Where none counts, what
+/// CPUID tells has to do. Once.
 pub fn calibrate(features: &Features, acpi: &Acpi) -> Option<Calibration> {
     let hpet = || Hpet::new(acpi.hpet?);
     let pm_timer = || {
         let fadt = acpi.fadt?;
         Some(PmTimer { port: Port::new(fadt.pm_timer?), bits: if fadt.pm_timer_32bit { 32 } else { 24 } })
     };
-    let (timer, measured) = hpet()
+    let measured = hpet()
         .and_then(|mut t| Some(("HPET", measure(&mut t)?)))
         .or_else(|| Some(("the ACPI PM timer", measure(&mut pm_timer()?)?)))
-        .or_else(|| Some(("PIT channel 2", measure(&mut Pit::new())?)))?;
-    let (khz, from_cpuid) = believed_khz(measured, features.cpuid_tsc_khz);
+        .or_else(|| Some(("PIT channel 2", measure(&mut Pit::new())?)));
+    let (timer, (khz, from_cpuid)) = match measured {
+        Some((timer, measured)) => (Some(timer), believed_khz(measured, features.cpuid_tsc_khz)),
+        None => (None, (features.cpuid_tsc_khz?, true)),
+    };
     Some(Calibration { rate: *RATE.call_once(|| Rate::from_khz(khz)), timer, from_cpuid })
 }
 
