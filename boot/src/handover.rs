@@ -2,7 +2,7 @@
 
 use core::fmt;
 
-use bootloader_api::info::{FrameBuffer, FrameBufferInfo, MemoryRegion, Optional};
+use bootloader_api::info::{FrameBuffer, FrameBufferInfo, MemoryRegion, Optional, PixelFormat};
 use bootloader_api::BootInfo;
 
 pub use crate::regions::OUTPUT_REGIONS;
@@ -14,6 +14,16 @@ pub trait Physical {
     fn bytes(&self, at: u64, len: usize) -> Option<&[u8]>;
 }
 
+/// How `BootInfo`, which knows pixels alone, says that the screen is in VGA's text mode: its "pixels" are characters of two
+/// bytes, and no pixel has colours there.
+pub const TEXT_MODE: PixelFormat =
+    PixelFormat::Unknown { red_position: u8::MAX, green_position: u8::MAX, blue_position: u8::MAX };
+
+/// Whether a framebuffer is the memory of VGA's text mode; see [`TEXT_MODE`].
+pub fn is_text_mode(info: &FrameBufferInfo) -> bool {
+    info.pixel_format == TEXT_MODE && info.bytes_per_pixel == 2
+}
+
 /// What a loader left in memory.
 #[derive(Debug)]
 pub struct Handover {
@@ -23,7 +33,7 @@ pub struct Handover {
     pub rsdp: Option<u64>,
     /// The boot bundle: physical address and length in bytes.
     pub ramdisk: Option<(u64, u64)>,
-    /// A linear framebuffer: physical address and geometry.
+    /// A linear framebuffer, or the memory of VGA's text mode: physical address and geometry.
     pub framebuffer: Option<(u64, FrameBufferInfo)>,
 }
 

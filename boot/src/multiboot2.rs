@@ -3,7 +3,7 @@
 use bootloader_api::info::{FrameBufferInfo, PixelFormat};
 use multiboot2::{BootInformation, FramebufferField, FramebufferTag, FramebufferType, MemoryArea, TagType};
 
-use crate::handover::{Error, Handover, Physical};
+use crate::handover::{Error, Handover, Physical, TEXT_MODE};
 
 /// What errors call the information block.
 const BLOCK: &str = "Multiboot2 information";
@@ -86,10 +86,14 @@ fn is_well_formed(tag_type: TagType, size: usize, payload: &[u8]) -> bool {
     }
 }
 
-/// Geometry of a direct-colour framebuffer. Text mode and palettes are of no use to a kernel.
+/// Geometry of a direct-colour framebuffer or of text mode. Palettes are of no use to a kernel.
 fn framebuffer(tag: &FramebufferTag) -> Option<(u64, FrameBufferInfo)> {
-    let Ok(FramebufferType::RGB { red, green, blue }) = tag.buffer_type() else { return None };
     let bytes_per_pixel = usize::from(tag.bpp().div_ceil(8));
+    let pixel_format = match tag.buffer_type() {
+        Ok(FramebufferType::RGB { red, green, blue }) => pixel_format(&red, &green, &blue),
+        Ok(FramebufferType::Text) if bytes_per_pixel == 2 => TEXT_MODE,
+        _ => return None,
+    };
     let (width, height, pitch) = (tag.width() as usize, tag.height() as usize, tag.pitch() as usize);
     if bytes_per_pixel == 0 || pitch / bytes_per_pixel < width {
         return None;
@@ -98,7 +102,7 @@ fn framebuffer(tag: &FramebufferTag) -> Option<(u64, FrameBufferInfo)> {
         byte_len: pitch.checked_mul(height)?,
         width,
         height,
-        pixel_format: pixel_format(&red, &green, &blue),
+        pixel_format,
         bytes_per_pixel,
         stride: pitch / bytes_per_pixel,
     };
@@ -119,6 +123,7 @@ fn pixel_format(red: &FramebufferField, green: &FramebufferField, blue: &Framebu
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::handover::is_text_mode;
     use crate::testing::Memory;
     use proptest::prelude::*;
     use std::vec::Vec;
@@ -206,9 +211,18 @@ mod tests {
     }
 
     #[test]
+    fn text_mode_is_taken() {
+        let mut payload = words(&[0xb_8000, 0, 160, 80, 25]);
+        payload.extend([16, 2, 0, 0]);
+        let (start, info) = read_tags(&[map(), (FRAMEBUFFER, payload)]).unwrap().framebuffer.unwrap();
+        assert_eq!((start, info.width, info.height, info.stride), (0xb_8000, 80, 25, 80));
+        assert!(is_text_mode(&info) && info.byte_len == 4000);
+    }
+
+    #[test]
     fn other_framebuffers_are_left() {
         for tag in [
-            framebuffer_tag(16, 2, &[]),
+            framebuffer_tag(8, 2, &[]),
             framebuffer_tag(8, 0, &[1, 0, 1, 2, 3]),
             framebuffer_tag(0, 1, &[0; 6]),
             framebuffer_tag(64, 1, &[0; 6]),

@@ -30,7 +30,7 @@ static EARLY: Once<Early> = Once::new();
 
 /// Takes over from the entry stub: 64-bit mode, the first 4 GiB identity-mapped, interrupts off, one CPU.
 pub fn start(boot_info: &'static mut BootInfo) -> ! {
-    console::init();
+    console::init(boot_info);
     log::info!("Umbra {}", env!("CARGO_PKG_VERSION"));
     cpu::init_boot_cpu();
 
@@ -48,7 +48,8 @@ pub fn start(boot_info: &'static mut BootInfo) -> ! {
     let low_memory = low_memory(&map);
 
     log::info!("page tables");
-    if let Err(error) = mm::init_paging(&mut map, features) {
+    let tables = console::while_remapping(|framebuffer| mm::init_paging(&mut map, features, framebuffer));
+    if let Err(error) = tables {
         power::halt_with_error(format_args!("the page tables could not be made: {error}"));
     }
     report_page_tables();
@@ -83,6 +84,12 @@ extern "C" fn own_machine() -> ! {
     log::info!("ACPI");
     let acpi = acpi::discover(*rsdp_addr);
     report_acpi(&acpi);
+    if let Some(base) = acpi.serial_console {
+        console::add_serial(base);
+    }
+    if !acpi.absent().i8042 {
+        console::add_keyboard();
+    }
     if let Some(how) = acpi.power_off() {
         power::set_power_off(how);
     }

@@ -78,6 +78,11 @@ impl Vm {
         self.session.log()
     }
 
+    /// What is left of the scenario's time.
+    pub(crate) fn remaining(&self) -> Duration {
+        self.deadline.saturating_duration_since(Instant::now())
+    }
+
     /// Waits until the run ends.
     pub(crate) fn end(self) -> Result<Outcome> {
         let remaining = self.remaining();
@@ -95,10 +100,6 @@ impl Vm {
             Some(_) => Ok(outcome),
             None => bail!("the emulator ended without Umbra's last line"),
         }
-    }
-
-    fn remaining(&self) -> Duration {
-        self.deadline.saturating_duration_since(Instant::now())
     }
 }
 

@@ -6,6 +6,7 @@ mod payload;
 mod runner;
 mod scenario;
 mod scenarios;
+mod screen;
 
 use std::process::ExitCode;
 

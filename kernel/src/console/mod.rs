@@ -1,9 +1,20 @@
-//! The console: COM1, shared by the log and by guests.
+//! The console: serial ports and a screen, shared by the log and by guests.
 
+pub mod keys;
 pub mod lines;
+pub mod screen;
 
 #[cfg(target_os = "none")]
-mod com1;
+mod framebuffer;
+#[cfg(target_os = "none")]
+mod keyboard;
+#[cfg(target_os = "none")]
+mod outputs;
+#[cfg(target_os = "none")]
+mod serial;
 
 #[cfg(target_os = "none")]
-pub use com1::{break_lock, flush, init, print, read_byte, try_print, write_bytes, write_line};
+pub use outputs::{
+    add_keyboard, add_serial, break_lock, choose, devices, flush, init, print, read_byte, try_print,
+    while_remapping, write_bytes, write_line, Devices,
+};

@@ -4,7 +4,7 @@ use crate::cpu::{self, smp, tsc};
 use crate::hw::{with_vendor, OnVendor, Vendor};
 use crate::machine::Machine;
 use crate::sched::Scheduler;
-use crate::{host_clock, power};
+use crate::{console, host_clock, power};
 use alloc::vec::Vec;
 use boot::bundle::Bundle;
 use boot::config::{AtEnd, Config};
@@ -64,9 +64,10 @@ fn run<V: Vendor>(machine: &Machine, vendor: V) -> ! {
         Err(error) => power::halt_with_error(format_args!("{error}")),
     };
     power::set_halt_at_end(config.at_end == AtEnd::Halt);
+    console::choose(&config.console);
 
     log::info!("virtual machines");
-    let wall_clock = (host_clock::read(), tsc::read());
+    let wall_clock = (host_clock::read(machine.acpi.absent().rtc), tsc::read());
     let mut vms: Vec<(Specification<'_, V>, Instance<V>)> = Vec::new();
     for vm in &config.vms {
         log::info!(

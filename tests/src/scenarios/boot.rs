@@ -40,7 +40,7 @@ pub(super) fn all() -> Vec<Scenario> {
 }
 
 /// A bundle with the demo guest.
-fn demo_bundle(ctx: &Ctx, umbra: &str) -> Result<Bundle> {
+pub(super) fn demo_bundle(ctx: &Ctx, umbra: &str) -> Result<Bundle> {
     let config = format!("{umbra}\n[[vm]]\nname = \"demo\"\nmemory = \"32M\"\nkernel = \"demo\"\n");
     Bundle::new(config).file_from("demo", &ctx.images.guest("demo"))
 }

@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod boot;
+mod consoles;
 mod guests;
 mod linux;
 mod paging_digest;
@@ -13,6 +14,7 @@ use crate::scenario::Scenario;
 pub(crate) fn all() -> Vec<Scenario> {
     let folders = [
         boot::all(),
+        consoles::all(),
         bad_input::all(),
         guests::all(),
         paging_digest::all(),

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use anyhow::{bail, Context, Result};
 
 use super::accel::Acceleration;
+use super::hardware::Hardware;
 use super::{bochs, firmware, qemu};
 use crate::build::Images;
 use crate::bundle::Bundle;
@@ -68,9 +69,10 @@ pub enum Vmx {
 }
 
 impl Vmx {
-    fn grub_command(self) -> &'static str {
+    /// The command that GRUB executes first: what does this, or else the `usual` one.
+    fn grub_command(self, usual: &'static str) -> &'static str {
         match self {
-            Self::Usual => "",
+            Self::Usual => usual,
             // IA32_FEATURE_CONTROL: the lock bit, and no other.
             Self::LockedOff => "wrmsr 0x3a 0x1",
         }
@@ -98,6 +100,8 @@ pub struct Machine {
     pub cpu: Option<String>,
     /// What the firmware has done with VMX.
     pub vmx: Vmx,
+    /// What is unusual about the rest of it.
+    pub hardware: Hardware,
     /// Repeatable time.
     pub icount: Icount,
     /// The machine waits for a debugger on TCP port 1234.
@@ -120,6 +124,7 @@ impl Machine {
             acceleration: Acceleration::Tcg,
             cpu: None,
             vmx: Vmx::Usual,
+            hardware: Hardware::default(),
             icount: Icount::Off,
             gdb: false,
             dir: dir.into(),
@@ -153,7 +158,7 @@ impl Machine {
             image::write_iso(
                 &self.umbra,
                 &self.bundle_file(),
-                self.vmx.grub_command(),
+                self.vmx.grub_command(self.hardware.grub_command),
                 &work,
                 &self.iso_file(),
             )?;
@@ -178,6 +183,9 @@ impl Machine {
             bail!("only in Bochs can VMX be locked off");
         }
         if self.kind == Kind::Bochs {
+            if (Hardware { grub_command: "", ..self.hardware }) != Hardware::default() {
+                bail!("only QEMU has other hardware than the usual");
+            }
             if self.boot != Boot::Iso {
                 bail!("Bochs starts Umbra from a BIOS image only; leave out --uefi or use QEMU");
             }
