@@ -35,12 +35,53 @@ pub struct Handover {
     pub ramdisk: Option<(u64, u64)>,
     /// A linear framebuffer, or the memory of VGA's text mode: physical address and geometry.
     pub framebuffer: Option<(u64, FrameBufferInfo)>,
+    /// Who loaded the kernel.
+    pub loader: Loader,
+}
+
+/// Who loaded the kernel, and on which firmware: for reports, since `BootInfo` has no place for it.
+#[derive(Clone, Copy, Debug)]
+pub struct Loader {
+    /// The protocol's name; empty if it is not known.
+    pub protocol: &'static str,
+    /// Physical address of the EFI system table, which UEFI has and a BIOS has not.
+    pub efi_system_table: Option<u64>,
+    name: [u8; MAX_LOADER_NAME],
+    name_len: usize,
+}
+
+/// Longest name of a loader that is kept.
+const MAX_LOADER_NAME: usize = 64;
+
+impl Loader {
+    /// An unknown loader.
+    pub const fn unknown() -> Self {
+        Self { protocol: "", efi_system_table: None, name: [0; MAX_LOADER_NAME], name_len: 0 }
+    }
+
+    /// The loader's own name, cut if it is long; empty if it is not known.
+    pub fn name(&self) -> &str {
+        core::str::from_utf8(&self.name[..self.name_len]).unwrap_or_default()
+    }
+
+    /// Notes the loader's own name.
+    pub(crate) fn set_name(&mut self, name: &str) {
+        let end = (0..=name.len().min(MAX_LOADER_NAME)).rev().find(|end| name.is_char_boundary(*end));
+        self.name_len = end.unwrap_or(0);
+        self.name[..self.name_len].copy_from_slice(&name.as_bytes()[..self.name_len]);
+    }
 }
 
 impl Handover {
     /// Nothing handed over yet.
     pub const fn new() -> Self {
-        Self { map: MemoryMap::new(), rsdp: None, ramdisk: None, framebuffer: None }
+        Self {
+            map: MemoryMap::new(),
+            rsdp: None,
+            ramdisk: None,
+            framebuffer: None,
+            loader: Loader::unknown(),
+        }
     }
 
     /// Notes a module: memory to keep, and the first one is the bundle.

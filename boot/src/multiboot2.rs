@@ -40,6 +40,11 @@ pub fn read(memory: &impl Physical, at: u64, out: &mut Handover) -> Result<(), E
         .map(|tag| core::ptr::from_ref(tag).addr())
         .or_else(|| info.rsdp_v1_tag().map(|tag| core::ptr::from_ref(tag).addr()));
     out.rsdp = rsdp_tag.map(|tag| at + (tag - block.as_ptr().addr() + TAG_HEADER) as u64);
+    out.loader.protocol = "multiboot2";
+    out.loader.efi_system_table = info.efi_sdt64_tag().map(|tag| tag.sdt_address() as u64);
+    if let Some(Ok(name)) = info.boot_loader_name_tag().map(|tag| tag.name()) {
+        out.loader.set_name(name);
+    }
     out.framebuffer = match info.framebuffer_tag() {
         Some(Ok(tag)) => framebuffer(tag),
         _ => None,
@@ -66,6 +71,9 @@ fn is_well_formed(tag_type: TagType, size: usize, payload: &[u8]) -> bool {
                 && (size - TAG_HEADER - MAP_HEADER).is_multiple_of(entry)
                 && payload.starts_with(&(entry as u32).to_le_bytes())
         }
+        // Ends with a NUL at least.
+        TagType::BootLoaderName => size > TAG_HEADER,
+        TagType::Efi64 => size >= TAG_HEADER + 8,
         TagType::AcpiV1 => size >= TAG_HEADER + 20,
         TagType::AcpiV2 => size >= TAG_HEADER + 36,
         TagType::Framebuffer => {
@@ -191,6 +199,19 @@ mod tests {
     }
 
     #[test]
+    fn the_loader_is_known_by_name_and_firmware() {
+        let name = (2, b"GRUB 2.06\0".to_vec());
+        let efi = (12, 0x3f7e_c018u64.to_le_bytes().to_vec());
+        let loader = read_tags(&[map(), name, efi]).unwrap().loader;
+        assert_eq!((loader.protocol, loader.name()), ("multiboot2", "GRUB 2.06"));
+        assert_eq!(loader.efi_system_table, Some(0x3f7e_c018));
+        let mut long = "é".repeat(40).into_bytes();
+        long.push(0);
+        let loader = read_tags(&[map(), (2, long)]).unwrap().loader;
+        assert_eq!((loader.name(), loader.efi_system_table), (&"é".repeat(32)[..], None));
+    }
+
+    #[test]
     fn an_old_rsdp_will_do() {
         let handover = read_tags(&[map(), (RSDP_OLD, vec![0; 20])]).unwrap();
         assert_eq!(handover.rsdp, Some(BASE + 8 + 64 + 8));
@@ -241,6 +262,8 @@ mod tests {
             (RSDP_OLD, vec![0; 19]),
             (RSDP_NEW, vec![0; 35]),
             (FRAMEBUFFER, vec![0; 23]),
+            (2, vec![]),
+            (12, vec![0; 7]),
             framebuffer_tag(32, 1, &[0; 5]),
             framebuffer_tag(8, 0, &[2, 0, 1, 2, 3]),
         ] {

@@ -72,6 +72,7 @@ pub fn read(memory: &impl Physical, at: u64, out: &mut Handover) -> Result<(), E
         reserve_string(memory, module.command_line, out)?;
         out.add_module(module.address, module.size)?;
     }
+    out.loader.protocol = "pvh";
     out.rsdp = (info.rsdp != 0).then_some(info.rsdp);
     Ok(())
 }

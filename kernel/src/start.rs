@@ -124,7 +124,7 @@ extern "C" fn own_machine() -> ! {
     check_page_tables();
 
     let ramdisk = ramdisk.map_or(&[][..], |(at, len)| ramdisk_bytes(at, len));
-    let machine = Machine { features, memory: *memory, acpi, tsc: calibration.rate, cpus_online, ramdisk };
+    let machine = Machine { features, memory: *memory, acpi, tsc: calibration, cpus_online, ramdisk };
     crate::vm::start(&machine)
 }
 

@@ -68,6 +68,11 @@ impl Vm {
         self.session.expect(regex, self.remaining())
     }
 
+    /// Types text.
+    pub(crate) fn type_text(&mut self, text: &str) -> Result<()> {
+        self.session.send(text)
+    }
+
     /// Types a line.
     pub(crate) fn type_line(&mut self, line: &str) -> Result<()> {
         self.session.send(&format!("{line}\r"))

@@ -2,6 +2,7 @@
 
 mod cases;
 mod context;
+mod header;
 mod payload;
 mod runner;
 mod scenario;

@@ -24,6 +24,8 @@ pub(crate) struct Screen {
     vm: Vm,
     dir: PathBuf,
     glyphs: HashMap<Vec<u8>, char>,
+    /// Text mode instead of a framebuffer.
+    text_mode: bool,
 }
 
 impl Screen {
@@ -31,7 +33,12 @@ impl Screen {
         ensure!(!machine.hardware.com1 && machine.hardware.screen, "no machine to look at");
         let mut vm = ctx.boot(machine, bundle)?;
         vm.expect("\\(qemu\\)")?;
-        Ok(Self { vm, dir: machine.dir.clone(), glyphs: glyphs() })
+        Ok(Self { vm, dir: machine.dir.clone(), glyphs: glyphs(), text_mode: false })
+    }
+
+    /// The same, but VGA's text mode is what is looked at.
+    pub(crate) fn in_text_mode(self) -> Self {
+        Self { text_mode: true, ..self }
     }
 
     /// Waits until a line of the screen matches; the whole line.
@@ -79,6 +86,10 @@ impl Screen {
         let file = self.dir.join("screen");
         // A machine that is being switched off leaves none.
         let _ = fs::remove_file(&file);
+        if self.text_mode {
+            self.command(&format!("pmemsave 0xb8000 4000 \"{}\"", file.display()))?;
+            return Ok(text_lines(&fs::read(&file)?));
+        }
         self.command(&format!("screendump \"{}\"", file.display()))?;
         read_pixels(&fs::read(&file)?, &self.glyphs)
     }
@@ -125,6 +136,12 @@ fn read_pixels(file: &[u8], glyphs: &HashMap<Vec<u8>, char>) -> Result<Vec<Strin
     Ok((0..height / rows).map(|row| line(row).trim_end().to_owned()).collect())
 }
 
+/// Text mode's memory: 80 characters in a row, each with its attribute behind it.
+fn text_lines(memory: &[u8]) -> Vec<String> {
+    let line = |row: &[u8]| row.chunks(2).map(|cell| char::from(cell[0])).collect::<String>();
+    memory.chunks(160).map(|row| line(row).trim_end_matches([' ', '\0']).to_owned()).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -145,6 +162,13 @@ mod tests {
         let last = image.len() - 3 * 3;
         image[last - 2 * 3 * width..].fill(0xff);
         assert!(read_pixels(&image, &glyphs()).unwrap()[0].contains(UNKNOWN));
+    }
+
+    #[test]
+    fn text_memory_becomes_text() {
+        let mut memory: Vec<u8> = "hello".bytes().flat_map(|byte| [byte, 7]).collect();
+        memory.resize(320, 0);
+        assert_eq!(text_lines(&memory), ["hello", ""]);
     }
 
     #[test]

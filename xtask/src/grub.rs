@@ -9,7 +9,6 @@ if serial --unit=0 --speed=115200; then
     terminal_output serial
 fi
 insmod all_video
-set gfxpayload=auto
 set timeout=0
 set default=0
 menuentry \"Umbra\" {

@@ -19,10 +19,11 @@ mb2_request:
     .long mb2_request_end - mb2_request
     .long 2, 3, 6, 8, 12, 14, 15
 mb2_request_end:
-    # Framebuffer of any size and depth, optional (section 3.1.10): the loader's text mode will do, too.
+    # Framebuffer, optional (section 3.1.10), with a size that every screen has and 32 bits a pixel, which GRUB tries
+    # first; any other, and the loader's text mode, will do.
     .balign 8
     .short 5, 1
-    .long 20, 0, 0, 0
+    .long 20, 1024, 768, 32
     # Modules on page boundaries (section 3.1.12).
     .balign 8
     .short 6, 0

@@ -19,7 +19,7 @@ pub use rsdp::{Rsdp, RsdpError, V2_BYTES as RSDP_BYTES};
 pub use tables::{hpet, mcfg, spcr, PciSegment};
 
 #[cfg(target_os = "none")]
-pub use firmware::discover;
+pub use firmware::{bytes as firmware_bytes, discover};
 
 use ::acpi::sdt::{SdtHeader, Signature};
 use ::acpi::{AcpiError, AcpiHandler, AcpiResult, AcpiTable, AcpiTables, PhysicalMapping};

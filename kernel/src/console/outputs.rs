@@ -10,6 +10,7 @@ use super::lines::{Lines, Sink};
 use super::screen::paint::Painter;
 use super::screen::{Buffers, Screen};
 use super::serial::{Serial, COM1, COM2, POLLS};
+use super::{Devices, ScreenInfo};
 use crate::cpu::tsc;
 use crate::mm::ranges::Range;
 use crate::sync::IrqMutex;
@@ -83,19 +84,6 @@ impl Sink for Outputs {
     }
 }
 
-/// What there is of a console.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Devices {
-    /// First port of the first serial port.
-    pub com1: Option<u16>,
-    /// First port of the second one.
-    pub com2: Option<u16>,
-    /// Columns and rows of the screen.
-    pub screen: Option<(usize, usize)>,
-    /// Whether a keyboard is asked.
-    pub keyboard: bool,
-}
-
 /// Initialises COM1, if there is one, and the loader's framebuffer, and makes them the log. Once, on the boot CPU.
 pub fn init(boot_info: &BootInfo) {
     let found = framebuffer::find(boot_info);
@@ -158,37 +146,41 @@ pub fn add_keyboard() {
     }
 }
 
-/// Goes on with those of the `wanted` outputs that exist; with what there is if none does. Returns what is used.
-pub fn choose(wanted: &[Console]) -> Devices {
+/// Goes on with those of the `wanted` outputs that exist. If none does, with what there is, and returns false.
+pub fn choose(wanted: &[Console]) -> bool {
     let mut console = CONSOLE.lock();
     let outputs = console.sink();
     let wants = |output| wanted.contains(&output);
     let com2 = if wants(Console::Com2) { Serial::open(COM2) } else { Serial::absent() };
     let com1_left = wants(Console::Com1) && outputs.com1.base().is_some();
     let screen_left = wants(Console::Framebuffer) && outputs.screen.is_some();
-    if com1_left || screen_left || com2.base().is_some() {
-        outputs.com2 = com2;
-        if !com1_left {
-            outputs.com1.flush();
-            outputs.com1 = Serial::absent();
-        }
-        if !screen_left {
-            (outputs.screen, outputs.keyboard) = (None, None);
-        }
+    if !com1_left && !screen_left && com2.base().is_none() {
+        return false;
     }
-    devices_of(outputs)
+    outputs.com2 = com2;
+    if !com1_left {
+        outputs.com1.flush();
+        outputs.com1 = Serial::absent();
+    }
+    if !screen_left {
+        (outputs.screen, outputs.keyboard) = (None, None);
+    }
+    true
 }
 
 /// What the console consists of now.
 pub fn devices() -> Devices {
-    devices_of(CONSOLE.lock().sink())
-}
-
-fn devices_of(outputs: &Outputs) -> Devices {
+    let mut console = CONSOLE.lock();
+    let outputs = console.sink();
     Devices {
         com1: outputs.com1.base(),
         com2: outputs.com2.base(),
-        screen: outputs.screen.as_ref().map(Screen::size),
+        screen: outputs.screen.as_ref().map(|screen| ScreenInfo {
+            address: outputs.framebuffer.start,
+            mode: screen.layout().name(),
+            columns: screen.size().0,
+            rows: screen.size().1,
+        }),
         keyboard: outputs.keyboard.is_some(),
     }
 }

@@ -1,5 +1,7 @@
 //! Conversion between nanoseconds and time-stamp counter ticks without overflow or division. Pure.
 
+use core::fmt;
+
 /// A factor as a fixed-point number: `mantissa / 2^shift`, the mantissa with its top bit set, so that the relative
 /// error is below 2^-63.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,6 +65,28 @@ impl Rate {
     #[inline]
     pub const fn ns(self, ticks: u64) -> u64 {
         self.ns_per_tick.apply(ticks)
+    }
+}
+
+/// What told the rate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Calibration {
+    /// The rate.
+    pub rate: Rate,
+    /// What it was measured against; nothing where no other timer counts, and CPUID alone is believed.
+    pub timer: Option<&'static str>,
+    /// CPUID's value was taken.
+    pub from_cpuid: bool,
+}
+
+impl fmt::Display for Calibration {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let khz = self.rate.khz();
+        match (self.from_cpuid, self.timer) {
+            (true, Some(timer)) => write!(f, "{khz} kHz (CPUID, confirmed by {timer})"),
+            (false, Some(timer)) => write!(f, "{khz} kHz (measured against {timer})"),
+            (_, None) => write!(f, "{khz} kHz (CPUID alone)"),
+        }
     }
 }
 

@@ -2,12 +2,11 @@
 // Reads the counter, device registers and ports.
 #![allow(unsafe_code)]
 
-use super::clock::{believed_khz, measured_khz, Rate};
+use super::clock::{believed_khz, measured_khz, Calibration, Rate};
 use super::features::Features;
 use crate::acpi::Acpi;
 use crate::mm;
 use core::arch::x86_64::{_mm_lfence, _rdtsc};
-use core::fmt;
 use spin::Once;
 use x86_64::instructions::port::Port;
 use x86_64::PhysAddr;
@@ -46,28 +45,6 @@ pub fn spin_ns(ns: u64) {
     let ticks = rate().ticks(ns);
     while read().wrapping_sub(start) < ticks {
         core::hint::spin_loop();
-    }
-}
-
-/// What told the rate.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Calibration {
-    /// The rate.
-    pub rate: Rate,
-    /// What it was measured against; nothing where no other timer counts, and CPUID alone is believed.
-    pub timer: Option<&'static str>,
-    /// CPUID's value was taken.
-    pub from_cpuid: bool,
-}
-
-impl fmt::Display for Calibration {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let khz = self.rate.khz();
-        match (self.from_cpuid, self.timer) {
-            (true, Some(timer)) => write!(f, "{khz} kHz (CPUID, confirmed by {timer})"),
-            (false, Some(timer)) => write!(f, "{khz} kHz (measured against {timer})"),
-            (_, None) => write!(f, "{khz} kHz (CPUID alone)"),
-        }
     }
 }
 

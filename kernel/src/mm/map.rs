@@ -33,6 +33,8 @@ pub struct MemorySummary {
     pub usable_bytes: u64,
     /// The part of the free memory that lies below 4 GiB.
     pub usable_below_4g_bytes: u64,
+    /// The largest range of the free memory.
+    pub largest_bytes: u64,
 }
 
 impl MemoryMap {
@@ -69,6 +71,7 @@ impl MemoryMap {
             ram_bytes: self.ram.total(),
             usable_bytes: self.usable.total(),
             usable_below_4g_bytes: self.usable.iter().map(|r| r.intersect(below_4g).len()).sum(),
+            largest_bytes: self.usable.iter().map(|r| r.len()).max().unwrap_or(0),
         }
     }
 }
@@ -101,6 +104,7 @@ mod tests {
         let map = MemoryMap::from_regions(regions.into_iter(), 1 << 33);
         assert_eq!(map.summary().usable_bytes, 1 << 33);
         assert_eq!(map.summary().usable_below_4g_bytes, 1 << 32);
+        assert_eq!(map.summary().largest_bytes, 1 << 33);
     }
 
     #[test]

@@ -4,7 +4,7 @@ use crate::cpu::{self, smp, tsc};
 use crate::hw::{with_vendor, OnVendor, Vendor};
 use crate::machine::Machine;
 use crate::sched::Scheduler;
-use crate::{console, host_clock, power};
+use crate::{console, host_clock, power, report};
 use alloc::vec::Vec;
 use boot::bundle::Bundle;
 use boot::config::{AtEnd, Config};
@@ -49,6 +49,8 @@ fn enable_everywhere<V: Vendor>(vendor: &V) {
 }
 
 fn run<V: Vendor>(machine: &Machine, vendor: V) -> ! {
+    report::print(machine, &vendor);
+
     log::info!("configuration");
     if machine.ramdisk.is_empty() {
         power::halt_with_error(format_args!(
@@ -64,7 +66,9 @@ fn run<V: Vendor>(machine: &Machine, vendor: V) -> ! {
         Err(error) => power::halt_with_error(format_args!("{error}")),
     };
     power::set_halt_at_end(config.at_end == AtEnd::Halt);
-    console::choose(&config.console);
+    if !console::choose(&config.console) {
+        log::warn!("none of the consoles that umbra.toml names exists; going on with what there is");
+    }
 
     log::info!("virtual machines");
     let wall_clock = (host_clock::read(machine.acpi.absent().rtc), tsc::read());
@@ -84,5 +88,5 @@ fn run<V: Vendor>(machine: &Machine, vendor: V) -> ! {
         }
     }
     log::info!("running");
-    power::end(Scheduler::new(vms).run())
+    power::end(Scheduler::new(vms, &|| report::print(machine, &vendor)).run())
 }

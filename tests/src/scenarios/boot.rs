@@ -63,7 +63,7 @@ fn vmx(ctx: &Ctx) -> Result<Cases> {
 }
 
 /// Boots the demo guest, talks to it and has it switch off; the whole log.
-fn demo_log(ctx: &Ctx, machine: &Machine) -> Result<String> {
+pub(super) fn demo_log(ctx: &Ctx, machine: &Machine) -> Result<String> {
     let mut vm = ctx.boot(machine, &demo_bundle(ctx, "")?)?;
     // GRUB leaves the cursor anywhere, so Umbra's first words need not begin a line.
     vm.expect("umbra: ")?;

@@ -115,6 +115,17 @@ impl Layout {
         self.pitch * self.height
     }
 
+    /// What reports call it.
+    pub fn name(&self) -> &'static str {
+        match self.kind {
+            Kind::Text => "text",
+            Kind::Pixels { bytes: 2, fields } if fields[1].size < 6 => "15-bit",
+            Kind::Pixels { bytes: 2, .. } => "16-bit",
+            Kind::Pixels { bytes: 3, .. } => "24-bit",
+            Kind::Pixels { .. } => "32-bit",
+        }
+    }
+
     /// Encodes a colour of eight bits each, as little-endian bytes of which a pixel has the first few.
     pub fn encode(fields: &[Field; 3], colour: [u8; 3]) -> [u8; 4] {
         let value = fields.iter().zip(colour).fold(0, |pixel, (field, value)| pixel | field.encode(value));
@@ -205,6 +216,7 @@ mod tests {
         let odd =
             FrameBufferInfo { byte_len: 4100 * 768, stride: 1366, ..info(1366, 768, 3, PixelFormat::Bgr) };
         assert_eq!(Layout::of(&odd, false).unwrap().pitch, 4100);
+        assert_eq!(Layout::of(&odd, false).unwrap().name(), "24-bit");
         let padded =
             FrameBufferInfo { byte_len: 3328 * 600, stride: 832, ..info(800, 600, 4, PixelFormat::Bgr) };
         assert_eq!(Layout::of(&padded, false).unwrap().pitch, 3328);
@@ -241,6 +253,7 @@ mod tests {
     fn text_mode_is_known() {
         let layout = Layout::of(&info(80, 25, 2, PixelFormat::U8), true).unwrap();
         assert_eq!((layout.kind, layout.pitch, layout.len()), (Kind::Text, 160, 4000));
+        assert_eq!(layout.name(), "text");
         assert_eq!(Layout::of(&info(80, 25, 4, PixelFormat::U8), true), Err(Unfit::PixelBytes(4)));
     }
 

@@ -1,12 +1,14 @@
 //! SVM on one physical CPU: detection, enabling, host state, ASIDs.
 #![allow(unsafe_code)] // MSR writes that turn the extension on, and the per-CPU cells.
 
+use super::capabilities::{self, vm_cr, VmCr};
 use super::permission_map::{allow_msr, IOPM_BYTES, MSRPM_BYTES};
 use super::vcpu::SvmVcpu;
-use crate::cpu::features::Features;
+use crate::cpu::features::{self, Features};
+use crate::cpu::msr;
 use crate::hw::shadowed::ShadowFormat;
 use crate::hw::tag::TagAllocator;
-use crate::hw::{OutOfMemory, Refusal, Translation, Vendor};
+use crate::hw::{Capabilities, OutOfMemory, Refusal, Translation, Vendor};
 use crate::mm::{self, FrameSize, Zone};
 use crate::vm::msr::PASSTHROUGH;
 use core::arch::asm;
@@ -19,8 +21,6 @@ use x86_64::PhysAddr;
 
 /// VM_CR. APM 15.30.1.
 const MSR_VM_CR: u32 = 0xc001_0114;
-/// SVMDIS: EFER.SVME cannot be set.
-const VM_CR_SVMDIS: u64 = 1 << 4;
 /// VM_HSAVE_PA. APM 15.30.4.
 const MSR_VM_HSAVE_PA: u32 = 0xc001_0117;
 
@@ -47,6 +47,8 @@ pub struct Svm {
     /// A guest may have five levels.
     la57: bool,
     asid_count: u32,
+    /// All that CPUID tells.
+    offered: features::Svm,
     host: NptHost,
     cr4_bits: u64,
 }
@@ -108,6 +110,12 @@ fn permission_maps() -> (PhysAddr, PhysAddr) {
     (iopm, msrpm)
 }
 
+/// What this CPU's VM_CR allows.
+fn read_vm_cr() -> VmCr {
+    // SAFETY: VM_CR exists on every CPU with SVM; reading it has no effect.
+    vm_cr(unsafe { Msr::new(MSR_VM_CR).read() })
+}
+
 impl Vendor for Svm {
     type Vcpu = SvmVcpu;
     type Format = Npt;
@@ -116,9 +124,7 @@ impl Vendor for Svm {
         let Some(svm) = &features.svm else {
             return Err(Refusal::NoVirtualization);
         };
-        // SAFETY: VM_CR exists on every CPU with SVM; reading it has no effect.
-        let vm_cr = unsafe { Msr::new(MSR_VM_CR).read() };
-        if vm_cr & VM_CR_SVMDIS != 0 {
+        if read_vm_cr() == VmCr::LockedOff {
             return Err(Refusal::SvmDisabledByFirmware);
         }
         static MAPS: Once<(PhysAddr, PhysAddr)> = Once::new();
@@ -133,6 +139,7 @@ impl Vendor for Svm {
             invpcid: features.invpcid,
             la57: features.la57,
             asid_count: svm.asids.max(2),
+            offered: *svm,
             cr4_bits: crate::hw::cr4::of_this_cpu(),
             host: NptHost {
                 // Umbra's own tables have four levels, and the depth of nested tables is that of the host's.
@@ -145,6 +152,13 @@ impl Vendor for Svm {
     }
 
     fn enable_on_this_cpu(&self) -> Result<(), Refusal> {
+        if let VmCr::MustWrite(value) = read_vm_cr() {
+            // SAFETY: clears SVMDIS, which is not locked, and changes nothing else.
+            unsafe { msr::try_write(MSR_VM_CR, value) };
+        }
+        if read_vm_cr() != VmCr::Usable {
+            return Err(Refusal::SvmDisabledByFirmware);
+        }
         let page = || mm::alloc(FrameSize::Size4K, Zone::Any).expect("memory for host state at boot");
         let (host_save, host_state) = (page(), page());
         // SAFETY: the pages are ours and stay so. Setting SVME on a CPU with SVM changes nothing that runs; VMSAVE
@@ -171,6 +185,14 @@ impl Vendor for Svm {
         } else {
             "SVM without nested paging"
         }
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        capabilities::list(&self.offered)
+    }
+
+    fn tlb_tags(&self) -> u32 {
+        self.asid_count
     }
 
     fn two_stages(&self) -> Result<(), Refusal> {

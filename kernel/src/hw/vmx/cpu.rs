@@ -8,13 +8,13 @@ use super::capabilities::{
 use super::choice::{examine, Controls, Mode, Unsuitable};
 use super::controls::{Primary, Secondary};
 use super::instructions::vmxon;
-use super::msr_bitmap;
 use super::vcpu::VmxVcpu;
+use super::{listing, msr_bitmap};
 use crate::cpu::features::Features;
 use crate::cpu::{self, compaction, msr};
 use crate::hw::shadowed::ShadowFormat;
 use crate::hw::tag::TagAllocator;
-use crate::hw::{GuestPage, OutOfMemory, Refusal, Translation, Vendor};
+use crate::hw::{Capabilities, GuestPage, OutOfMemory, Refusal, Translation, Vendor};
 use crate::mm::{self, FrameSize, Zone};
 use core::cell::UnsafeCell;
 use core::fmt;
@@ -276,6 +276,20 @@ impl Vendor for Vmx {
             "VMX with EPT"
         } else {
             "VMX without EPT"
+        }
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        let Machine { capabilities, two_stages, shadow, accessed_dirty, .. } = self.shared;
+        listing::list(capabilities, two_stages.as_ref().unwrap_or(shadow), *accessed_dirty)
+    }
+
+    fn tlb_tags(&self) -> u32 {
+        let controls = self.shared.two_stages.as_ref().unwrap_or(&self.shared.shadow);
+        if controls.secondary.contains(Secondary::VPID) {
+            VPID_COUNT
+        } else {
+            1
         }
     }
 
