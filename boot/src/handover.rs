@@ -5,8 +5,8 @@ use core::fmt;
 use bootloader_api::info::{FrameBuffer, FrameBufferInfo, MemoryRegion, Optional, PixelFormat};
 use bootloader_api::BootInfo;
 
+use crate::regions::MemoryMap;
 pub use crate::regions::OUTPUT_REGIONS;
-use crate::regions::{MemoryMap, TooManyRegions};
 
 /// Access to physical memory while a loader's information is read.
 pub trait Physical {
@@ -44,6 +44,8 @@ pub struct Handover {
 pub struct Loader {
     /// The protocol's name; empty if it is not known.
     pub protocol: &'static str,
+    /// The firmware's memory map had too many entries, and some memory was given up.
+    pub map_is_cut: bool,
     /// Physical address of the EFI system table, which UEFI has and a BIOS has not.
     pub efi_system_table: Option<u64>,
     name: [u8; MAX_LOADER_NAME],
@@ -56,7 +58,13 @@ const MAX_LOADER_NAME: usize = 64;
 impl Loader {
     /// An unknown loader.
     pub const fn unknown() -> Self {
-        Self { protocol: "", efi_system_table: None, name: [0; MAX_LOADER_NAME], name_len: 0 }
+        Self {
+            protocol: "",
+            map_is_cut: false,
+            efi_system_table: None,
+            name: [0; MAX_LOADER_NAME],
+            name_len: 0,
+        }
     }
 
     /// The loader's own name, cut if it is long; empty if it is not known.
@@ -85,12 +93,11 @@ impl Handover {
     }
 
     /// Notes a module: memory to keep, and the first one is the bundle.
-    pub(crate) fn add_module(&mut self, start: u64, len: u64) -> Result<(), Error> {
-        self.map.reserve(start, len)?;
+    pub(crate) fn add_module(&mut self, start: u64, len: u64) {
+        self.map.reserve(start, len);
         if self.ramdisk.is_none() && len != 0 {
             self.ramdisk = Some((start, len));
         }
-        Ok(())
     }
 }
 
@@ -109,14 +116,6 @@ pub enum Error {
     Malformed(&'static str, u64),
     /// No usable memory is described.
     NoMemoryMap,
-    /// See [`TooManyRegions`].
-    TooManyRegions,
-}
-
-impl From<TooManyRegions> for Error {
-    fn from(TooManyRegions: TooManyRegions) -> Self {
-        Self::TooManyRegions
-    }
 }
 
 impl fmt::Display for Error {
@@ -132,7 +131,6 @@ impl fmt::Display for Error {
                     "the boot loader passed no memory map with usable memory; use GRUB 2 or a newer loader"
                 )
             }
-            Self::TooManyRegions => TooManyRegions.fmt(f),
         }
     }
 }
@@ -159,8 +157,9 @@ pub fn boot_info(
     if !handover.map.has_usable() {
         return Err(Error::NoMemoryMap);
     }
-    handover.map.reserve(image.start, image.end.saturating_sub(image.start))?;
+    handover.map.reserve(image.start, image.end.saturating_sub(image.start));
     let count = handover.map.write_regions(storage);
+    handover.loader.map_is_cut = handover.map.is_cut();
 
     let mut info = BootInfo::new((&mut storage[..count]).into());
     info.framebuffer = handover.framebuffer.map(framebuffer).into();

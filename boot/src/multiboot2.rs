@@ -26,13 +26,13 @@ pub fn read(memory: &impl Physical, at: u64, out: &mut Handover) -> Result<(), E
         return Err(malformed);
     }
 
-    out.map.reserve(at, u64::from(total_size))?;
+    out.map.reserve(at, u64::from(total_size));
     for area in info.memory_map_tag().ok_or(Error::NoMemoryMap)?.memory_areas() {
-        out.map.add_e820(area.start_address(), area.size(), area.typ().val())?;
+        out.map.add_e820(area.start_address(), area.size(), area.typ().val());
     }
     for module in info.module_tags() {
         let (start, end) = (u64::from(module.start_address()), u64::from(module.end_address()));
-        out.add_module(start, end.checked_sub(start).ok_or(Error::Malformed("module", start))?)?;
+        out.add_module(start, end.checked_sub(start).ok_or(Error::Malformed("module", start))?);
     }
     // The tags hold copies of the RSDP, so the copy's address is what counts; the newer one is preferred.
     let rsdp_tag = info

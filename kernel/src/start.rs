@@ -9,6 +9,7 @@ use crate::machine::Machine;
 use crate::mm::map::{Kind, MemoryMap, MemorySummary};
 use crate::mm::ranges::{Range, RangeSet};
 use crate::{console, mm, power};
+use boot::entry::loader;
 use bootloader_api::info::MemoryRegionKind;
 use bootloader_api::BootInfo;
 use core::arch::asm;
@@ -157,7 +158,7 @@ fn memory_map(boot_info: &BootInfo, features: &Features) -> (MemoryMap, MemorySu
 
     let limit = (1 << features.physical_address_bits).min(mm::PHYSMAP_BYTES);
     let map = MemoryMap::from_regions(regions, limit);
-    if map.truncated {
+    if map.truncated || loader().map_is_cut {
         log::warn!("the memory map has too many regions; some memory is not used");
     }
     let memory = map.summary();

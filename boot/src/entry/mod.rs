@@ -61,9 +61,10 @@ extern "C" fn umbra_enter(protocol: u32, info: u32) -> ! {
         BY_PVH => pvh::read(&IdentityMap, info, handover),
         _ => refuse(format_args!("the entry stub named an unknown boot protocol, {protocol}")),
     };
+    let boot_info = read.and_then(|()| handover::boot_info(handover, &image(), regions));
     // SAFETY: see `BootOnly`; `loader` is for the kernel, which does not run yet.
     unsafe { *LOADER.0.get() = handover.loader };
-    match read.and_then(|()| handover::boot_info(handover, &image(), regions)) {
+    match boot_info {
         // SAFETY: the symbol is the kernel's entry point, of this very type by `entry_point!`.
         Ok(boot_info) => unsafe { _start(slot.insert(boot_info)) },
         Err(error) => refuse(format_args!("{error}")),
