@@ -111,6 +111,18 @@ pub fn measured_khz(ticks: u64, elapsed: u64, femtoseconds_per_tick: u64) -> Opt
     u64::try_from(khz).ok().filter(|khz| *khz != 0)
 }
 
+impl Calibration {
+    /// From the timer that counted and the frequency in kHz that it measured, if one did, and the one that CPUID tells, if it
+    /// does.
+    pub fn new(measured: Option<(&'static str, u64)>, from_cpuid: Option<u64>) -> Option<Self> {
+        let (timer, (khz, from_cpuid)) = match measured {
+            Some((timer, measured)) => (Some(timer), believed_khz(measured, from_cpuid)),
+            None => (None, (from_cpuid.filter(|khz| *khz != 0)?, true)),
+        };
+        Some(Self { rate: Rate::from_khz(khz), timer, from_cpuid })
+    }
+}
+
 /// The frequency to believe: CPUID's, if there is one and the measurement confirms it to a thousandth, else the
 /// measured one. The flag says that it is CPUID's.
 pub fn believed_khz(measured: u64, from_cpuid: Option<u64>) -> (u64, bool) {
@@ -161,6 +173,16 @@ mod tests {
         assert_eq!(measured_khz(0, 1, 1), None);
         assert_eq!(measured_khz(1, 0, 1), None);
         assert_eq!(measured_khz(u64::MAX, 1, 1), None);
+    }
+
+    #[test]
+    fn without_a_timer_cpuid_has_to_do() {
+        let shown = |measured, cpuid| Calibration::new(measured, cpuid).map(|found| found.to_string());
+        let measured = Some(("HPET", 2_994_000));
+        assert_eq!(shown(measured, None).unwrap(), "2994000 kHz (measured against HPET)");
+        assert_eq!(shown(measured, Some(2_994_375)).unwrap(), "2994375 kHz (CPUID, confirmed by HPET)");
+        assert_eq!(shown(None, Some(2_994_375)).unwrap(), "2994375 kHz (CPUID alone)");
+        assert_eq!((shown(None, None), shown(None, Some(0))), (None, None));
     }
 
     #[test]

@@ -2,7 +2,7 @@
 // Reads the counter, device registers and ports.
 #![allow(unsafe_code)]
 
-use super::clock::{believed_khz, measured_khz, Calibration, Rate};
+use super::clock::{measured_khz, Calibration, Rate};
 use super::features::Features;
 use crate::acpi::Acpi;
 use crate::mm;
@@ -60,11 +60,9 @@ pub fn calibrate(features: &Features, acpi: &Acpi) -> Option<Calibration> {
         .and_then(|mut t| Some(("HPET", measure(&mut t)?)))
         .or_else(|| Some(("the ACPI PM timer", measure(&mut pm_timer()?)?)))
         .or_else(|| Some(("PIT channel 2", measure(&mut Pit::new())?)));
-    let (timer, (khz, from_cpuid)) = match measured {
-        Some((timer, measured)) => (Some(timer), believed_khz(measured, features.cpuid_tsc_khz)),
-        None => (None, (features.cpuid_tsc_khz?, true)),
-    };
-    Some(Calibration { rate: *RATE.call_once(|| Rate::from_khz(khz)), timer, from_cpuid })
+    let calibration = Calibration::new(measured, features.cpuid_tsc_khz)?;
+    RATE.call_once(|| calibration.rate);
+    Some(calibration)
 }
 
 /// A counter of known frequency that counts up and wraps.

@@ -7,6 +7,7 @@ mod guests;
 mod linux;
 mod paging_digest;
 mod refused_entries;
+mod unusual;
 
 use crate::scenario::Scenario;
 
@@ -15,6 +16,7 @@ pub(crate) fn all() -> Vec<Scenario> {
     let folders = [
         boot::all(),
         consoles::all(),
+        unusual::all(),
         bad_input::all(),
         guests::all(),
         paging_digest::all(),
