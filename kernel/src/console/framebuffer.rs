@@ -25,7 +25,7 @@ pub(super) fn find(boot_info: &BootInfo) -> Option<Result<(Layout, Range), Unfit
         Err(unfit) => return Some(Err(unfit)),
     };
     let at = framebuffer.buffer().as_ptr() as u64;
-    let range = Range::from_len(at, layout.len() as u64);
+    let range = Range::from_len(at, layout.bytes() as u64);
     let within = match layout.kind {
         Kind::Pixels { .. } => Range::new(1, PHYSMAP_BYTES),
         Kind::Text => VGA_TEXT,
@@ -35,7 +35,7 @@ pub(super) fn find(boot_info: &BootInfo) -> Option<Result<(Layout, Range), Unfit
     let mut memory = boot_info.memory_regions.iter().filter(|region| is_memory(region.kind));
     let in_memory = memory
         .any(|region| !range.grow_to_pages().intersect(Range::new(region.start, region.end)).is_empty());
-    if range.len() != layout.len() as u64 || !within.contains(range) || in_memory {
+    if range.len() != layout.bytes() as u64 || !within.contains(range) || in_memory {
         return Some(Err(Unfit::Place(at)));
     }
     Some(Ok((layout, range)))

@@ -111,7 +111,7 @@ impl Layout {
     }
 
     /// Bytes of the memory.
-    pub fn len(&self) -> usize {
+    pub fn bytes(&self) -> usize {
         self.pitch * self.height
     }
 
@@ -252,7 +252,7 @@ mod tests {
     #[test]
     fn text_mode_is_known() {
         let layout = Layout::of(&info(80, 25, 2, PixelFormat::U8), true).unwrap();
-        assert_eq!((layout.kind, layout.pitch, layout.len()), (Kind::Text, 160, 4000));
+        assert_eq!((layout.kind, layout.pitch, layout.bytes()), (Kind::Text, 160, 4000));
         assert_eq!(layout.name(), "text");
         assert_eq!(Layout::of(&info(80, 25, 4, PixelFormat::U8), true), Err(Unfit::PixelBytes(4)));
     }
@@ -270,7 +270,7 @@ mod tests {
             let info =
                 FrameBufferInfo { byte_len, width, height, pixel_format, bytes_per_pixel: bytes, stride };
             if let Ok(layout) = Layout::of(&info, false) {
-                prop_assert!(layout.pitch >= width * bytes && layout.len() <= byte_len);
+                prop_assert!(layout.pitch >= width * bytes && layout.bytes() <= byte_len);
                 if let Kind::Pixels { fields, .. } = layout.kind {
                     for field in fields {
                         prop_assert!(field.size > 0 && usize::from(field.position + field.size) <= bytes * 8);

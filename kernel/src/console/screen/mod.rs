@@ -24,8 +24,13 @@ pub struct Buffers {
 impl Buffers {
     /// Blanks.
     pub const fn new() -> Self {
-        const BLANKS: Cells = [[Cell::BLANK; MAX_COLUMNS]; MAX_ROWS];
-        Self { text: BLANKS, shown: BLANKS }
+        Self { text: [[Cell::BLANK; MAX_COLUMNS]; MAX_ROWS], shown: [[Cell::BLANK; MAX_COLUMNS]; MAX_ROWS] }
+    }
+}
+
+impl Default for Buffers {
+    fn default() -> Self {
+        Self::new()
     }
 }
 
@@ -144,7 +149,7 @@ mod tests {
     }
 
     fn memory() -> Counted {
-        Counted { bytes: vec![0x55; layout().len()], writes: 0 }
+        Counted { bytes: vec![0x55; layout().bytes()], writes: 0 }
     }
 
     fn screen() -> Screen<Counted> {

@@ -225,7 +225,7 @@ mod tests {
         {
             let painter = painter(85, 37, bytes, 85 * bytes, format);
             let (columns, rows) = painter.cells();
-            let mut memory = vec![0; painter.layout().len()];
+            let mut memory = vec![0; painter.layout().bytes()];
             for row in 0..rows {
                 for column in 0..columns {
                     painter.paint(&mut memory, row, column, Cell::new('\u{fffd}', BLACK, WHITE));
