@@ -28,7 +28,7 @@ const UMBRA_NEEDS: Size = Size::mib(32);
 /// The command line of `run`.
 #[derive(Clone, Debug, clap::Args)]
 pub struct Options {
-    /// Run the virtual machines that this umbra.toml describes (its files are looked for beside it)
+    /// Run the virtual machines that this umbra.toml describes (its files are looked for beside it), or those of a bundle
     #[arg(long, value_name = "FILE", conflicts_with_all = ["kernel", "initrd", "cmdline"])]
     pub vm: Option<PathBuf>,
     /// Run this kernel: a bzImage, a PVH or a Multiboot 1 ELF file [default: Debian's Linux]
