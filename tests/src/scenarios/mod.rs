@@ -3,6 +3,7 @@
 mod bad_input;
 mod boot;
 mod guests;
+mod image;
 mod linux;
 mod paging_digest;
 mod refused_entries;
@@ -17,6 +18,7 @@ pub(crate) fn all() -> Vec<Scenario> {
         guests::all(),
         paging_digest::all(),
         refused_entries::all(),
+        image::all(),
         linux::all(),
     ];
     folders.into_iter().flatten().collect()
