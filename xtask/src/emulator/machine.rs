@@ -1,5 +1,6 @@
 //! The description of an emulated machine.
 
+use std::fs::OpenOptions;
 use std::path::PathBuf;
 
 use anyhow::{bail, Context, Result};
@@ -100,6 +101,8 @@ pub struct Machine {
     pub boot: Boot,
     /// What an image is on.
     pub medium: Medium,
+    /// How much of the image the medium has, in bytes, if not all: the copy broke off.
+    pub image_bytes: Option<u64>,
     /// Umbra's ELF file.
     pub umbra: PathBuf,
     /// Processors.
@@ -129,6 +132,7 @@ impl Machine {
             program: None,
             boot: Boot::Pvh,
             medium: Medium::Cd,
+            image_bytes: None,
             umbra: Images::places().umbra,
             cpus: 1,
             memory: Size::mib(2048),
@@ -172,6 +176,9 @@ impl Machine {
                 &work,
                 &self.iso_file(),
             )?;
+            if let Some(len) = self.image_bytes {
+                OpenOptions::new().write(true).open(self.iso_file())?.set_len(len)?;
+            }
         }
         match self.kind {
             Kind::Bochs => bochs::write_configuration(self)?,
