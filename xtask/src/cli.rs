@@ -7,7 +7,7 @@ use clap::{Parser, Subcommand};
 
 use crate::bench::Bench;
 use crate::setup::{self, Component};
-use crate::{bench, build, check, fuzz, image, miri, run, test};
+use crate::{bench, build, bundle, check, fuzz, image, miri, run, test};
 
 /// Umbra's developer commands.
 #[derive(Debug, Parser)]
@@ -27,6 +27,8 @@ enum Command {
     },
     /// Build Umbra and the test guests
     Build,
+    /// Make a boot bundle from an umbra.toml, or list one
+    Bundle(bundle::Options),
     /// Make a bootable image for BIOS and UEFI
     Image(image::Options),
     /// Boot Umbra with a guest whose console is this terminal
@@ -52,6 +54,10 @@ impl Cli {
             Command::Build => {
                 let images = build::build(setup::ensure(&[Component::Target])?.compiler()?)?;
                 println!("{}", images.umbra.display());
+                Ok(ExitCode::SUCCESS)
+            }
+            Command::Bundle(options) => {
+                bundle::bundle(&options)?;
                 Ok(ExitCode::SUCCESS)
             }
             Command::Image(options) => {
@@ -84,6 +90,10 @@ mod tests {
             &["setup", "--check"][..],
             &["build"],
             &["image", "--bundle", "umbra.toml", "-o", "umbra.iso"],
+            &["image", "--bundle", "umbra.toml", "--manifest"],
+            &["bundle", "umbra.toml", "-o", "bundle.cpio", "--manifest"],
+            &["bundle", "--list", "bundle.cpio"],
+            &["run", "--uefi", "--medium", "usb"],
             &["run", "--vm", "umbra.toml", "--until", "login:", "--timeout", "60"],
             &["test", "--long", "--filter", "boot"],
             &["test", "--mutants"],
@@ -102,6 +112,8 @@ mod tests {
         for args in [
             &[][..],
             &["bench"],
+            &["bundle"],
+            &["bundle", "--list", "bundle.cpio", "umbra.toml"],
             &["fly"],
             &["test", "--what"],
             &["bench", "mmu-host", "--emulator", "qemu"],

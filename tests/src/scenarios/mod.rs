@@ -4,6 +4,7 @@ mod bad_input;
 mod boot;
 mod consoles;
 mod guests;
+mod image;
 mod linux;
 mod paging_digest;
 mod refused_entries;
@@ -21,6 +22,7 @@ pub(crate) fn all() -> Vec<Scenario> {
         guests::all(),
         paging_digest::all(),
         refused_entries::all(),
+        image::all(),
         linux::all(),
     ];
     folders.into_iter().flatten().collect()

@@ -1,5 +1,6 @@
 //! The description of an emulated machine.
 
+use std::fs::OpenOptions;
 use std::path::PathBuf;
 
 use anyhow::{bail, Context, Result};
@@ -39,13 +40,25 @@ pub enum Boot {
     /// QEMU loads the ELF file and the bundle by the PVH protocol.
     #[default]
     Pvh,
-    /// GRUB loads both from an ISO image, on a BIOS.
+    /// GRUB loads both from an image, on a BIOS.
     Iso,
-    /// GRUB loads both from an ISO image, on UEFI.
+    /// GRUB loads both from an image, on UEFI.
     Uefi,
     /// QEMU loads a Multiboot 1 kernel in Umbra's place, without a bundle, and gives it the exit port of the test
     /// guests: what such a guest does on the bare machine is what it should do under Umbra.
     Bare,
+}
+
+/// What an image is on, for the firmware that starts it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Medium {
+    /// A CD.
+    #[default]
+    Cd,
+    /// A disk on an AHCI controller.
+    Disk,
+    /// A stick on an xHCI controller.
+    Usb,
 }
 
 /// Whether QEMU counts instructions in place of time, which makes a run repeatable.
@@ -88,6 +101,10 @@ pub struct Machine {
     pub program: Option<PathBuf>,
     /// How Umbra gets into it.
     pub boot: Boot,
+    /// What an image is on.
+    pub medium: Medium,
+    /// How much of the image the medium has, in bytes, if not all: the copy broke off.
+    pub image_bytes: Option<u64>,
     /// Umbra's ELF file.
     pub umbra: PathBuf,
     /// Processors.
@@ -118,6 +135,8 @@ impl Machine {
             kind: Kind::Qemu,
             program: None,
             boot: Boot::Pvh,
+            medium: Medium::Cd,
+            image_bytes: None,
             umbra: Images::places().umbra,
             cpus: 1,
             memory: Size::mib(2048),
@@ -162,6 +181,9 @@ impl Machine {
                 &work,
                 &self.iso_file(),
             )?;
+            if let Some(len) = self.image_bytes {
+                OpenOptions::new().write(true).open(self.iso_file())?.set_len(len)?;
+            }
         }
         match self.kind {
             Kind::Bochs => bochs::write_configuration(self)?,
@@ -188,6 +210,9 @@ impl Machine {
             }
             if self.boot != Boot::Iso {
                 bail!("Bochs starts Umbra from a BIOS image only; leave out --uefi or use QEMU");
+            }
+            if self.medium != Medium::Cd {
+                bail!("Bochs starts Umbra from a CD only; leave out --medium or use QEMU");
             }
             if self.gdb {
                 bail!("Debian's Bochs has no gdb stub; use QEMU with --gdb");

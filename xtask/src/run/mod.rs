@@ -13,7 +13,7 @@ use regex::bytes::Regex;
 
 use self::terminal::{End, Limits};
 use crate::bundle::Bundle;
-use crate::emulator::{check_model, line_regex, Accel, Boot, Emulator, Kind, Machine, Messages};
+use crate::emulator::{check_model, line_regex, Accel, Boot, Emulator, Kind, Machine, Medium, Messages};
 use crate::guest::description;
 use crate::setup::{self, Component};
 use crate::size::Size;
@@ -28,7 +28,7 @@ const UMBRA_NEEDS: Size = Size::mib(32);
 /// The command line of `run`.
 #[derive(Clone, Debug, clap::Args)]
 pub struct Options {
-    /// Run the virtual machines that this umbra.toml describes (its files are looked for beside it)
+    /// Run the virtual machines that this umbra.toml describes (its files are looked for beside it), or those of a bundle
     #[arg(long, value_name = "FILE", conflicts_with_all = ["kernel", "initrd", "cmdline"])]
     pub vm: Option<PathBuf>,
     /// Run this kernel: a bzImage, a PVH or a Multiboot 1 ELF file [default: Debian's Linux]
@@ -65,6 +65,9 @@ pub struct Options {
     /// Boot by GRUB from an ISO image on a BIOS
     #[arg(long, conflicts_with = "uefi")]
     pub iso: bool,
+    /// What the image is on, with --iso or --uefi
+    #[arg(long, value_enum, default_value_t)]
+    pub medium: Medium,
     /// Stop before the first instruction and wait for gdb
     #[arg(long)]
     pub gdb: bool,
@@ -129,6 +132,11 @@ impl Options {
         if self.emulator == Kind::Bochs && (self.uefi || self.gdb || self.accel == Accel::Kvm) {
             bail!("Bochs emulates a BIOS machine: --uefi, --gdb and --accel kvm need --emulator qemu");
         }
+        if self.medium != Medium::Cd
+            && (!matches!(self.boot(), Boot::Iso | Boot::Uefi) || self.emulator == Kind::Bochs)
+        {
+            bail!("--medium says what an image is on: it needs --iso or --uefi, and --emulator qemu");
+        }
         if self.memory < UMBRA_NEEDS {
             bail!(
                 "--memory {} is too little for a machine; give Umbra and its guest 1G or more",
@@ -191,6 +199,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     let machine = Machine {
         kind: options.emulator,
         boot: options.boot(),
+        medium: options.medium,
         cpus: options.cpus,
         memory: options.memory,
         acceleration,
@@ -289,6 +298,7 @@ mod tests {
             (&["--timeout", "soon"], "soon"),
             (&["--vm", "a", "--kernel", "b"], "cannot be used with"),
             (&["--iso", "--uefi"], "cannot be used with"),
+            (&["--iso", "--medium", "tape"], "tape"),
             (&["--mmu", "shadow", "--vm", "a"], "cannot be used with"),
             (&["--mmu", "none"], "none"),
             (&["--accel", "hvf"], "hvf"),
@@ -299,6 +309,8 @@ mod tests {
         }
         for (args, words) in [
             (&["--emulator", "bochs", "--uefi"][..], "need --emulator qemu"),
+            (&["--medium", "usb"], "needs --iso or --uefi"),
+            (&["--medium", "disk", "--emulator", "bochs"], "--emulator qemu"),
             (&["--kernel", "/nonexistent"], "/nonexistent"),
             (&["--initrd", "/"], "is a folder"),
             (&["--vm", "/"], "is a folder"),

@@ -62,8 +62,8 @@ impl Component {
                 files.into_iter().filter(|_| debian).find_map(no_file)
             }),
             Self::Grub => {
-                if !host.has_mkrescue() {
-                    return Some("there is no program grub-mkrescue on the path".into());
+                if !host.has_mkimage() {
+                    return Some("there is no program grub-mkimage on the path".into());
                 }
                 let debian = host.package_manager() == Some(PackageManager::Apt);
                 let folders = ["/usr/lib/grub/i386-pc", "/usr/lib/grub/x86_64-efi"];
@@ -97,7 +97,7 @@ impl Component {
             (Self::Bochs, Dnf | Pacman | Brew) => &["bochs"],
             (Self::Grub, Apt) => &["grub-pc-bin", "grub-efi-amd64-bin", "grub-common", "xorriso", "mtools"],
             (Self::Grub, Dnf) => {
-                &["grub2-tools-extra", "grub2-pc-modules", "grub2-efi-x64-modules", "xorriso", "mtools"]
+                &["grub2-tools", "grub2-pc-modules", "grub2-efi-x64-modules", "xorriso", "mtools"]
             }
             (Self::Grub, Pacman) => &["grub", "libisoburn", "mtools"],
             (Self::Grub, Brew) => &["i686-elf-grub", "x86_64-elf-grub", "xorriso", "mtools"],

@@ -177,8 +177,8 @@ mod tests {
         fn has_uefi(&self) -> bool {
             self.exists(Path::new("/OVMF"))
         }
-        fn has_mkrescue(&self) -> bool {
-            self.has_program("grub-mkrescue")
+        fn has_mkimage(&self) -> bool {
+            self.has_program("grub-mkimage")
         }
         fn linux(&self) -> Result<Linux, String> {
             let linux = Linux { kernel: "k".into(), busybox: "b".into() };
@@ -216,7 +216,7 @@ mod tests {
     #[test]
     fn nothing_is_done_where_nothing_is_missing() {
         let host = Fake {
-            programs: vec!["qemu-system-x86_64", "bochs", "grub-mkrescue", "xorriso", "mformat"],
+            programs: vec!["qemu-system-x86_64", "bochs", "grub-mkimage", "xorriso", "mformat"],
             files: vec![
                 "/OVMF",
                 "/usr/share/bochs/BIOS-bochs-latest",
