@@ -40,6 +40,8 @@ struct Outputs {
     typed: ArrayVec<u8, MAX_BYTES>,
     /// When a screen that has moved is painted again.
     paint_at: u64,
+    /// There is more than COM1.
+    has_more: bool,
 }
 
 impl Outputs {
@@ -52,6 +54,7 @@ impl Outputs {
             keyboard: None,
             typed: ArrayVec::new_const(),
             paint_at: 0,
+            has_more: false,
         }
     }
 
@@ -71,6 +74,26 @@ impl Outputs {
             let end = tsc::read();
             self.paint_at = end.saturating_add(end.saturating_sub(start).saturating_mul(PAINT_SHARE));
         }
+    }
+}
+
+impl Outputs {
+    /// A byte from elsewhere than COM1.
+    #[cold]
+    fn read_more(&mut self) -> Option<u8> {
+        self.paint(false);
+        let byte = self.com2.read();
+        if byte.is_some() {
+            return byte;
+        }
+        if self.typed.is_empty() {
+            self.typed = self.keyboard.as_mut()?.read();
+        }
+        self.typed.pop_at(0)
+    }
+
+    fn set_has_more(&mut self) {
+        self.has_more = self.screen.is_some() || self.com2.base().is_some();
     }
 }
 
@@ -96,6 +119,7 @@ pub fn init(boot_info: &BootInfo) {
         screen.set_memory(Mapped::by_identity(range));
         outputs.screen = Some(screen);
         outputs.framebuffer = range;
+        outputs.set_has_more();
     }
     drop(console);
     // Fails only when there is a logger, which would be this one.
@@ -165,6 +189,7 @@ pub fn choose(wanted: &[Console]) -> bool {
     if !screen_left {
         (outputs.screen, outputs.keyboard) = (None, None);
     }
+    outputs.set_has_more();
     true
 }
 
@@ -204,17 +229,12 @@ pub fn write_line(parts: &[&[u8]]) {
 pub fn read_byte() -> Option<u8> {
     let mut console = CONSOLE.lock();
     let outputs = console.sink();
-    if let Some(byte) = outputs.com1.read() {
-        return Some(byte);
+    let byte = outputs.com1.read();
+    // Most machines of a rack end here.
+    if byte.is_some() || !outputs.has_more {
+        return byte;
     }
-    if let Some(byte) = outputs.com2.read() {
-        return Some(byte);
-    }
-    outputs.paint(false);
-    if outputs.typed.is_empty() {
-        outputs.typed = outputs.keyboard.as_mut()?.read();
-    }
-    outputs.typed.pop_at(0)
+    outputs.read_more()
 }
 
 /// Prints one message of Umbra's own.
