@@ -4,6 +4,7 @@ use bootloader_api::info::{FrameBufferInfo, PixelFormat};
 use multiboot2::{BootInformation, FramebufferField, FramebufferTag, FramebufferType, MemoryArea, TagType};
 
 use crate::handover::{Error, Handover, Physical, TEXT_MODE};
+use crate::regions::LIMIT;
 
 /// What errors call the information block.
 const BLOCK: &str = "Multiboot2 information";
@@ -106,8 +107,14 @@ fn framebuffer(tag: &FramebufferTag) -> Option<(u64, FrameBufferInfo)> {
     if bytes_per_pixel == 0 || pitch / bytes_per_pixel < width {
         return None;
     }
+    let byte_len = pitch.checked_mul(height)?;
+    // Somewhere, and all of it within the address space: `BootInfo` shows it as a slice.
+    let end = tag.address().checked_add(byte_len as u64).filter(|end| *end <= LIMIT)?;
+    if tag.address() == 0 || end == tag.address() {
+        return None;
+    }
     let info = FrameBufferInfo {
-        byte_len: pitch.checked_mul(height)?,
+        byte_len,
         width,
         height,
         pixel_format,
@@ -249,6 +256,26 @@ mod tests {
             framebuffer_tag(64, 1, &[0; 6]),
         ] {
             assert!(read_tags(&[map(), tag]).unwrap().framebuffer.is_none());
+        }
+    }
+
+    #[test]
+    fn framebuffers_that_can_be_nowhere_are_left() {
+        let at = |address: u64, pitch: u32, height: u32| {
+            let mut payload = address.to_le_bytes().to_vec();
+            payload.extend(words(&[pitch, 800, height]));
+            payload.extend([32, 1, 0, 0, 16, 8, 8, 8, 0, 8]);
+            read_tags(&[map(), (FRAMEBUFFER, payload)]).unwrap().framebuffer
+        };
+        assert!(at(0xfd00_0000, 3200, 600).is_some());
+        for (address, pitch, height) in [
+            (0, 3200, 600),
+            (u64::MAX - 5, 3200, 600),
+            (1 << 52, 3200, 600),
+            (0xfd00_0000, u32::MAX, u32::MAX),
+            (0xfd00_0000, 3200, 0),
+        ] {
+            assert!(at(address, pitch, height).is_none(), "{address:#x}");
         }
     }
 

@@ -11,7 +11,7 @@ pub const OUTPUT_REGIONS: usize = 2 * INPUT_REGIONS;
 /// Regions begin and end on pages.
 const PAGE: u64 = 4096;
 /// No x86-64 CPU has wider physical addresses. AMD APM vol. 2, section 5.1.
-const LIMIT: u64 = 1 << 52;
+pub(crate) const LIMIT: u64 = 1 << 52;
 
 /// A place for a region, all zeros, so that a static array of them takes no room in the image.
 pub const NO_REGION: MemoryRegion = MemoryRegion { start: 0, end: 0, kind: MemoryRegionKind::Usable };

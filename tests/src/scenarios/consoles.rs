@@ -3,6 +3,7 @@
 use anyhow::{ensure, Result};
 use xtask::bundle::Bundle;
 use xtask::emulator::{Boot, Hardware, Machine};
+use xtask::size::Size;
 
 use super::boot::{demo_bundle, demo_log};
 use crate::cases::Cases;
@@ -23,6 +24,7 @@ pub(super) fn all() -> Vec<Scenario> {
         Scenario::new("screen_16_bits", |ctx| depth(ctx, 16)),
         Scenario::new("screen_24_bits", |ctx| depth(ctx, 24)),
         Scenario::new("screen_text_mode", text_mode),
+        Scenario::new("screen_shows_a_refusal", refusal),
         Scenario::new("screen_and_com1", both),
         Scenario::new("screen_not_wanted", not_wanted),
         Scenario::new("console_elsewhere", elsewhere),
@@ -70,6 +72,15 @@ fn text_mode(ctx: &Ctx) -> Result<Cases> {
     screen.expect("^demo>")?;
     screen.type_line("hello")?;
     screen.expect("^demo> hello")?;
+    Ok(Cases::passed())
+}
+
+/// What Umbra refuses before it has page tables and a heap of its own is on the screen, too.
+fn refusal(ctx: &Ctx) -> Result<Cases> {
+    let machine = Machine { boot: Boot::Iso, hardware: NO_COM1, memory: Size::mib(64), ..ctx.machine() };
+    let mut screen = Screen::boot(ctx, &machine, &demo_bundle(ctx, "")?)?;
+    screen.expect("^umbra: error: this machine has [0-9]+ MiB of usable memory; ")?;
+    screen.expect("^umbra: end: status 65$")?;
     Ok(Cases::passed())
 }
 
