@@ -642,7 +642,10 @@ impl<V: Vendor> Core<V> {
             Some(value) => Ok(value),
             None if msr == pvclock::MSR_SYSTEM_TIME => Ok(self.system_time),
             None if msr == pvclock::MSR_WALL_CLOCK => Ok(self.wall_clock),
-            None => self.with_msrs(guest, msr, |msrs, context| msrs.read(msr, context)),
+            None => match self.with_msrs(guest, msr, |msrs, context| msrs.read(msr, context)) {
+                Err(Gp) if msr == index::PKRS => self.extended.pkrs().map(u64::from).ok_or(Gp),
+                read => read,
+            },
         }
     }
 
@@ -657,7 +660,11 @@ impl<V: Vendor> Core<V> {
         if matches!(msr, pvclock::MSR_WALL_CLOCK | pvclock::MSR_SYSTEM_TIME) {
             return self.write_clock_msr(guest, msr, value);
         }
-        match self.with_msrs(guest, msr, |msrs, context| msrs.write(msr, value, context))? {
+        let effect = match self.with_msrs(guest, msr, |msrs, context| msrs.write(msr, value, context)) {
+            Err(Gp) if msr == index::PKRS => return self.write_pkrs(value),
+            written => written?,
+        };
+        match effect {
             MsrEffect::None => {
                 // A deadline may have been set.
                 self.attention |= msr == index::TSC_DEADLINE;
@@ -690,6 +697,17 @@ impl<V: Vendor> Core<V> {
             (self.apic_enabled, self.attention) = (true, true);
         }
         Ok(())
+    }
+
+    /// WRMSR of IA32_PKRS, which is not intercepted, by the emulator.
+    #[cold]
+    fn write_pkrs(&mut self, value: u64) -> Result<(), Gp> {
+        let value = u32::try_from(value).map_err(|_| Gp)?;
+        if self.extended.set_pkrs(value) {
+            Ok(())
+        } else {
+            Err(Gp)
+        }
     }
 
     /// Puts a structure of the paravirtual clock where the guest wants it; #GP where there is no RAM.

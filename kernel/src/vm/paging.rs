@@ -6,6 +6,7 @@ use super::fetch::{FetchCache, Recorder};
 use super::memory::HostMemory;
 use super::ram::{BadGpa, GuestRam};
 use super::shadow::Shadow;
+use crate::hw::extended;
 use crate::hw::{Exit, FaultCause, HwVcpu, OutOfMemory, SecondStageFault, Translation, Vendor};
 use crate::mm::{self, FrameSize, Zone};
 use mmu::{
@@ -288,6 +289,9 @@ pub enum PageFault {
     NoTableMemory,
 }
 
+/// CR4: protection keys of user pages, and of the supervisor's.
+const CR4_PKE: u64 = 1 << 22;
+const CR4_PKS: u64 = 1 << 24;
 /// #PF error codes: write, user, instruction fetch. Intel SDM vol. 3, 4.7.
 const PF_PRESENT: u32 = 1 << 0;
 const PF_WRITE: u32 = 1 << 1;
@@ -753,16 +757,17 @@ fn paging_regs<H: HwVcpu>(hw: &H) -> PagingRegs {
 #[inline]
 fn walk_regs<H: HwVcpu>(hw: &H) -> WalkRegs {
     const RFLAGS_AC: u64 = 1 << 18;
-    const CR4_PKE: u64 = 1 << 22;
-    // PKRU is in the register while its vCPU is on this CPU.
-    let pkru = if hw.cr4() & CR4_PKE != 0 { crate::hw::extended::pkru() } else { 0 };
-    WalkRegs {
-        cr3: hw.cr3(),
-        pkru,
-        ac: hw.rflags() & RFLAGS_AC != 0,
-        pdptes: hw.pdptes(),
-        ..WalkRegs::default()
-    }
+    let cr4 = hw.cr4();
+    let (pkru, pkrs) = if cr4 & (CR4_PKE | CR4_PKS) != 0 { key_rights(cr4) } else { (0, 0) };
+    WalkRegs { cr3: hw.cr3(), pkru, pkrs, ac: hw.rflags() & RFLAGS_AC != 0, pdptes: hw.pdptes() }
+}
+
+/// PKRU and IA32_PKRS, which are in their registers while the vCPU is on this CPU.
+#[cold]
+fn key_rights(cr4: u64) -> (u32, u32) {
+    let pkru = if cr4 & CR4_PKE != 0 { extended::pkru() } else { 0 };
+    let pkrs = if cr4 & CR4_PKS != 0 { extended::pkrs() } else { 0 };
+    (pkru, pkrs)
 }
 
 #[cold]

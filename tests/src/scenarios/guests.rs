@@ -107,6 +107,11 @@ pub(super) fn all() -> Vec<Scenario> {
             all.push(scenario.needs(&[Need::Grub, Need::Bochs]).limit(240));
         }
     }
+    all.push(Scenario::new("direct_paging_takes_no_exits", |ctx| no_exits(ctx, &ctx.machine())).limit(240));
+    let in_bochs = Scenario::new("bochs_skylake_direct_paging_takes_no_exits", |ctx| {
+        no_exits(ctx, &ctx.bochs(BochsCpu::SkylakeX))
+    });
+    all.push(in_bochs.needs(&[Need::Grub, Need::Bochs]).limit(240));
     all.push(Scenario::new("other_vms_go_on", other_vms_go_on).limit(240));
     for (name, cmdline) in MISDEEDS {
         all.push(Scenario::new(format!("garbage_{name}"), move |ctx| misdeed(ctx, cmdline)).limit(240));
@@ -156,6 +161,16 @@ fn report(ctx: &Ctx, machine: &Machine, guest: &str, config: &str, more_words: &
         format!("the run ended with {:?} instead of status {ALL_PASSED}", outcome.status)
     });
     Ok(cases)
+}
+
+/// With nested paging a guest's own paging is the processor's affair: nothing that `bench mmu` counts exits.
+fn no_exits(ctx: &Ctx, machine: &Machine) -> Result<Cases> {
+    let bundle = bundle(ctx, "bench_mmu", platform_word(machine), "mmu = \"direct\"\n")?;
+    let log = ctx.boot(machine, &bundle)?.end()?.log;
+    if let Some(why) = xtask::bench::mmu::exits_in_log(&log)? {
+        bail!("{why}");
+    }
+    Ok(Cases::passed())
 }
 
 /// Beside a VM that triple-faults, one that never stops computing and one that resets itself again and again, a guest

@@ -38,7 +38,7 @@ const EMULATED_AMD: Table = Table(&[
     (4, 0, [0x0c00_0121, 0x01c0_003f, 0x3f, 1]),
     (5, 0, [0, 0, 3, 0]),
     (6, 0, [4, 0, 0, 0]),
-    (7, 0, [0, 0x219c_47ab, 0x0041_801c, 0x0000_0010]),
+    (7, 0, [0, 0x219c_47ab, 0x8041_801c, 0x0000_0010]),
     (0xd, 0, [0x21f, 0x240, 0xa88, 0]),
     (0xd, 1, [0x1, 0, 0, 0]),
     (0xd, 2, [0x100, 0x240, 0, 0]),
@@ -179,13 +179,13 @@ fn hidden() -> Vec<(u32, u32, [u32; 4])> {
         ),
         // Automatic IBRS and the rest.
         (0x8000_0021, !0x45, !0, !0, !0),
-        // SGX, HLE, RTM, PQM, MPX, PQE, PT; WAITPKG, CET, TME, keys, enclaves, PKS; hybrid, RTM abort, PCONFIG, LBR, IBT,
+        // SGX, HLE, RTM, PQM, MPX, PQE, PT; WAITPKG, CET, TME, keys, enclaves; hybrid, RTM abort, PCONFIG, LBR, IBT,
         // AMX, speculation control.
         (
             7,
             0,
             bits(&[2, 4, 11, 12, 14, 15, 22, 25]),
-            bits(&[5, 7, 13, 15, 23, 24, 29, 30, 31]),
+            bits(&[5, 7, 13, 15, 23, 24, 29, 30]),
             bits(&[5, 9, 11, 13, 15, 16, 18, 19, 20, 22, 24, 25, 26, 27, 28, 29, 30, 31]),
         ),
     ]
@@ -263,7 +263,7 @@ fn check(host: &impl HostCpuid, shape: &VmShape) {
         (21, bit(leaf7.ebx, 20)),
         (22, bit(leaf7.ecx, 3)),
         (23, false),
-        (24, false),
+        (24, bit(leaf7.ecx, 31)),
     ] {
         assert_eq!(caps.cr4 >> cr4 & 1 != 0, feature, "CR4 bit {cr4}");
     }

@@ -9,7 +9,7 @@ use guests::multiboot::boot;
 use guests::paging::{has_1g, Space, A, D, E_I, E_P, E_PK, E_U, E_W, G, NX, P, PLAYGROUND, PS, U, W};
 use guests::prelude::*;
 use guests::report::{case, Case};
-use guests::trap::{self, catch, Eoi, PF, UD};
+use guests::trap::{self, catch, Eoi, GP, PF, UD};
 use guests::user::{self, Start};
 use guests::{exec, machine, main};
 
@@ -414,6 +414,80 @@ fn features() {
         exec!("rdpkru", in("ecx") 0, out("eax") value, out("edx") _);
         exec!("wrpkru", in("eax") 0, in("ecx") 0, in("edx") 0);
         t.eq("PKRU", value, 0x5555_5550u32);
+    });
+    case("pks.access_and_write_disable", |t| {
+        if !offered(t, |r| r.ecx, 31, "no protection keys of supervisor pages") {
+            return;
+        }
+        let (address, users) = (area(11) + 0x10_0000, area(11) + 0x20_0000);
+        for (at, user) in [(address, 0), (users, U)] {
+            let frame = space.map_new(at, P | W);
+            space.map(at, frame, 1, P | W | user | 5 << 59);
+        }
+        set_cr4(cr4() | CR4_PKS);
+        t.works("a write with PKRS 0", catch(|| poke(address, 1u8)));
+        wrmsr(MSR_PKRS, 2 << 10);
+        t.works("a read with WD", catch(|| peek::<u8>(address)));
+        t.faults("a write with WD", catch(|| poke(address, 1u8)), PF, Some(E_P | E_W | E_PK));
+        t.works("a write to a user page", catch(|| poke(users, 1u8)));
+        wrmsr(MSR_PKRS, 1 << 10);
+        t.faults("a read with AD", catch(|| peek::<u8>(address)), PF, Some(E_P | E_PK));
+        t.works("a read of a user page", catch(|| peek::<u8>(users)));
+        set_cr0(cr0() & !CR0_WP);
+        t.faults("a read with AD and WP clear", catch(|| peek::<u8>(address)), PF, Some(E_P | E_PK));
+        wrmsr(MSR_PKRS, 2 << 10);
+        t.works("a write with WD and WP clear", catch(|| poke(address, 1u8)));
+        wrmsr(MSR_PKRS, 0);
+    });
+    case("pks.register", |t| {
+        if !offered(t, |r| r.ecx, 31, "no protection keys of supervisor pages") {
+            return;
+        }
+        // With CR4.PKS clear the register is there all the same.
+        for value in [0x5555_5550u64, 0xffff_fffc, 0] {
+            wrmsr(MSR_PKRS, value);
+            for _ in 0..50 {
+                cpuid(0, 0);
+                inb(0x21);
+            }
+            t.eq("PKRS", rdmsr(MSR_PKRS), value);
+        }
+        t.faults("a high bit", try_wrmsr(MSR_PKRS, 1 << 32), GP, Some(0));
+    });
+    case("keys.hold_for_emulated_accesses", |t| {
+        // From a device to a page: what a hypervisor emulates is a read that a key has no part in, and the write.
+        let move_to = |address: u64| {
+            exec!("movsd", inout("rsi") 0xfec0_0000u64 => _, inout("rdi") address => _);
+        };
+        let (user, supervisor) = (area(11) + 0x30_0000, area(11) + 0x40_0000);
+        for (at, flags) in [(user, U), (supervisor, 0)] {
+            let frame = space.map_new(at, P | W);
+            space.map(at, frame, 1, P | W | flags | 5 << 59);
+            t.works("a write without keys", catch(|| move_to(at)));
+        }
+        let mut tried = 0;
+        if has(7, 0, |r| r.ecx, 3) {
+            tried += 1;
+            set_cr4(cr4() | CR4_PKE);
+            let pkru = |value: u32| exec!("wrpkru", in("eax") value, in("ecx") 0, in("edx") 0);
+            pkru(2 << 10);
+            let (kept, other) = (catch(|| move_to(user)), catch(|| move_to(supervisor)));
+            pkru(0);
+            t.faults("a write with PKRU's WD", kept, PF, Some(E_P | E_W | E_PK));
+            t.works("a write to a supervisor page", other);
+        }
+        if has(7, 0, |r| r.ecx, 31) {
+            tried += 1;
+            set_cr4(cr4() | CR4_PKS);
+            wrmsr(MSR_PKRS, 2 << 10);
+            let (kept, other) = (catch(|| move_to(supervisor)), catch(|| move_to(user)));
+            wrmsr(MSR_PKRS, 0);
+            t.faults("a write with PKRS's WD", kept, PF, Some(E_P | E_W | E_PK));
+            t.works("a write to a user page", other);
+        }
+        if tried == 0 {
+            t.skip("no protection keys");
+        }
     });
     case("global.pge_toggle_flushes", |t| {
         let address = area(12);

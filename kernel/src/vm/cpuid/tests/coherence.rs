@@ -113,6 +113,7 @@ const NEEDS: &[(Bit, Bit)] = &[
     ((7, 0, B, 0), (EXT1, 0, D, 29)),       // FSGSBASE: long mode
     ((7, 0, C, 16), (EXT1, 0, D, 29)),      // LA57: long mode
     ((7, 0, C, 3), (EXT1, 0, D, 29)),       // PKU: long mode
+    ((7, 0, C, 31), (EXT1, 0, D, 29)),      // PKS: long mode
     ((7, 0, C, 3), (0xd, 0, A, 9)),         // PKU: its state
     ((0xd, 0, A, 9), (7, 0, C, 3)),         // and back
     ((1, 0, C, 26), (1, 0, D, 24)),         // XSAVE: FXSR

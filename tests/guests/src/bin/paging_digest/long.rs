@@ -38,6 +38,12 @@ pub(crate) fn groups() -> &'static [Group] {
             ..PLAIN
         },
         Group {
+            names: ["long.supervisor_keys", "long.supervisor_keys.long"],
+            offered: || has(7, 0, |leaf| leaf.ecx, 31),
+            cr4: CR4_PGE | CR4_PKE | CR4_PKS,
+            ..PLAIN
+        },
+        Group {
             names: ["long.pcid", "long.pcid.long"],
             offered: || has(1, 0, |leaf| leaf.ecx, 17),
             cr4: CR4_PGE | CR4_PCIDE,
@@ -176,6 +182,10 @@ impl World {
             // Key 0 stays free: it is that of the user's own code and stack.
             exec!("wrpkru", in("eax") keys as u32, in("ecx") 0, in("edx") 0);
         }
+        if self.group.cr4 & CR4_PKS != 0 {
+            // Key 0 is that of everything of the supervisor's own.
+            wrmsr(MSR_PKRS, random.bits(0xffff_fffc));
+        }
     }
 
     /// Drops the translation of `address` in one of the ways there are.
@@ -216,7 +226,7 @@ fn flags(random: &mut Random, level: u32, leaf: u32, group: &Group) -> u64 {
     let which = random.next();
     if level == leaf {
         flags |= random.bits(G);
-        if group.cr4 & CR4_PKE != 0 {
+        if group.cr4 & (CR4_PKE | CR4_PKS) != 0 {
             flags |= random.below(16) << 59;
         }
     }
