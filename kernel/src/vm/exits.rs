@@ -320,6 +320,13 @@ impl<V: Vendor> Vcpu<V> {
                 let operand = code & PF_USER != 0 || core.hw.cpl() != 3;
                 self.emulate(guest, operand.then_some(known));
             }
+            PageFault::DespiteKey if core.events.delivery_was_interrupted() => {
+                self.stop(
+                    guest,
+                    StopReason::Unsupported("an event's delivery to a page that a protection key guards"),
+                );
+            }
+            PageFault::DespiteKey => self.emulate(guest, None),
             // What the processor does by itself cannot be emulated.
             PageFault::Table { gpa } if core.events.delivery_was_interrupted() => {
                 guest.memory.stop_shadowing(core.paging.host_cpu(), gpa);

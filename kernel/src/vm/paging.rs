@@ -283,6 +283,9 @@ pub enum PageFault {
         /// Guest-physical address.
         gpa: u64,
     },
+    /// The guest may make the access, but the processor never will: without CR0.WP a protection key does not hold back the
+    /// supervisor's writes, and on shadow tables the processor's CR0.WP is set.
+    DespiteKey,
     /// A table of the guest lies where its writes cannot be followed.
     TableOutsideRam,
     /// The host has no memory for tables.
@@ -295,6 +298,7 @@ const CR4_PKS: u64 = 1 << 24;
 /// #PF error codes: write, user, instruction fetch. Intel SDM vol. 3, 4.7.
 const PF_PRESENT: u32 = 1 << 0;
 const PF_WRITE: u32 = 1 << 1;
+const PF_KEY: u32 = 1 << 5;
 pub(super) const PF_USER: u32 = 1 << 2;
 pub(super) const PF_FETCH: u32 = 1 << 4;
 
@@ -534,16 +538,22 @@ impl Paging {
             let write = access.kind == AccessKind::Write;
             match done.outcome {
                 ShadowFault::Spurious
-                    if code & PF_PRESENT != 0 && access.agent == Agent::Supervisor && self.heeds_smap() =>
+                    if code & PF_KEY != 0
+                        || code & PF_PRESENT != 0
+                            && access.agent == Agent::Supervisor
+                            && self.heeds_smap() =>
                 {
                     // The tables permit an access by an operand, and yet it faulted. Another vCPU may just have mapped the
-                    // page; if the same access faults again, it is one of the processor's own, which RFLAGS.AC does not
-                    // concern.
+                    // page; if the same access faults again, its key is in the way, or it is one of the processor's own,
+                    // which RFLAGS.AC does not concern.
                     let at = (hw.rip(), linear);
                     if self.spurious.replace(at) != Some(at) {
                         return PageFault::Mapped;
                     }
                     self.spurious = None;
+                    if code & PF_KEY != 0 {
+                        return PageFault::DespiteKey;
+                    }
                     access.agent = Agent::Implicit;
                 }
                 ShadowFault::Mapped | ShadowFault::Spurious | ShadowFault::NoRoot | ShadowFault::Wait => {

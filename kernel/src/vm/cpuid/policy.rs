@@ -306,11 +306,6 @@ impl Features {
         if !shape.sound_compaction {
             features.xsave_eax &= !(XSAVEC | XSAVES);
         }
-        if shape.shadow_paging {
-            features.leaf1_ecx &= !PCID;
-            features.leaf7_ebx &= !INVPCID;
-            features.leaf7_ecx &= !PKU;
-        }
         let has_amd_leaves = host.vendor == Vendor::Amd && host.max_extended >= EXTENDED + 0x1e;
         if !has_amd_leaves || caches(host, EXTENDED + 0x1d).next().is_none() {
             features.ext1_ecx &= !TOPOEXT;

@@ -135,7 +135,7 @@ const HOSTS: [&Table; 6] =
     [&EMULATED_AMD, &ZEN, &SKYLAKE, &OLD_INTEL, &coherence::NEHALEM, &coherence::ICELAKE];
 
 fn shape(vcpus: u8) -> VmShape {
-    VmShape { vcpus, max_phys_bits: 48, tsc_hz: 1_000_000_000, shadow_paging: false, sound_compaction: true }
+    VmShape { vcpus, max_phys_bits: 48, tsc_hz: 1_000_000_000, sound_compaction: true }
 }
 
 fn cpu(apic_id: u8) -> CpuState {
@@ -245,9 +245,6 @@ fn check(host: &impl HostCpuid, shape: &VmShape) {
     assert_eq!(xsave, caps.xcr0 != 0);
     assert!(!xsave || caps.xcr0_is_valid(caps.xcr0));
     needs(leaf7.eax == 0, leaf71 == CpuidLeaf::ZERO, "7.1");
-    if shape.shadow_paging {
-        assert!(!bit(leaf1.ecx, 17) && !bit(leaf7.ebx, 10) && !bit(leaf7.ecx, 3));
-    }
 
     // Control registers follow the bits.
     for (cr4, feature) in [
@@ -357,7 +354,7 @@ fn every_host_gives_a_coherent_guest() {
     for host in HOSTS {
         for vcpus in [1, 2, 3, 4, 5, 8, 33, 64] {
             check(host, &shape(vcpus));
-            check(host, &VmShape { shadow_paging: true, max_phys_bits: 40, ..shape(vcpus) });
+            check(host, &VmShape { max_phys_bits: 40, ..shape(vcpus) });
         }
     }
 }
@@ -376,10 +373,7 @@ fn absurd_hosts_are_survived() {
     for fill in [0, 1, 0x8000_0000, !0] {
         let host = Function(|_, _| CpuidLeaf::new(fill, fill, fill, fill));
         check(&host, &shape(3));
-        check(
-            &host,
-            &VmShape { vcpus: 7, max_phys_bits: 255, tsc_hz: u64::MAX, shadow_paging: true, ..shape(1) },
-        );
+        check(&host, &VmShape { vcpus: 7, max_phys_bits: 255, tsc_hz: u64::MAX, ..shape(1) });
     }
     let table = CpuidTable::new(&ZEN, &VmShape { vcpus: 0, ..shape(1) });
     assert_eq!(table.lookup(0xb, 1, &cpu(0)).ebx, 1);
@@ -527,7 +521,6 @@ proptest! {
         max_basic in 0u32..0x30,
         max_extended in 0u32..0x30,
         vcpus in 1u8..=64,
-        shadow_paging: bool,
         tsc_hz: u64,
     ) {
         let host = Function(|leaf: u32, subleaf: u32| {
@@ -545,7 +538,7 @@ proptest! {
                 _ => CpuidLeaf::new(random(1), random(2), random(3), random(4)),
             }
         });
-        check(&host, &VmShape { vcpus, max_phys_bits: 52, tsc_hz, shadow_paging, ..shape(1) });
+        check(&host, &VmShape { vcpus, max_phys_bits: 52, tsc_hz, ..shape(1) });
     }
 
     #[test]
