@@ -476,15 +476,15 @@ fn walk_caching(guest: Option<&CpuRole>, walk: &GuestWalk<Gpa>) -> Caching {
 const AROUND: usize = 8;
 
 /// Whether the access is one that no entry can permit without permitting too much: a supervisor's write, with CR0.WP clear, to
-/// a read-only page of the user. As a supervisor's page it would be out of reach for SMAP, which was suspended, and for its
-/// protection key.
+/// a read-only page of the user. As a supervisor's page it would be out of reach for SMAP, which was suspended, and for PKRU,
+/// and within that of IA32_PKRS.
 fn cannot_be_shadowed(root: &PageRole, walk: &GuestWalk<Gpa>, access: Access) -> bool {
     let flags = root.base.guest().map_or(RoleFlags::empty(), |guest| guest.flags());
     let forced = access.kind == AccessKind::Write && access.agent != Agent::User;
     forced
         && !mutant::is(Mutant::SmapHole)
         && !flags.contains(RoleFlags::WP)
-        && flags.intersects(RoleFlags::SMAP | RoleFlags::PKE)
+        && flags.intersects(RoleFlags::SMAP | RoleFlags::PKE | RoleFlags::PKS)
         && walk.shadow_prot.contains(Prot::USER)
         && !walk.shadow_prot.contains(Prot::WRITE)
 }
