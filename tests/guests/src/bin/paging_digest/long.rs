@@ -1,5 +1,5 @@
 //! Cases in 64-bit mode with four levels.
-use super::digest::{Digest, Random};
+use super::digest::{Digest, Mask, Random};
 use guests::frames::{self, PAGE, PAGE_2M};
 use guests::paging::{has_1g, Space, A, ADDRESS, D, G, NX, P, PCD, PS, PWT, U, W};
 use guests::prelude::*;
@@ -16,9 +16,11 @@ pub(crate) struct Group {
     cr4: u64,
     /// 1 GiB pages.
     huge: bool,
+    pub(crate) mask: Mask,
 }
 
-const PLAIN: Group = Group { names: ["long", "long.long"], offered: || true, cr4: CR4_PGE, huge: false };
+const PLAIN: Group =
+    Group { names: ["long", "long.long"], offered: || true, cr4: CR4_PGE, huge: false, mask: Mask::USUAL };
 
 /// All groups of this file. CPUID leaves: Intel SDM vol. 2, CPUID.
 pub(crate) fn groups() -> &'static [Group] {
@@ -41,6 +43,7 @@ pub(crate) fn groups() -> &'static [Group] {
             names: ["long.supervisor_keys", "long.supervisor_keys.long"],
             offered: || has(7, 0, |leaf| leaf.ecx, 31),
             cr4: CR4_PGE | CR4_PKE | CR4_PKS,
+            mask: Mask::SUPERVISOR_KEYS,
             ..PLAIN
         },
         Group {
