@@ -156,6 +156,13 @@ impl RootRole {
 }
 
 impl PageRole {
+    /// Whether both are equal: what differs most often is looked at first.
+    #[inline]
+    pub(crate) fn is_same(&self, other: &Self) -> bool {
+        (self.level, self.access, self.quadrant) == (other.level, other.access, other.quadrant)
+            && self == other
+    }
+
     /// The role of the page that the entry at `index` refers to, given what the guest's entries down to this page's permit;
     /// `None` below the lowest level. `direct` pages stand in for a guest's large page.
     pub fn child(&self, index: usize, access: Prot, direct: bool) -> Option<Self> {
