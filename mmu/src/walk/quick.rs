@@ -8,6 +8,7 @@ use super::walker::{ACCESSED, DIRTY, FRAME, GLOBAL, KEY_SHIFT, PRESENT};
 use crate::access::{Access, AccessKind, Prot};
 use crate::addr::{Address, PAGE_SHIFT, PAGE_SIZE};
 use crate::level::Level;
+use crate::mutant::{self, Mutant};
 use crate::role::RoleFlags;
 
 impl<In: Address, Out: Address> PagingContext<In, Out> {
@@ -53,7 +54,7 @@ impl<In: Address, Out: Address> PagingContext<In, Out> {
             WalkStep { level: Level::L1, at: Out::from_bits_truncate(0), entry: 0, parents: Prot::empty() };
         let mut steps = [none; MAX_STEPS];
         let (mut table, mut all, mut above) = (regs.cr3 & FRAME, u64::MAX, u64::MAX);
-        let mut leaf = 0;
+        let (mut leaf, mut last) = (0, u64::MAX);
         for (level, place) in [Level::L4, Level::L3, Level::L2, Level::L1].into_iter().zip(&mut steps) {
             let at = table | (level.index(address.bits() >> PAGE_SHIFT) as u64) << 3;
             let at = Out::from_bits_truncate(at);
@@ -62,8 +63,10 @@ impl<In: Address, Out: Address> PagingContext<In, Out> {
             if positive & self.wrong[level.ordinal()][0] != 0 {
                 return None;
             }
-            *place = WalkStep { level, at, entry, parents: self.prot(all) };
-            (above, leaf) = (all, entry);
+            let parents = if mutant::is(Mutant::StepRightsOfItself) { all & positive } else { all };
+            let parents = if mutant::is(Mutant::StepRightsOfOneParent) { last } else { parents };
+            *place = WalkStep { level, at, entry, parents: self.prot(parents) };
+            (above, leaf, last) = (all, entry, positive);
             all &= positive;
             table = entry & FRAME;
         }
