@@ -609,6 +609,10 @@ pub trait HwVcpu: Send {
     fn cs_attributes(&self) -> u16 {
         self.segment(SegmentName::Cs).attributes
     }
+    /// Attributes of TR.
+    fn tr_attributes(&self) -> u16 {
+        self.state().tr.attributes
+    }
     /// The instruction at RIP is going to be emulated: a hint to read at once what that needs, where reads are dear.
     #[inline]
     fn prepare_emulation(&mut self) {}

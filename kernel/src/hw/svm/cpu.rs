@@ -6,11 +6,12 @@ use super::permission_map::{allow_msr, IOPM_BYTES, MSRPM_BYTES};
 use super::vcpu::SvmVcpu;
 use crate::cpu::features::{self, Features};
 use crate::cpu::msr;
+use crate::hw::cr4;
 use crate::hw::shadowed::ShadowFormat;
 use crate::hw::tag::TagAllocator;
 use crate::hw::{Capabilities, OutOfMemory, Refusal, Translation, Vendor};
 use crate::mm::{self, FrameSize, Zone};
-use crate::vm::msr::PASSTHROUGH;
+use crate::vm::msr::passthrough;
 use core::arch::asm;
 use core::cell::UnsafeCell;
 use core::fmt;
@@ -93,7 +94,7 @@ pub(super) unsafe fn with_this_cpu<R>(index: usize, f: impl FnOnce(&mut SvmCpu) 
 }
 
 /// Builds the maps that all guests share: every port exits, every MSR but the switched ones exits.
-fn permission_maps() -> (PhysAddr, PhysAddr) {
+fn permission_maps(supervisor_keys: bool) -> (PhysAddr, PhysAddr) {
     let allocate = |bytes: usize| {
         let frames = mm::alloc_contiguous(bytes as u64).expect("memory for permission maps at boot");
         // SAFETY: the frames are ours alone, contiguous, and `bytes` long.
@@ -104,7 +105,7 @@ fn permission_maps() -> (PhysAddr, PhysAddr) {
     let (iopm, _) = allocate(IOPM_BYTES);
     let (msrpm, map) = allocate(MSRPM_BYTES);
     let map: &mut [u8; MSRPM_BYTES] = map.try_into().expect("a slice of that length");
-    for msr in PASSTHROUGH {
+    for msr in passthrough(supervisor_keys) {
         allow_msr(map, msr, true, true);
     }
     (iopm, msrpm)
@@ -127,8 +128,9 @@ impl Vendor for Svm {
         if read_vm_cr() == VmCr::LockedOff {
             return Err(Refusal::SvmDisabledByFirmware);
         }
+        let cr4_bits = cr4::of_this_cpu();
         static MAPS: Once<(PhysAddr, PhysAddr)> = Once::new();
-        let &(iopm, msrpm) = MAPS.call_once(permission_maps);
+        let &(iopm, msrpm) = MAPS.call_once(|| permission_maps(cr4_bits & cr4::PKS != 0));
         Ok(Self {
             npt: svm.npt,
             nrips: svm.nrips,
@@ -140,7 +142,7 @@ impl Vendor for Svm {
             la57: features.la57,
             asid_count: svm.asids.max(2),
             offered: *svm,
-            cr4_bits: crate::hw::cr4::of_this_cpu(),
+            cr4_bits,
             host: NptHost {
                 // Umbra's own tables have four levels, and the depth of nested tables is that of the host's.
                 five_level: false,

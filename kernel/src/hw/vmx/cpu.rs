@@ -12,6 +12,7 @@ use super::vcpu::VmxVcpu;
 use super::{listing, msr_bitmap};
 use crate::cpu::features::Features;
 use crate::cpu::{self, compaction, msr};
+use crate::hw::cr4;
 use crate::hw::shadowed::ShadowFormat;
 use crate::hw::tag::TagAllocator;
 use crate::hw::{Capabilities, GuestPage, OutOfMemory, Refusal, Translation, Vendor};
@@ -199,13 +200,14 @@ impl Vendor for Vmx {
             execute_only: ept.contains(EptVpid::EXECUTE_ONLY),
             mode_based_execute: has(Secondary::MODE_BASED_EXECUTE),
         });
+        let supervisor_keys = cr4::of_this_cpu() & cr4::PKS != 0;
         static MACHINE: Once<Machine> = Once::new();
         let shared = MACHINE.call_once(|| Machine {
             capabilities,
             two_stages,
             shadow,
-            msr_bitmap: msr_bitmap::for_all_guests(false),
-            apic_msr_bitmap: msr_bitmap::for_all_guests(true),
+            msr_bitmap: msr_bitmap::for_all_guests(false, supervisor_keys),
+            apic_msr_bitmap: msr_bitmap::for_all_guests(true, supervisor_keys),
             io_bitmaps: io_bitmaps(),
             host_cr4: Cr4::read_raw(),
             timer_is_reliable: !has_faulty_preemption_timer(signature),
