@@ -98,6 +98,8 @@ pub struct ShadowPage {
     stale: [u64; 8],
     /// Emulated writes since it was last used.
     writes: u8,
+    /// The operation that was the first of those.
+    since: u64,
     notes: [Note; ENTRIES],
 }
 
@@ -130,6 +132,7 @@ impl ShadowPage {
         split: false,
         stale: [0; 8],
         writes: 0,
+        since: 0,
         notes: [Note::EMPTY; ENTRIES],
     };
 }
@@ -181,6 +184,8 @@ pub struct Shadow<'s> {
     acknowledged: Generation,
     /// Counts operations.
     now: u64,
+    /// The lowest page that a near fault has used last, and the operation that was: of the pages above nothing is noted.
+    last_near: (u32, u64),
     /// Counts links that went: while it stays the same, an address is translated by the same lowest page.
     unlinked: u64,
     /// The lowest page that the last fault has mapped something in, if it has.
@@ -246,6 +251,7 @@ impl<'s, F: EntryFormat, M: TableMemory> ShadowMmu<'s, F, M> {
             barrier: Generation(0),
             acknowledged: Generation(0),
             now: 0,
+            last_near: (NONE, 0),
             unlinked: 0,
             last: NONE,
             cpu: CpuId::BOOT,

@@ -94,6 +94,7 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         if !quiet {
             return None;
         }
+        self.ops.last_near = (near.lowest.page, self.ops.now);
         let table = near.lowest.find(memory);
         let index = Level::L1.index(address.bits() >> 12);
         let first = index & !(AROUND - 1);
