@@ -704,12 +704,9 @@ impl<V: Vendor> Core<V> {
         if self.hw.set_switched_msr(msr, value) {
             return Ok(());
         }
-        if matches!(msr, pvclock::MSR_WALL_CLOCK | pvclock::MSR_SYSTEM_TIME) {
-            return self.write_clock_msr(guest, msr, value);
-        }
         let effect = match self.with_msrs(guest, msr, |msrs, context| msrs.write(msr, value, context)) {
-            Err(Gp) if msr == index::PKRS => return self.write_pkrs(value),
-            written => written?,
+            Ok(effect) => effect,
+            Err(Gp) => return self.write_other_msr(guest, msr, value),
         };
         match effect {
             MsrEffect::None => {
@@ -746,8 +743,16 @@ impl<V: Vendor> Core<V> {
         Ok(())
     }
 
-    /// WRMSR of IA32_PKRS, which is not intercepted, by the emulator.
+    /// WRMSR of what [`MsrState`] does not know: the clock's registers, and, by the emulator, IA32_PKRS, which is not intercepted.
     #[cold]
+    fn write_other_msr(&mut self, guest: &Guest<V>, msr: u32, value: u64) -> Result<(), Gp> {
+        match msr {
+            pvclock::MSR_WALL_CLOCK | pvclock::MSR_SYSTEM_TIME => self.write_clock_msr(guest, msr, value),
+            index::PKRS => self.write_pkrs(value),
+            _ => Err(Gp),
+        }
+    }
+
     fn write_pkrs(&mut self, value: u64) -> Result<(), Gp> {
         let value = u32::try_from(value).map_err(|_| Gp)?;
         if self.extended.set_pkrs(value) {
@@ -758,7 +763,6 @@ impl<V: Vendor> Core<V> {
     }
 
     /// Puts a structure of the paravirtual clock where the guest wants it; #GP where there is no RAM.
-    #[cold]
     fn write_clock_msr(&mut self, guest: &Guest<V>, msr: u32, value: u64) -> Result<(), Gp> {
         if msr == pvclock::MSR_WALL_CLOCK {
             let info = pvclock::wall_clock(guest.epoch_s);

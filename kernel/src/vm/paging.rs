@@ -504,6 +504,7 @@ impl Paging {
     }
 
     /// Handles a page fault of the processor's, where shadow tables translate.
+    #[inline(always)]
     pub fn page_fault<V: Vendor>(
         &mut self,
         memory: &GuestMemory<V>,
@@ -524,7 +525,7 @@ impl Paging {
             (false, 3) => Agent::Implicit,
             (false, _) => Agent::Supervisor,
         };
-        let mut access = Access { kind, agent };
+        let access = Access { kind, agent };
         self.refresh(hw);
         let regs = rights(hw);
         let near = shadow.with(&memory.vm, self.host_cpu, |kind, guard| {
@@ -533,11 +534,24 @@ impl Paging {
         match near.map(|done| done.outcome) {
             Some(NearFault::Mapped) => {
                 self.spurious = None;
-                return PageFault::Mapped;
+                PageFault::Mapped
             }
-            Some(NearFault::Guest(code)) => return PageFault::Told(code.bits()),
-            None => {}
+            Some(NearFault::Guest(code)) => PageFault::Told(code.bits()),
+            None => self.page_fault_by_walk(memory, hw, code, linear, access),
         }
+    }
+
+    /// The same by a walk of the guest's tables.
+    #[inline(never)]
+    fn page_fault_by_walk<V: Vendor>(
+        &mut self,
+        memory: &GuestMemory<V>,
+        hw: &V::Vcpu,
+        code: u32,
+        linear: u64,
+        mut access: Access,
+    ) -> PageFault {
+        let Some(shadow) = memory.shadow() else { return PageFault::Mapped };
         let regs = walk_regs(hw);
         for _ in 0..FAULT_TRIES {
             if self.mmu.has_work() {

@@ -78,6 +78,7 @@ impl Shadow {
     }
 
     /// Does `work` with the kind, and the VM for itself.
+    #[inline(always)]
     pub(super) fn with<'m, R>(
         &self,
         memory: &'m VmMemory<HostMemory>,

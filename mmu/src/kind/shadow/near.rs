@@ -167,7 +167,7 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
 
     /// Brings the leaf for `address` up to date, whatever else is below the root; `false` if that takes a walk. What was taken
     /// away is to be [issued](Self::issue).
-    #[inline]
+    #[inline(always)]
     pub(crate) fn sync_near<'m, B: Backing + 'm>(
         &mut self,
         guard: &mut Exclusive<'m, B>,
