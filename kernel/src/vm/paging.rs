@@ -1,6 +1,7 @@
 //! Where the kernel meets the `mmu` crate: a VM's memory with its direct kind, a vCPU's run state and walks.
 #![allow(unsafe_code)] // Frames become table pages here, and the physical map becomes table memory.
 
+use super::control_regs::{CR0_WP, CR4_PGE};
 use super::emulate::{Exception, Fault};
 use super::fetch::{FetchCache, Recorder};
 use super::memory::HostMemory;
@@ -325,6 +326,8 @@ pub struct Paging {
     cpu: GuestCpu,
     /// The last instruction fetches.
     fetches: FetchCache,
+    /// CR0, CR4 and EFER that the last one was made with, as far as they concern it.
+    fetched_with: (u64, u64, u64),
     /// RIP and address of a supervisor's access that faulted last though the tables permit it.
     spurious: Option<(u64, u64)>,
     /// The CPU that the vCPU runs on.
@@ -351,6 +354,7 @@ impl Paging {
             previous: PagingContext::new(role),
             cpu,
             fetches: FetchCache::new(),
+            fetched_with: (0, 0, 0),
             spurious: None,
             host_cpu: this_cpu(),
             root: match memory.translation() {
@@ -753,7 +757,12 @@ impl Paging {
         hw: &V::Vcpu,
         linear: u64,
     ) -> Result<([u8; 16], usize), Fault> {
-        self.refresh(hw);
+        // What these two bits concern is no fetch, and kernels switch them back and forth.
+        let registers = (hw.cr0() & !CR0_WP, hw.cr4() & !CR4_PGE, hw.efer());
+        if registers != self.fetched_with {
+            self.fetched_with = registers;
+            self.refresh(hw);
+        }
         let shared = memory.vm.shared(self.host_cpu);
         match self.fetches.read(&shared, linear, hw.cr3(), hw.cpl()) {
             Some(bytes) => Ok((bytes, MAX_INSN_BYTES)),
@@ -783,6 +792,7 @@ impl Paging {
         hw: &H,
         linear: u64,
     ) -> Result<([u8; 16], usize), Fault> {
+        self.refresh(hw);
         let regs = walk_regs(hw);
         let access = Access::at_cpl(AccessKind::Execute, hw.cpl());
         let recorder = Recorder::new(shared);

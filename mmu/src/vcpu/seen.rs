@@ -135,7 +135,7 @@ impl Mmu {
             _ if mutant::is(Mutant::SeenBehind) => None,
             None => None,
             Some(Sync::Address(address)) => kind.sync_address(guard, root, address).issued,
-            Some(Sync::All) => kind.sync_root(guard, root).issued,
+            Some(Sync::All) => kind.sync_held(guard, root),
         };
         (self.state.regs, self.state.cr3) = (regs, cr3);
         (self.role, self.root) = (role, root);

@@ -2,7 +2,7 @@
 use super::compose::caching;
 use super::lowest::{Lowest, LowestTable};
 use super::sites::FlushSite;
-use super::{number, shadows, space, Kept, Note, ShadowDone, ShadowMmu, NONE};
+use super::{number, shadows, space, Issued, Kept, Note, ShadowDone, ShadowMmu, ShadowPage, NONE};
 use crate::access::Prot;
 use crate::addr::{Address, Gfn};
 use crate::format::{EntryFormat, Writability};
@@ -29,6 +29,21 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
             self.sync_tree(guard, page);
         }
         self.done(guard, ())
+    }
+
+    /// [`sync_root`](Self::sync_root) of a root that is held and of now.
+    #[inline(always)]
+    pub(crate) fn sync_held<'m, B: Backing + 'm>(
+        &mut self,
+        guard: &mut Exclusive<'m, B>,
+        root: Root,
+    ) -> Option<Issued> {
+        let stale = self.ops.store.pages.get(root.index()).is_none_or(ShadowPage::is_stale);
+        if stale {
+            self.sync_root(guard, root).issued
+        } else {
+            None
+        }
     }
 
     /// Brings the translation of one address below `root` up to date: INVLPG, which concerns every root that the vCPU keeps,
