@@ -2,12 +2,13 @@
 mod support;
 
 use mmu::{
-    BadInvpcid, CpuRole, Cr0, Cr4, Efer, GuestCpu, Gva, Invpcid, Level, Mmu, PageFaultCode, PagingRegs,
-    PagingState, Requests, RootSet, Running, Sync, TagFlush, Tags, VcpuMmus, Walk,
+    BadInvpcid, CpuRole, Cr0, Cr4, Efer, Gfn, GfnRange, Gpa, GuestCpu, Gva, Invpcid, Level, Mmu,
+    PagingContext, PagingRegs, PagingState, Requests, RootSet, Running, ShadowFault, Sync, TagFlush, Tags,
+    VcpuMmus, Walk,
 };
 use support::flat::FlatRam;
 use support::machines::AMD;
-use support::manual::guest::{registers, BASE};
+use support::manual::guest::{access, registers, regs, BASE};
 use support::manual::{Machine, What, Who};
 use support::shadow::{Ended, How, World, CPU};
 use support::vm::{Vm, RW};
@@ -342,11 +343,46 @@ fn c5_a_delivered_page_fault_takes_its_address_away() {
     assert_eq!(world.access_as(0, VA, What::Read, Who::User, CACHING), Ended::At(0x1_1008));
     let mmu = &mut world.vcpus[0].mmu;
     let at = Gva::new(VA);
-    let absent = mmu.page_fault(at, PageFaultCode::WRITE);
-    assert_eq!(absent, Requests::NONE);
-    assert_eq!(mmu.page_fault(at, PageFaultCode::PRESENT | PageFaultCode::RESERVED), Requests::NONE);
-    assert_eq!(mmu.page_fault(at, PageFaultCode::PRESENT).sync, Some((Sync::Address(at), RootSet::CURRENT)));
+    assert_eq!(mmu.page_fault(at).sync, Some((Sync::Address(at), RootSet::CURRENT)));
     world.finish();
+}
+
+/// The same of a fault by what is not present: what was there before may be in a TLB.
+#[test]
+fn c5_a_page_fault_takes_away_what_was_there_before() {
+    for walks in [false, true] {
+        let mut world = world();
+        world.walks = walks;
+        world.store(ENTRY, 0x1_0000 | 0x27);
+        world.flush(0);
+        assert_eq!(world.access_as(0, VA, What::Read, Who::User, CACHING), Ended::At(VA), "clean");
+        world.guest_store(0, 0x4000 + 0x20 * 8, 0x2_0000 | 0x67);
+        world.guest_store(0, ENTRY, 0);
+        assert_eq!(world.access_as(0, VA, What::Write, Who::User, CACHING), Ended::Fault(6));
+        world.guest_store(0, ENTRY, 0x1_1000 | 0x67);
+        assert_eq!(world.access_as(0, VA, What::Read, Who::User, CACHING), Ended::At(0x1_1008));
+        world.finish();
+    }
+}
+
+/// A root that is gone has no successor in the tag: whichever the vCPU goes back to, the tag is flushed.
+#[test]
+fn c4_a_root_in_the_place_of_one_that_is_gone_is_flushed_for() {
+    let mut world = with_pcids(Tags::One);
+    world.access(0, VA, What::Read, Who::Supervisor);
+    world.zap_range(GfnRange::of(Gfn::new_truncate(6)));
+    drop(world.vcpus[0].mmu.enter(world.memory, CPU));
+    let m = world.vcpus[0].m;
+    let (paging, cpu) = registers(&m);
+    let context = PagingContext::<Gva, Gpa>::new(CpuRole::new(&paging, &cpu));
+    let (va, how) = (Gva::new(VA), access(What::Read, Who::Supervisor));
+    let walk = context.walk(&world.memory.shared(CPU), &regs(&m), va, how).unwrap();
+    let World { kind, cache, vcpus, memory, .. } = &mut world;
+    let (mmu, mut guard) = (&mut vcpus[0].mmu, memory.exclusive(CPU));
+    assert_eq!(mmu.fault(kind, &mut guard, cache, &walk, va, how).outcome, ShadowFault::NoRoot);
+    assert!(mmu.mov_to_seen_cr3(kind, &mut guard, 0x1002 | NO_FLUSH).is_some());
+    drop(guard);
+    assert_eq!(mmu.enter(memory, CPU).flush(), TagFlush::All);
 }
 
 /// The fifth root takes the place of the one used least lately.

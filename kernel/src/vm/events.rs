@@ -108,6 +108,8 @@ impl Events {
         self.interrupted = false;
         if let Some(event) = self.next.take() {
             hw.inject(event);
+        } else if hw.injecting() {
+            // A fault goes first that was raised at once.
         } else if self.later.is_some() && hw.interrupts_open() {
             if let Some(event) = self.later.take() {
                 hw.inject(event);

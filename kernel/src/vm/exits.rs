@@ -441,8 +441,7 @@ impl<V: Vendor> Vcpu<V> {
                 if let Some(cr2) = exception.cr2 {
                     self.core.hw.set_cr2(cr2);
                     if self.core.paging.is_shadowed() {
-                        let code = exception.error_code.unwrap_or_default();
-                        self.core.paging.guest_faulted(&guest.memory, cr2, code);
+                        self.core.paging.guest_faulted(&guest.memory, cr2);
                     }
                 }
                 self.raise(guest, exception.vector, exception.error_code);
@@ -920,7 +919,7 @@ impl<V: Vendor> Core<V> {
             self.hw.set_cr0(change.cr0);
         }
         if self.paging.is_shadowed() {
-            self.tell_of(guest, now, change);
+            self.tell_of(now, change);
         } else if change.flush != control_regs::Flush::None {
             // Flushing all covers each case.
             self.hw.flush_tlb();
@@ -929,13 +928,13 @@ impl<V: Vendor> Core<V> {
     }
 
     /// Tells the shadow tables' side which registers were written.
-    fn tell_of(&mut self, guest: &Guest<V>, now: &control_regs::Now, change: &control_regs::Change) {
+    fn tell_of(&mut self, now: &control_regs::Now, change: &control_regs::Change) {
         if (change.cr0, change.efer) != (now.cr0, now.efer) {
-            self.paging.cr0_written(&guest.memory, &self.hw);
+            self.paging.cr0_written(&self.hw);
         } else if change.cr4 != now.cr4 {
-            self.paging.cr4_written(&guest.memory, &self.hw);
+            self.paging.cr4_written(&self.hw);
         } else if change.cr3 != now.cr3 || change.flush != control_regs::Flush::None {
-            self.paging.cr3_written(&guest.memory, &self.hw, change.flush == control_regs::Flush::None);
+            self.paging.cr3_written(&self.hw, change.flush == control_regs::Flush::None);
         }
     }
 

@@ -12,9 +12,9 @@ use crate::hw::{Exit, FaultCause, HwVcpu, OutOfMemory, SecondStageFault, Transla
 use crate::mm::{self, FrameSize, Zone};
 use mmu::{
     Access, AccessKind, Agent, CpuId, CpuRole, Cr0, Cr4, DirectMmu, Efer, Exclusive, FaultOutcome, Gfn,
-    GfnRange, Gpa, GuestCpu, GuestWalk, Gva, Invpcid, Level, Mmu, NearFault, NoShadowRoot, NotRam,
-    PageFaultCode, PageSize, PagingContext, PagingRegs, PagingState, Pfn, PhysTables, RoleFlags, ShadowDone,
-    ShadowFault, Shared, TableCache, TablePage, TagFlush, Tags, VmMemory, WalkError, WalkRegs, ZapProgress,
+    GfnRange, Gpa, GuestCpu, GuestWalk, Gva, Invpcid, Level, Mmu, NearFault, NoShadowRoot, NotRam, PageSize,
+    PagingContext, PagingRegs, PagingState, Pfn, PhysTables, RoleFlags, ShadowDone, ShadowFault, Shared,
+    TableCache, TablePage, TagFlush, Tags, VmMemory, WalkError, WalkRegs, ZapProgress,
 };
 use x86_64::PhysAddr;
 
@@ -540,7 +540,10 @@ impl Paging {
                 self.spurious = None;
                 PageFault::Mapped
             }
-            Some(NearFault::Guest(code)) => PageFault::Told(code.bits()),
+            Some(NearFault::Guest(code)) => {
+                self.spurious = None;
+                PageFault::Told(code.bits())
+            }
             None => self.page_fault_by_walk(memory, hw, code, linear, access),
         }
     }
@@ -565,7 +568,10 @@ impl Paging {
             let walk: GuestWalk<Gpa> =
                 match self.context.walk(&memory.vm.shared(self.host_cpu), &regs, Gva::new(linear), access) {
                     Ok(walk) => walk,
-                    Err(error) => return PageFault::Guest(into_fault(error)),
+                    Err(error) => {
+                        self.spurious = None;
+                        return PageFault::Guest(into_fault(error));
+                    }
                 };
             let done = shadow.with(&memory.vm, self.host_cpu, |kind, guard| {
                 self.mmu.fault(kind, guard, &mut self.cache, &walk, Gva::new(linear), access)
@@ -624,29 +630,23 @@ impl Paging {
     }
 
     /// MOV to CR3; `keep` says that the translations of the PCID stay.
-    pub fn cr3_written<V: Vendor>(&mut self, memory: &GuestMemory<V>, hw: &V::Vcpu, keep: bool) {
+    pub fn cr3_written<H: HwVcpu>(&mut self, hw: &H, keep: bool) {
         const NO_FLUSH: u64 = 1 << 63;
-        let value = hw.cr3() | if keep { NO_FLUSH } else { 0 };
-        if !self.at_once(memory, |mmu, kind, guard| mmu.mov_to_seen_cr3(kind, guard, value)) {
-            // Here and below: the request is remembered, and carried out before the next entry.
-            let _ = self.mmu.mov_to_cr3(value, hw.pdptes().unwrap_or_default());
-        }
+        let order = if keep { NO_FLUSH } else { 0 };
+        // Here and below: the request is remembered, and carried out before the next entry.
+        let _ = self.mmu.mov_to_cr3(hw.cr3() | order, hw.pdptes().unwrap_or_default());
     }
 
     /// MOV to CR0, CLTS or LMSW.
-    pub fn cr0_written<V: Vendor>(&mut self, memory: &GuestMemory<V>, hw: &V::Vcpu) {
+    pub fn cr0_written<H: HwVcpu>(&mut self, hw: &H) {
         let (cr0, efer) = (Cr0::from_bits_retain(hw.cr0()), Efer::from_bits_retain(hw.efer()));
-        if !self.at_once(memory, |mmu, kind, guard| mmu.mov_to_seen_cr0(kind, guard, cr0, efer)) {
-            let _ = self.mmu.mov_to_cr0(cr0, efer, hw.pdptes().unwrap_or_default());
-        }
+        let _ = self.mmu.mov_to_cr0(cr0, efer, hw.pdptes().unwrap_or_default());
     }
 
     /// MOV to CR4.
-    pub fn cr4_written<V: Vendor>(&mut self, memory: &GuestMemory<V>, hw: &V::Vcpu) {
+    pub fn cr4_written<H: HwVcpu>(&mut self, hw: &H) {
         let cr4 = Cr4::from_bits_retain(hw.cr4());
-        if !self.at_once(memory, |mmu, kind, guard| mmu.mov_to_seen_cr4(kind, guard, cr4)) {
-            let _ = self.mmu.mov_to_cr4(cr4, hw.pdptes().unwrap_or_default());
-        }
+        let _ = self.mmu.mov_to_cr4(cr4, hw.pdptes().unwrap_or_default());
     }
 
     /// A write of a control register in long mode that leads back to a root: `value` is in order, and is nothing but another CR3,
@@ -689,10 +689,10 @@ impl Paging {
     }
 
     /// The guest gets a page fault with this error code.
-    pub fn guest_faulted<V: Vendor>(&mut self, memory: &GuestMemory<V>, linear: u64, code: u32) {
-        let (address, code) = (Gva::new(linear), PageFaultCode::from_bits_truncate(code));
-        if !self.at_once(memory, |mmu, kind, guard| mmu.page_fault_at_once(kind, guard, address, code)) {
-            let _ = self.mmu.page_fault(address, code);
+    pub fn guest_faulted<V: Vendor>(&mut self, memory: &GuestMemory<V>, linear: u64) {
+        let address = Gva::new(linear);
+        if !self.at_once(memory, |mmu, kind, guard| mmu.page_fault_at_once(kind, guard, address)) {
+            let _ = self.mmu.page_fault(address);
         }
     }
 
@@ -797,7 +797,10 @@ impl Paging {
         let access = Access::at_cpl(AccessKind::Execute, hw.cpl());
         let recorder = Recorder::new(shared);
         let first = self.context.translate(&recorder, &regs, Gva::new(linear), access).map_err(into_fault)?;
-        self.fetches.keep(shared, &recorder, linear, regs.cr3, hw.cpl(), first.address.gfn().gpa());
+        // Pointers in registers are not among the entries that a walk can be repeated by.
+        if regs.pdptes.is_none() {
+            self.fetches.keep(shared, &recorder, linear, regs.cr3, hw.cpl(), first.address.gfn().gpa());
+        }
         let mut bytes = [0; 16];
         let room = (0x1000 - (linear & 0xfff)).min(MAX_INSN_BYTES as u64) as usize;
         let (now, later) = bytes[..MAX_INSN_BYTES].split_at_mut(room);

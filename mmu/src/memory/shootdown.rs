@@ -112,7 +112,8 @@ impl Shootdown {
         })
     }
 
-    /// The CPUs in the guest that have not acknowledged `generation`: those that must be kicked out of it.
+    /// The CPUs in the guest that have not acknowledged `generation`: those that must be kicked out of it. A CPU with a number
+    /// beyond those that the VM runs on is not among them: it has to exit by itself.
     pub fn laggards(&self, generation: Generation) -> CpuSet {
         fence(Ordering::SeqCst);
         let mut set = CpuSet::default();

@@ -157,7 +157,9 @@ impl Mmu {
                 ShadowFault::Mapped => {
                     let near = kind.near(self.root, Gva::new(address.bits()));
                     if let (Some(current), Some(near)) = (self.roots.current_mut(), near) {
-                        current.near = [Some(near), current.near[0]];
+                        let [last, before] = current.near;
+                        let same = last.is_some_and(|last| last.is_beside(&near));
+                        current.near = [Some(near), if same { before } else { last }];
                     }
                 }
                 _ => {}

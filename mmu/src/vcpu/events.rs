@@ -8,7 +8,6 @@ use super::Mmu;
 use crate::addr::{Gva, NonCanonical};
 use crate::mutant::{self, FlushSite, Mutant};
 use crate::role::{CpuRole, Cr0, Cr4, Efer, GuestCpu, PagingMode, PagingRegs};
-use crate::walk::PageFaultCode;
 
 /// Bit 63 of the operand of MOV to CR3: keep the translations of the PCID.
 pub(super) const NO_FLUSH: u64 = 1 << 63;
@@ -189,10 +188,9 @@ impl Mmu {
 
     /// A page fault is delivered to the guest: by itself it takes away what the TLB has of the address, so the guest may change
     /// the entry in any way without another word (Intel SDM vol. 3, 4.10.4.1). Of an entry that is not present, or has reserved
-    /// bits set, no TLB has anything.
-    pub fn page_fault(&mut self, address: Gva, code: PageFaultCode) -> Requests {
-        let cached = code.contains(PageFaultCode::PRESENT) && !code.contains(PageFaultCode::RESERVED);
-        self.then(Sync::Address(address), |_| cached && !mutant::drops(FlushSite::PageFault))
+    /// bits set, it may have what was there before.
+    pub fn page_fault(&mut self, address: Gva) -> Requests {
+        self.then(Sync::Address(address), |_| !mutant::drops(FlushSite::PageFault))
     }
 
     /// All translations of whoever runs go: whatever else has that effect, like a flush that the guest asked another vCPU

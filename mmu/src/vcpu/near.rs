@@ -8,7 +8,7 @@ use crate::kind::{Near, NearFault, ShadowDone, ShadowMmu};
 use crate::memory::{Backing, Exclusive};
 use crate::mutant::{self, FlushSite};
 use crate::tables::TableMemory;
-use crate::walk::{PageFaultCode, PagingContext, WalkRegs};
+use crate::walk::{PagingContext, WalkRegs};
 
 impl Mmu {
     /// What is known about the table that translates `address`, if a fault was in it lately.
@@ -36,11 +36,16 @@ impl Mmu {
         let near = self.near(address)?;
         let done = kind.fault_near(guard, near, context, regs, address, access)?;
         match done.outcome {
-            NearFault::Guest(code) if code.contains(PageFaultCode::PRESENT) => {
-                let issued = self.page_fault_at_once(kind, guard, address, code)?.issued;
+            NearFault::Guest(_) if kind.has_leaf(near, address) => {
+                let issued = self.page_fault_at_once(kind, guard, address)?.issued;
                 Some(ShadowDone { issued, ..done })
             }
-            _ => Some(done),
+            NearFault::Guest(_) => {
+                // What the current root does not have, its tag does not either.
+                self.leave_behind(address);
+                Some(done)
+            }
+            NearFault::Mapped => Some(done),
         }
     }
 
@@ -73,13 +78,10 @@ impl Mmu {
         if self.has_work() {
             return None;
         }
-        let flushes = self.role.check_canonical(address).is_ok() && !mutant::drops(FlushSite::Invlpg);
-        if !flushes {
+        if self.role.check_canonical(address).is_err() || mutant::drops(FlushSite::Invlpg) {
             return Some(ShadowDone { outcome: (), issued: None });
         }
-        let done = kind.sync_address(guard, self.root, address);
-        self.forget(address);
-        Some(done)
+        Some(self.sync_and_forget(kind, guard, address))
     }
 
     /// [`page_fault`](Self::page_fault), in the same way.
@@ -89,32 +91,40 @@ impl Mmu {
         kind: &mut ShadowMmu<'_, F, M>,
         guard: &mut Exclusive<'m, B>,
         address: Gva,
-        code: PageFaultCode,
     ) -> Option<ShadowDone<()>> {
         if self.has_work() {
             return None;
         }
-        let cached = code.contains(PageFaultCode::PRESENT) && !code.contains(PageFaultCode::RESERVED);
-        if !cached || mutant::drops(FlushSite::PageFault) {
+        if mutant::drops(FlushSite::PageFault) {
             return Some(ShadowDone { outcome: (), issued: None });
         }
-        let done = match self.near(address) {
-            Some(near) if kind.sync_near(guard, near, address) => {
-                ShadowDone { outcome: (), issued: kind.issue(guard) }
-            }
-            _ => kind.sync_address(guard, self.root, address),
-        };
+        Some(self.sync_and_forget(kind, guard, address))
+    }
+
+    fn sync_and_forget<'m, F: EntryFormat, M: TableMemory, B: Backing + 'm>(
+        &mut self,
+        kind: &mut ShadowMmu<'_, F, M>,
+        guard: &mut Exclusive<'m, B>,
+        address: Gva,
+    ) -> ShadowDone<()> {
+        let done = kind.sync_address(guard, self.root, address);
         self.forget(address);
-        Some(done)
+        done
     }
 
     /// The current root is up to date for `address`, which the guest has flushed: the others are behind, and so is the tag.
     #[inline]
     fn forget(&mut self, address: Gva) {
-        let context = self.context;
-        self.roots.mark_from(1, Sync::Address(address), |key| key.tag().context == context);
+        self.leave_behind(address);
         if !mutant::drops(FlushSite::BehindAddress) {
             let _ = self.flush_address(address);
         }
+    }
+
+    /// The previous roots of whoever runs are behind by `address`.
+    #[inline]
+    fn leave_behind(&mut self, address: Gva) {
+        let context = self.context;
+        self.roots.mark_from(1, Sync::Address(address), |key| key.tag().context == context);
     }
 }

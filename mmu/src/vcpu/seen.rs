@@ -125,6 +125,8 @@ impl Mmu {
                 && (cached.seen.cr3 == cr3 || mutant::is(Mutant::SeenOtherTable))
                 && cached.root.generation() == generation
         })?;
+        // The first is what the tag is of, if nothing has taken away the one before it.
+        let another = place != 0 || self.roots.current().is_none();
         self.roots.bring_forward(place);
         if flushed != Flushed::Nothing {
             self.roots.mark_from(0, Sync::All, |key| flushed.covers(key.tag().pcid));
@@ -139,7 +141,7 @@ impl Mmu {
         };
         (self.state.regs, self.state.cr3) = (regs, cr3);
         (self.role, self.root) = (role, root);
-        if place != 0 || behind.is_some() {
+        if another || behind.is_some() {
             let _ = self.flush_current();
         }
         Some(ShadowDone { outcome: (), issued })

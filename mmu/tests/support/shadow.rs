@@ -8,9 +8,9 @@ use std::collections::HashMap;
 
 use mmu::{
     Access, CpuId, CpuRole, Cr4, Entered, Exclusive, Gfn, GfnRange, Gpa, Gva, Invpcid, Issued, Level, Mmu,
-    NearFault, NoShadowRoot, Npt, NptHost, Pae, PaeHost, PageFaultCode, PageSize, PagingContext, PagingState,
-    Requests, Root, ShadowDone, ShadowFault, ShadowMmu, SlotFlags, TableCache, TagFlush, Tags, VmMemory,
-    WalkError, WalkRegs, ZapProgress,
+    NearFault, NoShadowRoot, Npt, NptHost, Pae, PaeHost, PageSize, PagingContext, PagingState, Requests,
+    Root, ShadowDone, ShadowFault, ShadowMmu, SlotFlags, TableCache, TagFlush, Tags, VmMemory, WalkError,
+    WalkRegs, ZapProgress,
 };
 
 pub use memory::{memory, memory_of, slot, store, NotedRam, MOVED, ONE_SLOT, PAGES, SLOTS};
@@ -422,17 +422,16 @@ impl World {
     }
 
     /// A page fault is delivered, of which the crate is told if it does not know.
-    fn page_fault(&mut self, vcpu: usize, va: u64, code: PageFaultCode, told: bool) {
+    fn page_fault(&mut self, vcpu: usize, va: u64, told: bool) {
         let Vcpu { m, cr4, .. } = self.vcpus[vcpu];
         let lost = Loses::Page(self.vcpus[vcpu].pcid(), page(&m, va));
-        let loses = if code.bits() & 9 == 1 { lost } else { Loses::Nothing };
-        let told = told
-            || self.near(vcpu, |mmu, kind, guard| mmu.page_fault_at_once(kind, guard, Gva::new(va), code));
+        let told =
+            told || self.near(vcpu, |mmu, kind, guard| mmu.page_fault_at_once(kind, guard, Gva::new(va)));
         let act = |mmu: &mut Mmu, _: &PagingState| match told {
             true => Requests::NONE,
-            false => mmu.page_fault(Gva::new(va), code),
+            false => mmu.page_fault(Gva::new(va)),
         };
-        self.event(vcpu, m, cr4, false, act, loses);
+        self.event(vcpu, m, cr4, false, act, lost);
     }
 
     /// INIT: CR0.PG is clear, and so is everything else.
@@ -638,7 +637,7 @@ impl World {
                 }
                 (Some(NearFault::Guest(delivered)), &Err(code)) => {
                     assert_eq!(delivered.bits(), code, "A2");
-                    self.page_fault(vcpu, va, delivered, true);
+                    self.page_fault(vcpu, va, true);
                     return Ended::Fault(code);
                 }
                 (Some(found), expected) => panic!("A2: {found:?} where {expected:x?} is expected"),
@@ -653,7 +652,7 @@ impl World {
                 (Err(WalkError::Fault(fault)), Err(code)) => {
                     let delivered = fault.page_fault_code();
                     assert_eq!(delivered.bits(), code, "A2");
-                    self.page_fault(vcpu, va, delivered, false);
+                    self.page_fault(vcpu, va, false);
                     return Ended::Fault(code);
                 }
                 (found, expected) => panic!("A2: {found:?} where {expected:x?} is expected"),

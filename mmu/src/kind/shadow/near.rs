@@ -50,6 +50,11 @@ impl Near {
     pub(crate) fn is_for(&self, root: Root, address: Gva) -> bool {
         self.region == region(address) && self.root == root
     }
+
+    /// Whether both are about the same addresses.
+    pub(crate) fn is_beside(&self, other: &Self) -> bool {
+        (self.region, self.root) == (other.region, other.root)
+    }
 }
 
 impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
@@ -85,6 +90,7 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         access: Access,
     ) -> Option<ShadowDone<NearFault>> {
         self.begin(guard);
+        debug_assert!(!self.ops.pending, "an operation has ended without asking for its flush");
         let memory = Held::<B>::memory(guard);
         let quiet = self.is_still(guard, near)
             && !memory.invalidations().any_in_progress()
@@ -112,6 +118,7 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
             found?.ok().filter(|&found| found == raw)?;
         }
         self.install_near(&table, index, marked, access.kind)?;
+        self.touch(near.lowest.page);
         // Nobody asks for this one again.
         entries[index % AROUND] = 0;
         if entries.iter().any(|&raw| near.lowest.entries.is_accessed(raw)) {
@@ -163,6 +170,12 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         }
         self.note_seen(entry, raw);
         Some(())
+    }
+
+    /// Whether anything is noted for `address`, after a fault there.
+    #[inline]
+    pub(crate) fn has_leaf(&self, near: &Near, address: Gva) -> bool {
+        self.note(number(near.lowest.page, Level::L1.index(address.bits() >> 12))).kept != Kept::Nothing
     }
 
     /// Brings the leaf for `address` up to date, whatever else is below the root; `false` if that takes a walk. What was taken
