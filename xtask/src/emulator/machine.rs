@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use anyhow::{bail, Context, Result};
 
 use super::accel::Acceleration;
+use super::network::Network;
 use super::{bochs, firmware, qemu};
 use crate::build::Images;
 use crate::bundle::Bundle;
@@ -42,6 +43,10 @@ pub enum Boot {
     Iso,
     /// GRUB loads both from an ISO image, on UEFI.
     Uefi,
+    /// The BIOS boots from the machine's network.
+    Pxe,
+    /// UEFI boots from the machine's network.
+    PxeUefi,
     /// QEMU loads a Multiboot 1 kernel in Umbra's place, without a bundle, and gives it the exit port of the test
     /// guests: what such a guest does on the bare machine is what it should do under Umbra.
     Bare,
@@ -86,6 +91,8 @@ pub struct Machine {
     pub program: Option<PathBuf>,
     /// How Umbra gets into it.
     pub boot: Boot,
+    /// What it boots from by PXE, where Umbra and the bundle are.
+    pub network: Option<Network>,
     /// Umbra's ELF file.
     pub umbra: PathBuf,
     /// Processors.
@@ -114,6 +121,7 @@ impl Machine {
             kind: Kind::Qemu,
             program: None,
             boot: Boot::Pvh,
+            network: None,
             umbra: Images::places().umbra,
             cpus: 1,
             memory: Size::mib(2048),
@@ -160,7 +168,9 @@ impl Machine {
         }
         match self.kind {
             Kind::Bochs => bochs::write_configuration(self)?,
-            Kind::Qemu if self.boot == Boot::Uefi => firmware::copy_variables(&self.uefi_variables_file())?,
+            Kind::Qemu if matches!(self.boot, Boot::Uefi | Boot::PxeUefi) => {
+                firmware::copy_variables(&self.uefi_variables_file())?
+            }
             Kind::Qemu => {}
         }
         Ok(())
@@ -170,6 +180,9 @@ impl Machine {
     pub fn check(&self) -> Result<()> {
         if !self.umbra.is_file() {
             bail!("{} is not there; `cargo xtask build` makes it", self.umbra.display());
+        }
+        if matches!(self.boot, Boot::Pxe | Boot::PxeUefi) != self.network.is_some() {
+            bail!("a machine has a network if and only if it boots from it");
         }
         if self.icount == Icount::On && self.cpus != 1 {
             bail!("a machine that counts instructions has one CPU, not {}", self.cpus);

@@ -64,24 +64,33 @@ fn boot(line: CommandLine, machine: &Machine) -> Result<CommandLine> {
             line.args(["-device", "isa-debug-exit,iobase=0xf4,iosize=4"]).arg("-kernel").arg(&machine.umbra)
         }
         Boot::Iso => line.arg("-cdrom").arg(machine.iso_file()).args(["-boot", "d"]),
-        Boot::Uefi => {
-            let files = firmware::uefi_files().context(firmware::NO_UEFI)?;
-            let flash = |read_only: &str, file: &std::path::Path| {
-                // A comma in a value of an option list is doubled.
-                let file = file.display().to_string().replace(',', ",,");
-                format!("if=pflash,format=raw,readonly={read_only},file={file}")
-            };
-            line.args(["-drive", &flash("on", &files.code)])
-                .args(["-drive", &flash("off", &machine.uefi_variables_file())])
-                .arg("-cdrom")
-                .arg(machine.iso_file())
-        }
+        Boot::Uefi => uefi(line, machine)?.arg("-cdrom").arg(machine.iso_file()),
+        Boot::Pxe => network(line, machine)?,
+        Boot::PxeUefi => network(uefi(line, machine)?, machine)?,
     })
+}
+
+fn network(line: CommandLine, machine: &Machine) -> Result<CommandLine> {
+    machine.network.as_ref().context("the machine has no network")?.add_to(line, machine.boot)
+}
+
+/// The firmware and the machine's copy of its variables.
+fn uefi(line: CommandLine, machine: &Machine) -> Result<CommandLine> {
+    let files = firmware::uefi_files().context(firmware::NO_UEFI)?;
+    let flash = |read_only: &str, file: &std::path::Path| {
+        // A comma in a value of an option list is doubled.
+        let file = file.display().to_string().replace(',', ",,");
+        format!("if=pflash,format=raw,readonly={read_only},file={file}")
+    };
+    Ok(line
+        .args(["-drive", &flash("on", &files.code)])
+        .args(["-drive", &flash("off", &machine.uefi_variables_file())]))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::emulator::Network;
     use crate::size::Size;
 
     fn machine() -> Machine {
@@ -126,6 +135,15 @@ mod tests {
         assert_eq!(line.value_of("-kernel"), Some("/t/umbra"));
         assert_eq!(line.value_of("-device"), Some("isa-debug-exit,iobase=0xf4,iosize=4"));
         assert!(!line.has_arg("-initrd"));
+    }
+
+    #[test]
+    fn the_network_takes_the_place_of_the_kernel() {
+        let network = Some(Network::user("/t/tree"));
+        let line = command_line(&Machine { boot: Boot::Pxe, network, ..machine() }).unwrap();
+        assert!(line.value_of("-netdev").unwrap().contains("tftp=/t/tree"));
+        assert!(!line.has_arg("-kernel") && !line.has_arg("-cdrom"));
+        assert!(command_line(&Machine { boot: Boot::Pxe, ..machine() }).is_err());
     }
 
     #[test]

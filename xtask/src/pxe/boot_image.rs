@@ -18,9 +18,12 @@ pub const IPXE: &str = "boot.ipxe";
 /// What chooses the machine's folder and boots.
 pub(super) const GRUB_CFG: &str = include_str!("files/grub.cfg");
 
-/// The modules that the two scripts use. All of them are in the image, so nothing else of GRUB's need be loaded.
-const MODULES: [&str; 20] = [
+/// The modules that the two scripts use, and those that find a screen for Umbra. All of them are in the image, so nothing
+/// else of GRUB's need be loaded.
+const MODULES: [&str; 21] = [
+    "all_video",
     "boot",
+    "configfile",
     "echo",
     "eval",
     "http",
@@ -39,7 +42,6 @@ const MODULES: [&str; 20] = [
     "tftp",
     "tr",
     "true",
-    "configfile",
 ];
 
 /// Where GRUB looks for its configuration in the archive that an image carries; grub-mkimage knows no other place.

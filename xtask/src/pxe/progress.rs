@@ -94,7 +94,7 @@ impl Progress {
             }
         };
         let named = |path: &str| path.strip_prefix(&self.root).unwrap_or(path).to_owned();
-        let between = |before, after| Some(what.strip_prefix(before)?.strip_suffix(after)?);
+        let between = |before, after| what.strip_prefix(before)?.strip_suffix(after);
         let said = if let Some(path) = between("sent ", " to") {
             match named(path) {
                 file if is_bundle(&file) => format!("has {file}: done, Umbra starts"),
