@@ -5,6 +5,7 @@ mod boot;
 mod guests;
 mod linux;
 mod paging_digest;
+mod pxe;
 mod refused_entries;
 
 use crate::scenario::Scenario;
@@ -18,6 +19,7 @@ pub(crate) fn all() -> Vec<Scenario> {
         paging_digest::all(),
         refused_entries::all(),
         linux::all(),
+        pxe::all(),
     ];
     folders.into_iter().flatten().collect()
 }
