@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Mutex;
 use std::time::Instant;
 
-use xtask::{emulator, exec, image, paths, setup};
+use xtask::{emulator, exec, grub, paths, setup};
 
 use crate::cases::{is_failure, Case, Cases, Verdict};
 use crate::context::Ctx;
@@ -90,7 +90,7 @@ fn run_one(scenario: &Scenario, dir: &Path, without: &[Need]) -> Cases {
 fn is_met(need: Need) -> Result<(), String> {
     let met = match need {
         Need::Linux => return setup::linux_guest().map(drop),
-        Need::Grub => image::grub_mkrescue().is_some(),
+        Need::Grub => grub::mkimage().is_some(),
         Need::Uefi => emulator::uefi_files().is_some(),
         Need::Bochs => exec::find_program("bochs").is_some(),
     };

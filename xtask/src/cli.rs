@@ -7,7 +7,7 @@ use clap::{Parser, Subcommand};
 
 use crate::bench::Bench;
 use crate::setup::{self, Component};
-use crate::{bench, build, check, fuzz, image, miri, pxe, run, test};
+use crate::{bench, build, bundle, check, fuzz, image, miri, pxe, run, test};
 
 /// Umbra's developer commands.
 #[derive(Debug, Parser)]
@@ -27,6 +27,8 @@ enum Command {
     },
     /// Build Umbra and the test guests
     Build,
+    /// Make a boot bundle from an umbra.toml, or list one
+    Bundle(bundle::Options),
     /// Make a bootable image for BIOS and UEFI
     Image(image::Options),
     /// Write the tree from which machines boot over the network, and serve it
@@ -54,6 +56,10 @@ impl Cli {
             Command::Build => {
                 let images = build::build(setup::ensure(&[Component::Target])?.compiler()?)?;
                 println!("{}", images.umbra.display());
+                Ok(ExitCode::SUCCESS)
+            }
+            Command::Bundle(options) => {
+                bundle::bundle(&options)?;
                 Ok(ExitCode::SUCCESS)
             }
             Command::Image(options) => {
@@ -87,6 +93,10 @@ mod tests {
             &["setup", "--check"][..],
             &["build"],
             &["image", "--bundle", "umbra.toml", "-o", "umbra.iso"],
+            &["image", "--bundle", "umbra.toml", "--manifest"],
+            &["bundle", "umbra.toml", "-o", "bundle.cpio", "--manifest"],
+            &["bundle", "--list", "bundle.cpio"],
+            &["run", "--uefi", "--medium", "usb"],
             &["pxe", "--out", "tree", "--machine", "mac:52:54:00:12:34:56=umbra.toml"],
             &["pxe", "--serve", "eth0"],
             &["run", "--vm", "umbra.toml", "--until", "login:", "--timeout", "60"],
@@ -107,6 +117,8 @@ mod tests {
         for args in [
             &[][..],
             &["bench"],
+            &["bundle"],
+            &["bundle", "--list", "bundle.cpio", "umbra.toml"],
             &["fly"],
             &["test", "--what"],
             &["bench", "mmu-host", "--emulator", "qemu"],

@@ -13,6 +13,11 @@ impl Size {
         Self((mib as u64) << 20)
     }
 
+    /// A size of `bytes`.
+    pub const fn of_bytes(bytes: u64) -> Self {
+        Self(bytes)
+    }
+
     /// The size in bytes.
     pub const fn bytes(self) -> u64 {
         self.0

@@ -4,6 +4,7 @@
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
+use crate::bundle::toml_string;
 use crate::exec::CommandLine;
 use crate::paths;
 
@@ -38,7 +39,10 @@ impl Compiler {
                 .arg(subcommand)
                 .arg("-Zbuild-std=core,alloc"),
         };
-        line.args(["--target", BARE_METAL]).dir(paths::workspace_root())
+        let home = std::env::var_os("CARGO_HOME").map(PathBuf::from).filter(|home| home.is_absolute());
+        let home = home.or_else(|| std::env::var_os("HOME").map(|home| Path::new(&home).join(".cargo")));
+        let remapped = remapped_paths(home.as_deref(), paths::workspace_root(), &paths::target_dir());
+        line.args(["--target", BARE_METAL, "--config", &remapped]).dir(paths::workspace_root())
     }
 
     /// What it is, for messages.
@@ -50,6 +54,20 @@ impl Compiler {
             }
         }
     }
+}
+
+/// The configuration that keeps the folders of this machine out of what is built, so that every machine builds the same
+/// bytes: where cargo keeps its crates, the workspace, and the target directory, which need not be in it. Of several
+/// prefixes that fit, the last counts. It adds to the flags in `.cargo/config.toml`.
+fn remapped_paths(cargo_home: Option<&Path>, workspace: &Path, target: &Path) -> String {
+    let folders = [(cargo_home, "/cargo"), (Some(workspace), "."), (Some(target), "target")];
+    let flags: Vec<String> = folders
+        .iter()
+        .filter_map(|(folder, name)| {
+            Some(toml_string(&format!("--remap-path-prefix={}={name}", folder.as_ref()?.display())))
+        })
+        .collect();
+    format!("target.{BARE_METAL}.rustflags=[{}]", flags.join(", "))
 }
 
 fn path_from_usr_bin() -> OsString {
@@ -118,13 +136,26 @@ mod tests {
     #[test]
     fn each_compiler_has_its_command_line() {
         let line = Compiler::WithTarget.cargo("build").to_string();
-        assert!(line.ends_with("cargo build --target x86_64-unknown-none"), "{line}");
+        assert!(line.contains("cargo build --target x86_64-unknown-none --config 'target."), "{line}");
         let line = Compiler::Debian.cargo("build").to_string();
         assert!(line.contains("RUSTC_BOOTSTRAP=1 PATH=/usr/bin:\"$PATH\" "), "{line}");
         assert!(
-            line.ends_with("/usr/bin/cargo build -Zbuild-std=core,alloc --target x86_64-unknown-none"),
+            line.contains(
+                "/usr/bin/cargo build -Zbuild-std=core,alloc --target x86_64-unknown-none --config"
+            ),
             "{line}"
         );
+    }
+
+    #[test]
+    fn what_is_built_names_no_folder_of_this_machine() {
+        let config = remapped_paths(Some(Path::new("/home/a b/.cargo")), Path::new("/w"), Path::new("/t"));
+        assert_eq!(
+            config,
+            "target.x86_64-unknown-none.rustflags=[\"--remap-path-prefix=/home/a b/.cargo=/cargo\", \
+             \"--remap-path-prefix=/w=.\", \"--remap-path-prefix=/t=target\"]"
+        );
+        assert!(!remapped_paths(None, Path::new("/w"), Path::new("/t")).contains("/cargo"));
     }
 
     #[test]

@@ -4,6 +4,7 @@
 //! multiple of four bytes from the start of the archive. Linux Documentation/driver-api/early-userspace/buffer-format.
 
 mod error;
+pub mod manifest;
 mod writer;
 
 pub use error::Error;
@@ -191,7 +192,7 @@ fn read_entry(bytes: &[u8], offset: usize) -> Result<Option<(Entry<'_>, usize)>,
 }
 
 /// A path without the prefixes that say nothing in an archive.
-fn plain(mut name: &str) -> &str {
+pub fn plain(mut name: &str) -> &str {
     while let Some(rest) = name.strip_prefix("./").or_else(|| name.strip_prefix('/')) {
         name = rest;
     }

@@ -166,9 +166,7 @@ impl Config {
 
     /// Every file that a VM names: what a bundle must hold beside umbra.toml.
     pub fn files(&self) -> impl Iterator<Item = &FileName> {
-        self.vms.iter().flat_map(|vm| {
-            core::iter::once(&vm.kernel).chain(&vm.initrd).chain(vm.modules.iter().map(|module| &module.file))
-        })
+        self.vms.iter().flat_map(Vm::files)
     }
 
     /// The error for a named file that cannot be had.
@@ -177,7 +175,21 @@ impl Config {
     }
 }
 
+impl Vm {
+    /// The files that it names.
+    pub fn files(&self) -> impl Iterator<Item = &FileName> {
+        core::iter::once(&self.kernel)
+            .chain(&self.initrd)
+            .chain(self.modules.iter().map(|module| &module.file))
+    }
+}
+
 impl FileName {
+    /// Where it is written.
+    pub fn position(&self) -> Position {
+        self.position
+    }
+
     fn not_found(&self, config_file: &str) -> Error {
         let Self { name, position, key } = self;
         let message =

@@ -162,23 +162,9 @@ impl<V: Vendor> Specification<'_, V> {
     }
 
     fn load(&self, ram: &HostMemory, rsdp: u64) -> Result<EntryState, CreateError> {
-        let (config, bundle) = (self.config, self.bundle);
-        fn file<'a>(bundle: &Bundle<'a>, file: &'a config::FileName) -> load::File<'a> {
-            load::File { name: &file.name, bytes: bundle.file(&file.name).unwrap_or_default() }
-        }
-        let modules: Vec<_> = config
-            .modules
-            .iter()
-            .map(|module| load::Module { file: file(bundle, &module.file), cmdline: &module.cmdline })
-            .collect();
-        let request = load::Request {
-            kernel: file(bundle, &config.kernel),
-            initrd: config.initrd.as_ref().map(|initrd| file(bundle, initrd)),
-            modules: &modules,
-            cmdline: &config.cmdline,
-            ram_bytes: config.memory_bytes,
-            rsdp,
-        };
+        let config = self.config;
+        let modules = load::configured::modules(config, self.bundle);
+        let request = load::configured::request(config, self.bundle, &modules, rsdp);
         let loaded = load::load(&request, ram).map_err(|error| CreateError::Load(error.to_string()))?;
         log::info!(
             "vm \"{}\": {:?} at {:#x}, entry {:#x}",

@@ -6,6 +6,7 @@ use crate::machine::Machine;
 use crate::sched::Scheduler;
 use crate::{host_clock, power};
 use alloc::vec::Vec;
+use boot::bundle::manifest::{self, Manifest};
 use boot::bundle::Bundle;
 use boot::config::{AtEnd, Config};
 
@@ -49,7 +50,7 @@ fn enable_everywhere<V: Vendor>(vendor: &V) {
 }
 
 fn run<V: Vendor>(machine: &Machine, vendor: V) -> ! {
-    log::info!("configuration");
+    log::info!("boot bundle");
     if machine.ramdisk.is_empty() {
         power::halt_with_error(format_args!(
             "no boot bundle was loaded; give the boot loader a cpio archive with umbra.toml as first module"
@@ -59,6 +60,8 @@ fn run<V: Vendor>(machine: &Machine, vendor: V) -> ! {
         Ok(bundle) => bundle,
         Err(error) => power::halt_with_error(format_args!("boot bundle: {error}")),
     };
+    verify(&bundle);
+    log::info!("configuration");
     let config = match Config::load(&bundle) {
         Ok(config) => config,
         Err(error) => power::halt_with_error(format_args!("{error}")),
@@ -84,4 +87,14 @@ fn run<V: Vendor>(machine: &Machine, vendor: V) -> ! {
     }
     log::info!("running");
     power::end(Scheduler::new(vms).run())
+}
+
+/// Holds the bundle against its manifest, if it has one.
+fn verify(bundle: &Bundle<'_>) {
+    let Some(manifest) = Manifest::of(bundle) else { return };
+    log::info!("manifest");
+    match manifest.verify(bundle, |name, size| log::info!("  {name:?}, {} KiB", size.div_ceil(1024))) {
+        Ok(files) => log::info!("  {files} files are as {} lists them", manifest::FILE_NAME),
+        Err(error) => power::halt_with_error(format_args!("{error}")),
+    }
 }

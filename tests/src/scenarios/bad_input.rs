@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use anyhow::{bail, ensure, Result};
+use anyhow::{bail, ensure, Context, Result};
 use xtask::bundle::Bundle;
 use xtask::emulator::{BochsCpu, Machine, Vmx};
 use xtask::size::Size;
@@ -33,6 +33,11 @@ pub(super) fn all() -> Vec<Scenario> {
         Scenario::new("kernel_not_recognised", kernel_not_recognised),
         Scenario::new("no_bundle_configuration", no_configuration),
         Scenario::new("kernel_truncated", kernel_truncated).needs(&[Need::Linux]),
+        Scenario::new("kernel_missing", kernel_missing),
+        Scenario::new("bundle_truncated", bundle_truncated),
+        Scenario::new("bundle_damaged", bundle_damaged),
+        Scenario::new("bundle_file_not_listed", bundle_file_not_listed),
+        Scenario::new("bundle_verified", bundle_verified),
         Scenario::new("guest_jumps_to_nowhere", jumps_to_nowhere),
         Scenario::new("guest_executes_garbage", executes_garbage),
         Scenario::new("guest_triple_faults", triple_faults),
@@ -201,6 +206,50 @@ fn kernel_truncated(ctx: &Ctx) -> Result<Cases> {
     let config = "[[vm]]\nname = \"a\"\nmemory = \"512M\"\nkernel = \"vmlinuz\"\n";
     let bundle = Bundle::new(config).file("vmlinuz", &whole[..whole.len() / 3]);
     require_words(&refusal(ctx, &ctx.machine(), &bundle)?, &["vmlinuz"])
+}
+
+fn kernel_missing(ctx: &Ctx) -> Result<Cases> {
+    let bundle = Bundle::new("[[vm]]\nname = \"a\"\nmemory = \"16M\"\nkernel = \"vmlinuz\"\n");
+    require_words(
+        &refusal(ctx, &ctx.machine(), &bundle)?,
+        &["umbra.toml:4:10", "vmlinuz", "not in the bundle"],
+    )
+}
+
+/// What is left of a download that broke off.
+fn bundle_truncated(ctx: &Ctx) -> Result<Cases> {
+    let archive = small_bundle("memory = \"16M\"").archive()?;
+    let bundle = Bundle::unchecked(&archive[..archive.len() / 2]);
+    require_words(&refusal(ctx, &ctx.machine(), &bundle)?, &["bundle is cut short", "byte"])
+}
+
+/// The configuration changed after its manifest was made.
+fn bundle_damaged(ctx: &Ctx) -> Result<Cases> {
+    let good = small_bundle("memory = \"16M\"").with_manifest().archive()?;
+    let at = good.windows(3).position(|bytes| bytes == b"16M").context("the configuration is not there")?;
+    let mut archive = good.clone();
+    archive[at] = b'2';
+    let sentence = refusal(ctx, &ctx.machine(), &Bundle::unchecked(archive))?;
+    let listed =
+        good.windows(12).position(|bytes| bytes == b"  umbra.toml").context("there is no manifest")?;
+    let expected = std::str::from_utf8(&good[listed - 64..listed])?;
+    require_words(&sentence, &["SHA256SUMS:1", "umbra.toml", &format!("expected is {expected}")])
+}
+
+fn bundle_file_not_listed(ctx: &Ctx) -> Result<Cases> {
+    // The manifest is a file like any other, here one of nothing.
+    let bundle = small_bundle("memory = \"16M\"").file("SHA256SUMS", "");
+    require_words(&refusal(ctx, &ctx.machine(), &bundle)?, &["SHA256SUMS does not list", "umbra.toml"])
+}
+
+/// A bundle that is as its manifest says is taken, and the log says so before the first virtual machine is made.
+fn bundle_verified(ctx: &Ctx) -> Result<Cases> {
+    let mut vm = ctx.boot(&ctx.machine(), &small_bundle("memory = \"16M\"").with_manifest())?;
+    vm.expect("^umbra: manifest$")?;
+    vm.expect("^umbra:   2 files are as SHA256SUMS lists them$")?;
+    vm.expect("^umbra: vm \"a\": halted")?;
+    vm.end_with(0)?;
+    Ok(Cases::passed())
 }
 
 /// Runs `code` as a guest and returns the line with which Umbra ends it.

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use anyhow::{ensure, Context, Result};
 use xtask::bundle::Bundle;
-use xtask::emulator::{BochsCpu, Boot, Machine};
+use xtask::emulator::{BochsCpu, Machine};
 use xtask::exec::{wait_within, CommandLine};
 use xtask::guest::description::LINUX_CMDLINE;
 use xtask::guest::{initramfs, PROMPT};
@@ -21,11 +21,6 @@ pub(super) fn all() -> Vec<Scenario> {
         Scenario::new("linux_shadow", shadow).limit(600),
         Scenario::new("linux_reboot", reboot).limit(600),
         Scenario::new("linux_piped", piped).limit(600),
-        Scenario::new("linux_iso", |ctx| shell(ctx, Boot::Iso)).needs(&[Need::Grub]).limit(600).long(),
-        Scenario::new("linux_uefi", |ctx| shell(ctx, Boot::Uefi))
-            .needs(&[Need::Grub, Need::Uefi])
-            .limit(600)
-            .long(),
         Scenario::new("linux_bochs_vmx", bochs).needs(&[Need::Grub, Need::Bochs]).limit(900),
         Scenario::new("linux_bochs_vmx_script", |ctx| script(ctx, &bochs_vmx(ctx, BochsCpu::SkylakeX)))
             .needs(&[Need::Grub, Need::Bochs])
@@ -113,8 +108,9 @@ fn shadow(ctx: &Ctx) -> Result<Cases> {
     Ok(Cases::passed())
 }
 
-fn shell(ctx: &Ctx, boot_by: Boot) -> Result<Cases> {
-    let mut vm = boot(ctx, &Machine { boot: boot_by, ..ctx.machine() })?;
+/// Boots Linux in the machine, has its shell compute and switches it off.
+pub(super) fn shell(ctx: &Ctx, machine: &Machine) -> Result<Cases> {
+    let mut vm = boot(ctx, machine)?;
     compute(&mut vm)?;
     power_off(vm)?;
     Ok(Cases::passed())

@@ -3,6 +3,7 @@
 mod bad_input;
 mod boot;
 mod guests;
+mod image;
 mod linux;
 mod paging_digest;
 mod pxe;
@@ -18,6 +19,7 @@ pub(crate) fn all() -> Vec<Scenario> {
         guests::all(),
         paging_digest::all(),
         refused_entries::all(),
+        image::all(),
         linux::all(),
         pxe::all(),
     ];

@@ -39,9 +39,9 @@ pub enum Boot {
     /// QEMU loads the ELF file and the bundle by the PVH protocol.
     #[default]
     Pvh,
-    /// GRUB loads both from an ISO image, on a BIOS.
+    /// GRUB loads both from an image, on a BIOS.
     Iso,
-    /// GRUB loads both from an ISO image, on UEFI.
+    /// GRUB loads both from an image, on UEFI.
     Uefi,
     /// The BIOS boots from the machine's network.
     Pxe,
@@ -50,6 +50,18 @@ pub enum Boot {
     /// QEMU loads a Multiboot 1 kernel in Umbra's place, without a bundle, and gives it the exit port of the test
     /// guests: what such a guest does on the bare machine is what it should do under Umbra.
     Bare,
+}
+
+/// What an image is on, for the firmware that starts it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Medium {
+    /// A CD.
+    #[default]
+    Cd,
+    /// A disk on an AHCI controller.
+    Disk,
+    /// A stick on an xHCI controller.
+    Usb,
 }
 
 /// Whether QEMU counts instructions in place of time, which makes a run repeatable.
@@ -91,6 +103,8 @@ pub struct Machine {
     pub program: Option<PathBuf>,
     /// How Umbra gets into it.
     pub boot: Boot,
+    /// What an image is on.
+    pub medium: Medium,
     /// What it boots from by PXE, where Umbra and the bundle are.
     pub network: Option<Network>,
     /// Umbra's ELF file.
@@ -121,6 +135,7 @@ impl Machine {
             kind: Kind::Qemu,
             program: None,
             boot: Boot::Pvh,
+            medium: Medium::Cd,
             network: None,
             umbra: Images::places().umbra,
             cpus: 1,
@@ -193,6 +208,9 @@ impl Machine {
         if self.kind == Kind::Bochs {
             if self.boot != Boot::Iso {
                 bail!("Bochs starts Umbra from a BIOS image only; leave out --uefi or use QEMU");
+            }
+            if self.medium != Medium::Cd {
+                bail!("Bochs starts Umbra from a CD only; leave out --medium or use QEMU");
             }
             if self.gdb {
                 bail!("Debian's Bochs has no gdb stub; use QEMU with --gdb");

@@ -15,7 +15,7 @@ pub use accel::{Accel, Acceleration};
 pub use console::{end_status, line_regex, Text};
 pub use cpu::{check_model, BochsCpu};
 pub use firmware::uefi_files;
-pub use machine::{Boot, Icount, Kind, Machine, Vmx};
+pub use machine::{Boot, Icount, Kind, Machine, Medium, Vmx};
 pub use network::{Link, Network};
 pub use process::{Emulator, Messages};
 pub use session::{Outcome, Session};

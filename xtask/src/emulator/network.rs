@@ -1,10 +1,9 @@
 //! The network that a machine in QEMU boots from.
 
-use std::path::{Path, PathBuf};
-
-use anyhow::{bail, Result};
+use std::path::PathBuf;
 
 use super::machine::Boot;
+use super::qemu::in_a_list;
 use crate::exec::CommandLine;
 use crate::pxe::boot_image;
 
@@ -49,7 +48,7 @@ impl Network {
     }
 
     /// What QEMU is told. The card's own boot program is iPXE on a BIOS; UEFI has a driver, and a boot program of its own.
-    pub(super) fn add_to(&self, line: CommandLine, boot: Boot) -> Result<CommandLine> {
+    pub(super) fn add_to(&self, line: CommandLine, boot: Boot) -> CommandLine {
         let (file, rom) = match boot {
             Boot::PxeUefi => (boot_image::UEFI, ",romfile="),
             _ => (boot_image::IPXE, ""),
@@ -57,7 +56,7 @@ impl Network {
         let backend = match &self.link {
             Link::User { tree, boot_file } => {
                 let file = boot_file.as_deref().unwrap_or(file);
-                format!("user,id=net0,restrict=on,ipv6=off,tftp={},bootfile={file}", value(tree)?)
+                format!("user,id=net0,restrict=on,ipv6=off,tftp={},bootfile={file}", in_a_list(tree))
             }
             Link::Tap(name) => format!("tap,id=net0,ifname={name},script=no,downscript=no"),
         };
@@ -74,16 +73,7 @@ impl Network {
         if self.screen_on_serial && boot == Boot::Pxe {
             line = line.args(["-machine", "graphics=off"]);
         }
-        Ok(line)
-    }
-}
-
-/// A path as a value in a list of options.
-fn value(path: &Path) -> Result<String> {
-    match path.to_str() {
-        // A comma in a value is doubled.
-        Some(text) => Ok(text.replace(',', ",,")),
-        None => bail!("QEMU cannot serve {}, whose path is not UTF-8", path.display()),
+        line
     }
 }
 
@@ -92,7 +82,7 @@ mod tests {
     use super::*;
 
     fn shown(network: &Network, boot: Boot) -> String {
-        network.add_to(CommandLine::new("qemu"), boot).unwrap().to_string()
+        network.add_to(CommandLine::new("qemu"), boot).to_string()
     }
 
     #[test]

@@ -1,10 +1,12 @@
 //! QEMU's command line.
 
+use std::path::Path;
+
 use anyhow::{Context, Result};
 
 use super::accel::Acceleration;
 use super::firmware;
-use super::machine::{Boot, Icount, Machine};
+use super::machine::{Boot, Icount, Machine, Medium};
 use crate::exec::CommandLine;
 
 /// The program.
@@ -63,28 +65,45 @@ fn boot(line: CommandLine, machine: &Machine) -> Result<CommandLine> {
         Boot::Bare => {
             line.args(["-device", "isa-debug-exit,iobase=0xf4,iosize=4"]).arg("-kernel").arg(&machine.umbra)
         }
-        Boot::Iso => line.arg("-cdrom").arg(machine.iso_file()).args(["-boot", "d"]),
-        Boot::Uefi => uefi(line, machine)?.arg("-cdrom").arg(machine.iso_file()),
+        Boot::Iso => medium(line, machine),
+        Boot::Uefi => medium(uefi(line, machine)?, machine),
         Boot::Pxe => network(line, machine)?,
         Boot::PxeUefi => network(uefi(line, machine)?, machine)?,
     })
 }
 
 fn network(line: CommandLine, machine: &Machine) -> Result<CommandLine> {
-    machine.network.as_ref().context("the machine has no network")?.add_to(line, machine.boot)
+    let network = machine.network.as_ref().context("the machine has no network")?;
+    Ok(network.add_to(line, machine.boot))
 }
 
 /// The firmware and the machine's copy of its variables.
 fn uefi(line: CommandLine, machine: &Machine) -> Result<CommandLine> {
     let files = firmware::uefi_files().context(firmware::NO_UEFI)?;
-    let flash = |read_only: &str, file: &std::path::Path| {
-        // A comma in a value of an option list is doubled.
-        let file = file.display().to_string().replace(',', ",,");
-        format!("if=pflash,format=raw,readonly={read_only},file={file}")
+    let flash = |read_only: &str, file: &Path| {
+        format!("if=pflash,format=raw,readonly={read_only},file={}", in_a_list(file))
     };
     Ok(line
         .args(["-drive", &flash("on", &files.code)])
         .args(["-drive", &flash("off", &machine.uefi_variables_file())]))
+}
+
+/// The image, as the first thing to start from. What the machine writes to it is forgotten.
+fn medium(line: CommandLine, machine: &Machine) -> CommandLine {
+    let drive = format!("if=none,id=image,format=raw,snapshot=on,file={}", in_a_list(&machine.iso_file()));
+    let line = line.args(["-drive", &drive]);
+    match machine.medium {
+        Medium::Cd => line.args(["-device", "ide-cd,drive=image,bootindex=0"]),
+        Medium::Disk => line.args(["-device", "ide-hd,drive=image,bootindex=0"]),
+        Medium::Usb => {
+            line.args(["-device", "qemu-xhci", "-device", "usb-storage,drive=image,bootindex=0,removable=on"])
+        }
+    }
+}
+
+/// A file's name as a value in a list of options, where a comma is doubled.
+pub(super) fn in_a_list(file: &Path) -> String {
+    file.display().to_string().replace(',', ",,")
 }
 
 #[cfg(test)]
@@ -148,8 +167,17 @@ mod tests {
 
     #[test]
     fn an_image_takes_the_place_of_the_kernel() {
-        let line = command_line(&Machine { boot: Boot::Iso, ..machine() }).unwrap();
-        assert_eq!(line.value_of("-cdrom"), Some("/t/run/umbra.iso"));
-        assert!(!line.has_arg("-kernel") && !line.has_arg("-initrd"));
+        let drive = "if=none,id=image,format=raw,snapshot=on,file=/t/a,,b/umbra.iso";
+        for (medium, device) in [
+            (Medium::Cd, "ide-cd,drive=image,bootindex=0"),
+            (Medium::Disk, "ide-hd,drive=image,bootindex=0"),
+            (Medium::Usb, "usb-storage,drive=image,bootindex=0,removable=on"),
+        ] {
+            let machine = Machine { boot: Boot::Iso, medium, dir: "/t/a,b".into(), ..machine() };
+            let line = command_line(&machine).unwrap();
+            assert_eq!(line.value_of("-drive"), Some(drive));
+            assert!(line.has_arg(device) && !line.has_arg("-kernel") && !line.has_arg("-initrd"), "{line}");
+            assert_eq!(line.has_arg("qemu-xhci"), medium == Medium::Usb);
+        }
     }
 }

@@ -6,7 +6,8 @@ use std::path::Path;
 use anyhow::{Context, Result};
 
 use super::server::Server;
-use crate::exec::{find_program, CommandLine};
+use crate::exec::CommandLine;
+use crate::grub;
 
 /// GRUB's image for a BIOS. The name ends in `.0`, by which boot loaders know a program for PXE (PXE 2.1, 2.2).
 pub const BIOS: &str = "grub-bios.0";
@@ -64,19 +65,19 @@ fn fill(template: &str, server: Option<&Server>, unknown: &str) -> String {
     template.replace("@PROTOCOL@", protocol).replace("@SERVER@", host).replace("@FOLDER@", folder)
 }
 
-/// GRUB's maker of images, by the names that distributions give it.
-fn mkimage() -> Option<&'static str> {
-    ["grub-mkimage", "grub2-mkimage"].into_iter().find(|name| find_program(name).is_some())
-}
-
 /// Writes both of GRUB's images into the folder `dir`.
 pub(super) fn write(server: Option<&Server>, dir: &Path) -> Result<()> {
-    let program = mkimage().context("grub-mkimage is not installed; `cargo xtask setup` installs it")?;
+    let program =
+        grub::mkimage().context("grub-mkimage is not installed; `cargo xtask setup` installs it")?;
     let archive = dir.join("start.tar");
     std::fs::write(&archive, start_archive(server)?)
         .with_context(|| format!("cannot write {}", archive.display()))?;
-    for (name, format, network) in [(BIOS, "i386-pc-pxe", "pxe"), (UEFI, "x86_64-efi", "efinet")] {
+    for (name, platform, format, network) in
+        [(BIOS, "i386-pc", "i386-pc-pxe", "pxe"), (UEFI, "x86_64-efi", "x86_64-efi", "efinet")]
+    {
         CommandLine::new(program)
+            .arg("--directory")
+            .arg(grub::platform_folder(platform)?)
             .args(["--format", format, "--memdisk"])
             .arg(&archive)
             .arg("--output")

@@ -14,7 +14,9 @@ use regex::bytes::Regex;
 use self::terminal::{End, Limits};
 use crate::build::Images;
 use crate::bundle::Bundle;
-use crate::emulator::{check_model, line_regex, Accel, Boot, Emulator, Kind, Machine, Messages, Network};
+use crate::emulator::{
+    check_model, line_regex, Accel, Boot, Emulator, Kind, Machine, Medium, Messages, Network,
+};
 use crate::guest::description;
 use crate::pxe::tree::{self, Contents};
 use crate::setup::{self, Component};
@@ -30,7 +32,7 @@ const UMBRA_NEEDS: Size = Size::mib(32);
 /// The command line of `run`.
 #[derive(Clone, Debug, clap::Args)]
 pub struct Options {
-    /// Run the virtual machines that this umbra.toml describes (its files are looked for beside it)
+    /// Run the virtual machines that this umbra.toml describes (its files are looked for beside it), or those of a bundle
     #[arg(long, value_name = "FILE", conflicts_with_all = ["kernel", "initrd", "cmdline"])]
     pub vm: Option<PathBuf>,
     /// Run this kernel: a bzImage, a PVH or a Multiboot 1 ELF file [default: Debian's Linux]
@@ -67,6 +69,9 @@ pub struct Options {
     /// Boot by GRUB from an ISO image on a BIOS
     #[arg(long, conflicts_with = "uefi")]
     pub iso: bool,
+    /// What the image is on, with --iso or --uefi
+    #[arg(long, value_enum, default_value_t)]
+    pub medium: Medium,
     /// Boot over the network: by iPXE and GRUB on a BIOS, by UEFI's own PXE and GRUB with --uefi
     #[arg(long, conflicts_with = "iso")]
     pub pxe: bool,
@@ -136,6 +141,11 @@ impl Options {
         if self.emulator == Kind::Bochs && (self.uefi || self.pxe || self.gdb || self.accel == Accel::Kvm) {
             bail!("Bochs emulates a BIOS machine without a network: --uefi, --pxe, --gdb and --accel kvm need --emulator qemu");
         }
+        if self.medium != Medium::Cd
+            && (!matches!(self.boot(), Boot::Iso | Boot::Uefi) || self.emulator == Kind::Bochs)
+        {
+            bail!("--medium says what an image is on: it needs --iso or --uefi, and --emulator qemu");
+        }
         if self.memory < UMBRA_NEEDS {
             bail!(
                 "--memory {} is too little for a machine; give Umbra and its guest 1G or more",
@@ -200,6 +210,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         network,
         kind: options.emulator,
         boot: options.boot(),
+        medium: options.medium,
         cpus: options.cpus,
         memory: options.memory,
         acceleration,
@@ -316,6 +327,7 @@ mod tests {
             (&["--timeout", "soon"], "soon"),
             (&["--vm", "a", "--kernel", "b"], "cannot be used with"),
             (&["--iso", "--uefi"], "cannot be used with"),
+            (&["--iso", "--medium", "tape"], "tape"),
             (&["--iso", "--pxe"], "cannot be used with"),
             (&["--mmu", "shadow", "--vm", "a"], "cannot be used with"),
             (&["--mmu", "none"], "none"),
@@ -327,6 +339,8 @@ mod tests {
         }
         for (args, words) in [
             (&["--emulator", "bochs", "--uefi"][..], "need --emulator qemu"),
+            (&["--medium", "usb"], "needs --iso or --uefi"),
+            (&["--medium", "disk", "--emulator", "bochs"], "--emulator qemu"),
             (&["--emulator", "bochs", "--pxe"], "need --emulator qemu"),
             (&["--kernel", "/nonexistent"], "/nonexistent"),
             (&["--initrd", "/"], "is a folder"),

@@ -68,8 +68,8 @@ impl Component {
                 files.into_iter().filter(|_| debian).find_map(no_file)
             }),
             Self::Grub => {
-                if !host.has_mkrescue() {
-                    return Some("there is no program grub-mkrescue on the path".into());
+                if !host.has_mkimage() {
+                    return Some("there is no program grub-mkimage on the path".into());
                 }
                 let debian = host.package_manager() == Some(PackageManager::Apt);
                 let folders = ["/usr/lib/grub/i386-pc", "/usr/lib/grub/x86_64-efi"];

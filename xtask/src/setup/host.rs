@@ -8,7 +8,7 @@ use crate::emulator;
 use crate::exec::{find_program, CommandLine};
 use crate::guest::Linux;
 use crate::toolchain::{self, Compiler};
-use crate::{image, sys};
+use crate::{grub, sys};
 
 /// A program that installs packages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,8 +57,8 @@ pub(super) trait Host {
     fn compiler(&self) -> Option<Compiler>;
     /// Whether QEMU's UEFI firmware is there.
     fn has_uefi(&self) -> bool;
-    /// Whether one of the names of grub-mkrescue is on the path.
-    fn has_mkrescue(&self) -> bool;
+    /// Whether one of the names of grub-mkimage is on the path.
+    fn has_mkimage(&self) -> bool;
     /// The Linux guest in the cache, or why there is none.
     fn linux(&self) -> Result<Linux, String>;
     /// The package manager.
@@ -90,8 +90,8 @@ impl Host for ThisHost {
         emulator::uefi_files().is_some()
     }
 
-    fn has_mkrescue(&self) -> bool {
-        image::grub_mkrescue().is_some()
+    fn has_mkimage(&self) -> bool {
+        grub::mkimage().is_some()
     }
 
     fn linux(&self) -> Result<Linux, String> {

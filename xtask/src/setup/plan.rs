@@ -177,8 +177,8 @@ mod tests {
         fn has_uefi(&self) -> bool {
             self.exists(Path::new("/OVMF"))
         }
-        fn has_mkrescue(&self) -> bool {
-            self.has_program("grub-mkrescue")
+        fn has_mkimage(&self) -> bool {
+            self.has_program("grub-mkimage")
         }
         fn linux(&self) -> Result<Linux, String> {
             let linux = Linux { kernel: "k".into(), busybox: "b".into() };
@@ -223,7 +223,7 @@ mod tests {
     #[test]
     fn nothing_is_done_where_nothing_is_missing() {
         let host = Fake {
-            programs: vec!["qemu-system-x86_64", "bochs", "grub-mkrescue", "xorriso", "mformat", "dnsmasq"],
+            programs: vec!["qemu-system-x86_64", "bochs", "grub-mkimage", "xorriso", "mformat", "dnsmasq"],
             files: vec![
                 "/OVMF",
                 "/usr/share/bochs/BIOS-bochs-latest",

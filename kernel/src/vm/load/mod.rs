@@ -10,6 +10,7 @@
 //! | behind it, or at the end of low RAM | RAM disk and modules |
 
 pub mod bzimage;
+pub mod configured;
 pub mod e820;
 pub mod elf;
 pub mod entry;
