@@ -16,9 +16,6 @@ pub const UEFI: &str = "grub-x64.efi";
 /// The script for iPXE.
 pub const IPXE: &str = "boot.ipxe";
 
-/// What chooses the machine's folder and boots.
-pub(super) const GRUB_CFG: &str = include_str!("files/grub.cfg");
-
 /// The modules that the two scripts use, and those that find a screen for Umbra. All of them are in the image, so nothing
 /// else of GRUB's need be loaded.
 const MODULES: [&str; 21] = [
@@ -53,16 +50,20 @@ fn start_cfg(server: Option<&Server>) -> String {
     fill(include_str!("files/start.cfg"), server, "")
 }
 
+/// What chooses the machine's folder and boots; with `http` Umbra and the bundle come from there.
+pub(super) fn grub_cfg(http: Option<&Server>) -> String {
+    let template = include_str!("files/grub.cfg").replace("@HTTP@", http.map_or("", |http| &http.host));
+    fill(&template, http, "")
+}
+
 /// iPXE's script.
 pub(super) fn ipxe(server: Option<&Server>) -> String {
     fill(include_str!("files/boot.ipxe"), server, "${next-server}")
 }
 
 fn fill(template: &str, server: Option<&Server>, unknown: &str) -> String {
-    let (protocol, host, folder) = server.map_or(("", unknown, ""), |server| {
-        (server.protocol.name(), server.host.as_str(), server.folder.as_str())
-    });
-    template.replace("@PROTOCOL@", protocol).replace("@SERVER@", host).replace("@FOLDER@", folder)
+    let (host, folder) = server.map_or((unknown, ""), |server| (&server.host, &server.folder));
+    template.replace("@SERVER@", host).replace("@FOLDER@", folder)
 }
 
 /// Writes both of GRUB's images into the folder `dir`.
@@ -106,16 +107,21 @@ mod tests {
 
     #[test]
     fn a_server_is_written_into_the_scripts() {
-        let server: Server = "http://192.0.2.1/umbra".parse().unwrap();
+        let server: Server = "tftp://192.0.2.1/umbra".parse().unwrap();
         let text = start_cfg(Some(&server));
-        for line in ["set protocol=\"http\"\n", "set server=\"192.0.2.1\"\n", "set folder=\"/umbra\"\n"] {
+        for line in ["set server=\"192.0.2.1\"\n", "set folder=\"/umbra\"\n"] {
             assert!(text.contains(line), "{line}");
         }
         assert!(start_cfg(None).contains("set server=\"\"\n"));
         assert!(ipxe(Some(&server)).contains("from server 192.0.2.1 "));
         assert!(ipxe(None).contains("from server ${next-server} "));
-        for text in [start_cfg(None), start_cfg(Some(&server)), ipxe(None), ipxe(Some(&server))] {
-            assert!(!text.contains('@'), "{text}");
+        let http: Server = "http://192.0.2.9/umbra".parse().unwrap();
+        assert!(grub_cfg(Some(&http)).contains("set files=\"(http,192.0.2.9)/umbra\"\n"));
+        assert!(grub_cfg(None).contains("if [ -n \"\" ]; then\n"));
+        for server in [None, Some(&server)] {
+            for text in [start_cfg(server), grub_cfg(server), ipxe(server)] {
+                assert!(!text.contains('@'), "{text}");
+            }
         }
     }
 
@@ -132,7 +138,7 @@ mod tests {
     fn commands_are_in_the_image() {
         let keywords =
             ["if", "then", "else", "fi", "for", "do", "done", "function", "set", "say", "source", "}"];
-        for text in [&start_cfg(None), GRUB_CFG] {
+        for text in [start_cfg(None), grub_cfg(None)] {
             for line in text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'))
             {
                 let word = line.trim_start_matches("if ").split([' ', ';']).next().unwrap_or_default();

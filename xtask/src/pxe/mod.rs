@@ -34,10 +34,13 @@ pub struct Options {
     /// What one machine boots; KEY is mac:52:54:00:12:34:56, uuid:… or serial:…; may be repeated
     #[arg(long = "machine", value_name = "KEY=FILE")]
     pub machines: Vec<MachineFile>,
-    /// Where the tree will be served, such as tftp://192.0.2.1 or http://192.0.2.1/umbra [default: GRUB asks the server that
-    /// it came from; with --serve this machine]
-    #[arg(long, value_name = "URL")]
+    /// The TFTP server that the tree is for: tftp://192.0.2.1/FOLDER or an address alone [default: the one that GRUB came from;
+    /// with --serve this machine]
+    #[arg(long, value_name = "URL", value_parser = Server::tftp)]
     pub server: Option<Server>,
+    /// Load Umbra and the bundles by HTTP, which is faster, from where a server has the tree: http://192.0.2.1/FOLDER
+    #[arg(long, value_name = "URL", value_parser = Server::http)]
+    pub http: Option<Server>,
     /// Serve the tree on this network interface until Ctrl-C, beside the DHCP server that is there
     #[arg(long, value_name = "IFACE", num_args = 0..=1, default_missing_value = "")]
     pub serve: Option<String>,
@@ -90,7 +93,8 @@ pub fn pxe(options: &Options) -> Result<ExitCode> {
         given
     };
     let server = options.server.clone().or_else(|| address.map(Server::from));
-    let files = tree::write(&out, &Contents { umbra: &images.umbra, server, default, machines })?;
+    let http = options.http.clone();
+    let files = tree::write(&out, &Contents { umbra: &images.umbra, server, http, default, machines })?;
     for file in &files {
         let kept = if file.kept { "  (kept)" } else { "" };
         println!("{:>12} bytes  sha256 {}  {}{kept}", file.size_bytes, file.sha256, file.path);
@@ -140,7 +144,8 @@ mod tests {
         for (args, words) in [
             (&["--machine", "mac:1=x"][..], "is not a MAC address"),
             (&["--machine", "x"], "names no machine"),
-            (&["--server", "ftp://x"], "neither TFTP nor HTTP"),
+            (&["--server", "http://x"], "is not TFTP"),
+            (&["--http", "tftp://x"], "is not HTTP"),
         ] {
             let error = parse(args).err().unwrap();
             assert!(error.contains(words), "{args:?}: {error}");

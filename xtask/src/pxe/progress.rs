@@ -13,6 +13,7 @@ pub(super) struct Progress {
     /// What is known of the request that dnsmasq is logging.
     firmware: Option<&'static str>,
     ipxe: bool,
+    mac: String,
     /// Which machine has which address.
     machines: BTreeMap<Ipv4Addr, String>,
     /// The last line, which is not said twice: firmware asks again and again.
@@ -55,31 +56,30 @@ impl Progress {
         } else if let Some(class) = text.strip_prefix("user class: ") {
             self.ipxe = class.trim() == "iPXE";
         } else if let Some((_, rest)) = text.strip_prefix("PXE(").and_then(|rest| rest.split_once(") ")) {
-            return self.answered(rest);
+            return self.asked(rest);
+        } else if let Some(file) = text.strip_prefix("bootfile name: ") {
+            return Some(format!("{}: is told to load {file}", self.mac));
         }
         None
     }
 
-    /// `[ADDRESS] MAC FILE`, where the file of a first answer is `proxy`.
-    fn answered(&mut self, text: &str) -> Option<String> {
-        let mut words = text.split_whitespace();
-        let first = words.next()?;
-        let mac = match first.parse() {
-            Ok(address) => {
-                let mac = words.next()?.to_owned();
-                self.machines.insert(address, mac.clone());
-                mac
-            }
-            Err(_) => first.to_owned(),
-        };
-        match words.next()? {
-            "proxy" => {
-                let firmware = self.firmware.unwrap_or("unknown firmware");
-                let client = if self.ipxe { ", iPXE" } else { "" };
-                Some(format!("{mac}: asks how to boot ({firmware}{client})"))
-            }
-            file => Some(format!("{mac}: is told to load {file}")),
+    /// `[ADDRESS] MAC proxy`, or a file in the place of `proxy` when the machine asks again for its name.
+    fn asked(&mut self, text: &str) -> Option<String> {
+        let mut words = text.split_whitespace().peekable();
+        let address = words.peek()?.parse().ok();
+        if address.is_some() {
+            words.next();
         }
+        self.mac = words.next()?.to_owned();
+        if let Some(address) = address {
+            self.machines.insert(address, self.mac.clone());
+        }
+        if words.next()? != "proxy" {
+            return None;
+        }
+        let firmware = self.firmware.unwrap_or("unknown firmware");
+        let client = if self.ipxe { ", iPXE" } else { "" };
+        Some(format!("{}: asks how to boot ({firmware}{client})", self.mac))
     }
 
     fn tftp(&mut self, text: &str, neighbour: impl FnOnce(Ipv4Addr) -> Option<String>) -> Option<String> {
@@ -190,6 +190,7 @@ mod tests {
             "dnsmasq-dhcp[1]: 7 vendor class: PXEClient:Arch:00007:UNDI:003000",
             "dnsmasq-dhcp[1]: 7 PXE(br0) 52:54:00:00:00:01 proxy",
             "dnsmasq-dhcp[1]: 7 PXE(br0) 52:54:00:00:00:01 proxy",
+            "dnsmasq-dhcp[1]: 7 bootfile name: grub-x64.efi",
             "dnsmasq-tftp[1]: error 8 User aborted the transfer received from 192.0.2.9",
             "dnsmasq-tftp[1]: sent /srv/umbra/grub-x64.efi to 192.0.2.9",
             "dnsmasq-tftp[1]: failed sending /srv/umbra/umbra to 192.0.2.9",
@@ -199,6 +200,7 @@ mod tests {
             told(&lines),
             [
                 "52:54:00:00:00:01: asks how to boot (UEFI)",
+                "52:54:00:00:00:01: is told to load grub-x64.efi",
                 "52:54:00:00:00:01: has grub-x64.efi",
                 "52:54:00:00:00:01: broke off loading umbra",
                 "52:54:00:00:00:01: asks for pxelinux.0, which is not there",

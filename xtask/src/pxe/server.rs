@@ -41,6 +41,27 @@ impl From<Ipv4Addr> for Server {
     }
 }
 
+impl Server {
+    /// A TFTP server: the value of `--server`.
+    pub fn tftp(text: &str) -> Result<Self, String> {
+        Self::of(text, Protocol::Tftp, "is not TFTP; write tftp://192.0.2.1/FOLDER or an address alone")
+    }
+
+    /// An HTTP server: the value of `--http`.
+    pub fn http(text: &str) -> Result<Self, String> {
+        Self::of(text, Protocol::Http, "is not HTTP; write http://192.0.2.1/FOLDER")
+    }
+
+    fn of(text: &str, protocol: Protocol, otherwise: &str) -> Result<Self, String> {
+        let server: Self = text.parse()?;
+        if server.protocol == protocol {
+            Ok(server)
+        } else {
+            Err(format!("`{text}` {otherwise}"))
+        }
+    }
+}
+
 impl FromStr for Server {
     type Err = String;
 
@@ -91,6 +112,14 @@ mod tests {
             assert_eq!(text.parse::<Server>().unwrap().to_string(), shown);
         }
         assert_eq!(Server::from(Ipv4Addr::new(192, 0, 2, 1)).to_string(), "tftp://192.0.2.1");
+    }
+
+    #[test]
+    fn each_option_has_its_protocol() {
+        assert_eq!(Server::tftp("192.0.2.1"), "tftp://192.0.2.1".parse());
+        assert!(Server::http("http://192.0.2.1/x").is_ok());
+        assert!(Server::tftp("http://192.0.2.1").unwrap_err().contains("is not TFTP"));
+        assert!(Server::http("192.0.2.1").unwrap_err().contains("is not HTTP"));
     }
 
     #[test]

@@ -31,6 +31,8 @@ pub struct Contents<'a> {
     pub umbra: &'a Path,
     /// Where the tree will be served, if the boot loaders cannot find out.
     pub server: Option<Server>,
+    /// Where Umbra and the bundles are to be loaded from by HTTP.
+    pub http: Option<Server>,
     /// The bundle of machines that have none of their own.
     pub default: Option<Vec<u8>>,
     /// The bundles of single machines.
@@ -113,7 +115,7 @@ fn fill(dir: &Path, out: &Path, contents: &Contents<'_>) -> Result<Vec<Listed>> 
     for name in [boot_image::BIOS, boot_image::UEFI] {
         open_for_all(&dir.join(name), 0o644)?;
     }
-    put(&dir.join("grub.cfg"), boot_image::GRUB_CFG.as_bytes())?;
+    put(&dir.join("grub.cfg"), boot_image::grub_cfg(contents.http.as_ref()).as_bytes())?;
     put(&dir.join(boot_image::IPXE), boot_image::ipxe(contents.server.as_ref()).as_bytes())?;
     copy(contents.umbra, &dir.join("umbra"))?;
     let machines = dir.join(MACHINES);

@@ -237,6 +237,7 @@ fn network(bundle: &Bundle, images: &Images, dir: &Path) -> Result<Network> {
     let contents = Contents {
         umbra: &images.umbra,
         server: None,
+        http: None,
         default: Some(bundle.archive()?),
         machines: Vec::new(),
     };
