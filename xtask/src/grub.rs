@@ -82,21 +82,36 @@ pub fn find_image_cfg(marker: &str) -> String {
 }
 
 /// The configuration of an image: GRUB talks on the serial line where there is one, and starts Umbra at once, after the
-/// command `first`.
+/// command `first`. What it cannot read it says on the screen as well.
 pub fn image_cfg(first: &str) -> String {
     let menu = "\
 if serial --unit=0 --speed=115200; then
+    set with_serial=yes
     terminal_input serial console
     terminal_output serial
 fi
 set timeout=0
 set default=0
+function say {
+    if [ \"$with_serial\" = yes ]; then
+        terminal_output console
+        echo \"umbra: $1\"
+        terminal_output serial
+    fi
+    echo \"umbra: $1\"
+}
 menuentry \"Umbra\" {
-    multiboot2 /boot/umbra
-    module2 /boot/bundle.cpio
+    say \"GRUB loads Umbra and its bundle\"
+    if multiboot2 /boot/umbra; then
+        if module2 /boot/bundle.cpio; then
+            boot
+        fi
+    fi
+    say \"this medium cannot be read; write the image to it again, or take another (Esc: GRUB's menu)\"
+    sleep --interruptible 3600
 }
 ";
-    menu.replace("    multiboot2", &format!("    {first}\n    multiboot2"))
+    menu.replace("    say \"GRUB loads", &format!("    {first}\n    say \"GRUB loads"))
 }
 
 #[cfg(test)]
@@ -105,9 +120,9 @@ mod tests {
 
     #[test]
     fn the_menu_loads_what_the_image_holds() {
-        for line in ["multiboot2 /boot/umbra\n", "module2 /boot/bundle.cpio\n", "set timeout=0\n"] {
+        for line in ["multiboot2 /boot/umbra;", "module2 /boot/bundle.cpio;", "set timeout=0\n"] {
             assert!(image_cfg("").contains(line), "{line}");
         }
-        assert!(image_cfg("wrmsr 1 2").contains("{\n    wrmsr 1 2\n    multiboot2 /boot/umbra\n"));
+        assert!(image_cfg("wrmsr 1 2").contains("{\n    wrmsr 1 2\n    say "));
     }
 }

@@ -7,6 +7,7 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{ensure, Context, Result};
+use xtask::bundle::Bundle;
 use xtask::emulator::{Boot, Machine, Medium};
 use xtask::image::write_iso;
 use xtask::paths;
@@ -34,10 +35,22 @@ pub(super) fn all() -> Vec<Scenario> {
     });
     starts
         .chain([
+            Scenario::new("image_cut_short", cut_short).needs(&[Need::Grub]),
             Scenario::new("image_is_reproducible", reproducible).needs(&[Need::Grub]),
             Scenario::new("image_names_no_folder", |ctx| names_no_folder(&ctx.images.umbra)),
         ])
         .collect()
+}
+
+/// A stick on which the end of the bundle is missing: GRUB says so, and does not start what it has.
+fn cut_short(ctx: &Ctx) -> Result<Cases> {
+    let bundle = Bundle::new("").file("large", vec![0; 32 << 20]);
+    let machine =
+        Machine { boot: Boot::Iso, medium: Medium::Usb, image_bytes: Some(24 << 20), ..ctx.machine() };
+    let mut vm = ctx.boot(&machine, &bundle)?;
+    vm.expect("umbra: GRUB loads Umbra and its bundle")?;
+    vm.expect("umbra: this medium cannot be read; write the image to it again")?;
+    Ok(Cases::passed())
 }
 
 /// Two images made of the same files, in different folders and so long apart that every clock in them, FAT's of two

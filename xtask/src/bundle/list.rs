@@ -32,9 +32,10 @@ pub fn list(shown: &str, archive: &[u8], mut print: impl FnMut(&str)) -> Result<
     Ok(())
 }
 
-/// A file's size, digest and name, in columns.
+/// A file's size, digest and name, in columns. A name that a terminal would obey is quoted.
 pub fn file_line(name: &str, data: &[u8]) -> String {
-    format!("{:>12} bytes  sha256 {}  {name}", data.len(), Digest::of(data))
+    let quoted = if name.contains(char::is_control) { format!("{name:?}") } else { name.to_owned() };
+    format!("{:>12} bytes  sha256 {}  {quoted}", data.len(), Digest::of(data))
 }
 
 fn entry_line(entry: &Entry<'_>, config: Option<&Config>) -> String {

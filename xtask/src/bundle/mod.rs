@@ -275,6 +275,8 @@ mod tests {
         ] {
             assert!(lines.lines().any(|other| other.trim() == line.trim()), "{line}\n{lines}");
         }
+        let (lines, _) = listed(&bundle.clone().file("a\x1b[2J", *b"").archive().unwrap());
+        assert!(lines.contains(r#"  "a\u{1b}[2J" (no VM names it)"#), "{lines}");
         let (lines, verdict) = listed(&bundle.with_manifest().archive().unwrap());
         assert_eq!(verdict, Ok(()));
         assert!(lines.contains("manifest: all 4 files are as SHA256SUMS lists them"), "{lines}");

@@ -1,5 +1,6 @@
 //! The description of an emulated machine.
 
+use std::fs::OpenOptions;
 use std::path::PathBuf;
 
 use anyhow::{bail, Context, Result};
@@ -107,6 +108,8 @@ pub struct Machine {
     pub medium: Medium,
     /// What it boots from by PXE, where Umbra and the bundle are.
     pub network: Option<Network>,
+    /// How much of the image the medium has, in bytes, if not all: the copy broke off.
+    pub image_bytes: Option<u64>,
     /// Umbra's ELF file.
     pub umbra: PathBuf,
     /// Processors.
@@ -137,6 +140,7 @@ impl Machine {
             boot: Boot::Pvh,
             medium: Medium::Cd,
             network: None,
+            image_bytes: None,
             umbra: Images::places().umbra,
             cpus: 1,
             memory: Size::mib(2048),
@@ -180,6 +184,9 @@ impl Machine {
                 &work,
                 &self.iso_file(),
             )?;
+            if let Some(len) = self.image_bytes {
+                OpenOptions::new().write(true).open(self.iso_file())?.set_len(len)?;
+            }
         }
         match self.kind {
             Kind::Bochs => bochs::write_configuration(self)?,

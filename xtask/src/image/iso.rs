@@ -86,6 +86,8 @@ fn xorriso(time: &str, identity: &Identity) -> Result<CommandLine> {
         .arg(mbr)
         .args(["--mbr-force-bootable", "-partition_offset", "16"])
         .args(["-append_partition", "2", EFI_SYSTEM_PARTITION, "efi.img", "-appended_part_as_gpt"])
+        // What GRUB needs to say anything comes first, as in a copy that broke off.
+        .args(["--sort-weight", "0", "/", "--sort-weight", "1", "/boot/grub"])
         .args(["-eltorito-alt-boot", "-e", "--interval:appended_partition_2:all::", "-no-emul-boot"]))
 }
 

@@ -52,6 +52,7 @@ pub fn make(options: &Options) -> Result<PathBuf> {
     fs::create_dir_all(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
     let archive_file = dir.join("bundle.cpio");
     fs::write(&archive_file, &archive).with_context(|| format!("cannot write {}", archive_file.display()))?;
+    say!("writing the image");
     write_iso(&images.umbra, &archive_file, "", &dir.join("iso"), &iso)?;
 
     say!("the image holds");

@@ -104,7 +104,7 @@ impl Component {
             (Self::Bochs, Dnf | Pacman | Brew) => &["bochs"],
             (Self::Grub, Apt) => &["grub-pc-bin", "grub-efi-amd64-bin", "grub-common", "xorriso", "mtools"],
             (Self::Grub, Dnf) => {
-                &["grub2-tools-extra", "grub2-pc-modules", "grub2-efi-x64-modules", "xorriso", "mtools"]
+                &["grub2-tools", "grub2-pc-modules", "grub2-efi-x64-modules", "xorriso", "mtools"]
             }
             (Self::Grub, Pacman) => &["grub", "libisoburn", "mtools"],
             (Self::Grub, Brew) => &["i686-elf-grub", "x86_64-elf-grub", "xorriso", "mtools"],

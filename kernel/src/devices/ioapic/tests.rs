@@ -24,6 +24,8 @@ impl Wire {
     }
 }
 
+/// What [`Wire::vectors`] gives if nothing was sent.
+const NONE: [u8; 0] = [];
 const LEVEL: u32 = 1 << 15;
 const LOW: u32 = 1 << 13;
 const MASKED: u32 = 1 << 16;
@@ -112,7 +114,7 @@ fn an_edge_sends_once_and_a_masked_edge_is_lost() {
     assert_eq!(wire.sent, [expected]);
     wire.sent.clear();
     apic.set_line(4, false, &mut wire);
-    assert_eq!(wire.vectors(), []);
+    assert_eq!(wire.vectors(), NONE);
     apic.set_line(4, true, &mut wire);
     assert_eq!(wire.vectors(), [0x34], "no EOI is awaited");
 
@@ -120,7 +122,7 @@ fn an_edge_sends_once_and_a_masked_edge_is_lost() {
     write(&mut apic, low(4), MASKED | 0x34, &mut wire);
     apic.set_line(4, true, &mut wire);
     write(&mut apic, low(4), 0x34, &mut wire);
-    assert_eq!(wire.vectors(), []);
+    assert_eq!(wire.vectors(), NONE);
     assert_eq!(read(&mut apic, low(4)) & REMOTE_IRR, 0);
 }
 
@@ -129,11 +131,11 @@ fn active_low_edges_fall() {
     let (mut apic, mut wire) = (IoApic::new(), Wire::default());
     apic.set_line(7, true, &mut wire);
     program(&mut apic, 7, 0, LOW | 0x40, &mut wire);
-    assert_eq!(wire.vectors(), []);
+    assert_eq!(wire.vectors(), NONE);
     apic.set_line(7, false, &mut wire);
     assert_eq!(wire.vectors(), [0x40]);
     apic.set_line(7, true, &mut wire);
-    assert_eq!(wire.vectors(), []);
+    assert_eq!(wire.vectors(), NONE);
 }
 
 #[test]
@@ -149,12 +151,12 @@ fn a_level_waits_for_its_eoi_and_comes_again_while_high() {
     apic.set_line(9, false, &mut wire);
     apic.set_line(9, true, &mut wire);
     apic.eoi(0x51, &mut wire);
-    assert_eq!(wire.vectors(), [], "not its vector");
+    assert_eq!(wire.vectors(), NONE, "not its vector");
     apic.eoi(0x50, &mut wire);
     assert_eq!(wire.vectors(), [0x50], "still high");
     apic.set_line(9, false, &mut wire);
     apic.eoi(0x50, &mut wire);
-    assert_eq!(wire.vectors(), []);
+    assert_eq!(wire.vectors(), NONE);
     assert_eq!(read(&mut apic, low(9)) & REMOTE_IRR, 0);
     apic.set_line(9, true, &mut wire);
     assert_eq!(wire.vectors(), [0x50]);
@@ -168,7 +170,7 @@ fn unmasking_a_high_line_and_flipping_polarity() {
     let (mut apic, mut wire) = (IoApic::new(), Wire::default());
     program(&mut apic, 10, 0, MASKED | LEVEL | 0x60, &mut wire);
     apic.set_line(10, true, &mut wire);
-    assert_eq!(wire.vectors(), []);
+    assert_eq!(wire.vectors(), NONE);
     write(&mut apic, low(10), LEVEL | 0x60, &mut wire);
     assert_eq!(wire.vectors(), [0x60]);
 
@@ -176,19 +178,19 @@ fn unmasking_a_high_line_and_flipping_polarity() {
     write(&mut apic, low(10), MASKED | LEVEL | 0x60, &mut wire);
     assert_eq!(read(&mut apic, low(10)) & REMOTE_IRR, REMOTE_IRR, "masking keeps remote IRR");
     apic.eoi(0x60, &mut wire);
-    assert_eq!(wire.vectors(), []);
+    assert_eq!(wire.vectors(), NONE);
     write(&mut apic, low(10), LEVEL | 0x60, &mut wire);
     assert_eq!(wire.vectors(), [0x60]);
 
     // Active low: the high line is idle; low again active high: it is idle too.
     write(&mut apic, low(10), LEVEL | LOW | 0x60, &mut wire);
     apic.eoi(0x60, &mut wire);
-    assert_eq!(wire.vectors(), []);
+    assert_eq!(wire.vectors(), NONE);
     apic.set_line(10, false, &mut wire);
     assert_eq!(wire.vectors(), [0x60]);
     write(&mut apic, low(10), LEVEL | 0x60, &mut wire);
     apic.eoi(0x60, &mut wire);
-    assert_eq!(wire.vectors(), []);
+    assert_eq!(wire.vectors(), NONE);
     write(&mut apic, low(10), LEVEL | LOW | 0x60, &mut wire);
     assert_eq!(wire.vectors(), [0x60], "the flip itself asserts a level");
 }

@@ -270,7 +270,7 @@ fn check(host: &impl HostCpuid, shape: &VmShape) {
     assert_eq!(caps.efer >> 11 & 1 != 0, bit(ext1.edx, 20));
     assert_eq!(caps.efer >> 12 & 1, 0, "SVME");
     assert_eq!(caps.tsc_aux, bit(ext1.edx, 27) || bit(leaf7.ecx, 22));
-    assert_eq!(ext8.eax & 0xff, caps.phys_bits.into());
+    assert_eq!(ext8.eax & 0xff, u32::from(caps.phys_bits));
     assert!(caps.phys_bits <= shape.max_phys_bits.clamp(32, 52));
 
     // XSAVE sizes.
@@ -297,7 +297,7 @@ fn check_topology(table: &CpuidTable, shape: &VmShape) {
     for id in 0..shape.vcpus {
         let look = |leaf, subleaf| table.lookup(leaf, subleaf, &cpu(id));
         let leaf1 = look(1, 0);
-        assert_eq!(leaf1.ebx >> 24, id.into());
+        assert_eq!(leaf1.ebx >> 24, u32::from(id));
         assert_eq!(bit(leaf1.edx, 28), vcpus > 1, "HTT");
         let logical = leaf1.ebx >> 16 & 0xff;
         assert_eq!(logical, if amd { vcpus } else { vcpus.next_power_of_two() });

@@ -251,8 +251,8 @@ fn obeys(host: &impl HostCpuid, shape: &VmShape) {
     assert_eq!(caps.xsaves, has((0xd, 1, A, 3)));
     assert_eq!(caps.invpcid, has((7, 0, B, 10)));
     assert_eq!(caps.linear_bits() == 57, has((7, 0, C, 16)));
-    assert_eq!(look(0x8000_0008, 0)[A] >> 8, caps.linear_bits().into());
-    assert_eq!(look(0x8000_0008, 0)[A] & 0xff, caps.phys_bits.into());
+    assert_eq!(look(0x8000_0008, 0)[A] >> 8, u32::from(caps.linear_bits()));
+    assert_eq!(look(0x8000_0008, 0)[A] & 0xff, u32::from(caps.phys_bits));
 }
 
 /// Leaf 8000_0006h has the L2 cache that leaf 4 has.
