@@ -52,7 +52,7 @@ pub(super) fn serve(ctx: &Ctx) -> Result<Cases> {
     let mut vm = boot(ctx, &on_tap(Boot::Pxe, bios))?;
     vm.expect("^umbra: loading machines/default/bundle.cpio$")?;
     server.interrupt(ctx)?;
-    vm.expect(&format!("^umbra: cannot load machines/default/bundle.cpio\\s+from\\s+tftp://{SERVER}\\s"))?;
+    vm.expect(&format!("^umbra: cannot load machines/default/bundle.cpio\\s+from\\s+tftp://{SERVER};"))?;
     ensure!(!vm.log().contains("umbra: entered by"), "Umbra was started with a part of the bundle");
     Ok(Cases::passed())
 }
