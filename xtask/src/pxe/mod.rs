@@ -88,7 +88,7 @@ pub fn pxe(options: &Options) -> Result<ExitCode> {
     let images = build::build(ready.compiler()?)?;
     let default = if wants_guest {
         let dir = paths::target_dir().join("pxe-guest");
-        Some(description::write(&Request::default(), ready.linux.as_ref(), &dir)?.archive()?)
+        Some(archive_of(description::write(&Request::default(), ready.linux.as_ref(), &dir)?)?)
     } else {
         given
     };
@@ -107,7 +107,12 @@ pub fn pxe(options: &Options) -> Result<ExitCode> {
 }
 
 fn archive(file: &Path) -> Result<Vec<u8>> {
-    Bundle::load(file)?.archive()
+    archive_of(Bundle::load(file)?)
+}
+
+/// With a manifest: TFTP notices little of what goes wrong on the way.
+fn archive_of(bundle: Bundle) -> Result<Vec<u8>> {
+    bundle.with_manifest().archive()
 }
 
 #[cfg(test)]
