@@ -63,7 +63,7 @@ impl Options {
         let Some(name) = &self.serve else { return Ok(None) };
         let address = interface::address(name, &interface::all()?)?;
         if !sys::is_root() {
-            bail!("DHCP and TFTP are served by root only; run the command by sudo");
+            bail!("only root can serve DHCP and TFTP; run it as root, such as by: sudo env \"PATH=$PATH\" cargo xtask pxe --serve {name}");
         }
         Ok(Some(address))
     }

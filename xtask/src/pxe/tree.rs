@@ -3,7 +3,7 @@
 use std::fs::{self, File, Permissions};
 use std::io;
 use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::{bail, Context, Result};
 use sha2::{Digest, Sha256};
@@ -253,13 +253,10 @@ fn open_for_all(path: &Path, mode: u32) -> Result<()> {
         .with_context(|| format!("cannot set the mode of {}", paths::display(path)))
 }
 
-/// The place of a machine's bundle in the tree at `out`.
-pub fn bundle_of(out: &Path, machine: &str) -> PathBuf {
-    out.join(MACHINES).join(machine).join(BUNDLE)
-}
-
 #[cfg(test)]
 mod tests {
+    use std::path::PathBuf;
+
     use super::*;
 
     /// An empty folder of this test's own.

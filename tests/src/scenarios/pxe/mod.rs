@@ -4,12 +4,14 @@
 mod namespace;
 mod serve;
 
+use std::collections::BTreeMap;
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{ensure, Result};
 use xtask::bundle::Bundle;
 use xtask::emulator::{Boot, Link, Machine, Network};
+use xtask::exec::CommandLine;
 use xtask::pxe::boot_image;
 use xtask::pxe::tree::{self, Contents};
 use xtask::pxe::{Key, Server};
@@ -21,6 +23,7 @@ use crate::scenario::{Need, Scenario};
 
 pub(super) fn all() -> Vec<Scenario> {
     let scenarios = vec![
+        Scenario::new("pxe_tree", whole_tree),
         Scenario::new("pxe_ipxe_linux", |ctx| linux_shell(ctx, Boot::Pxe)).needs(&[Need::Linux]).limit(600),
         Scenario::new("pxe_uefi_linux", |ctx| linux_shell(ctx, Boot::PxeUefi))
             .needs(&[Need::Linux, Need::Uefi])
@@ -53,6 +56,56 @@ fn tree(ctx: &Ctx, default: &Bundle, machines: &[(&str, Bundle)], server: Option
     let default = Some(default.archive()?);
     tree::write(&out, &Contents { umbra: &ctx.images.umbra, server, http: None, default, machines })?;
     Ok(out)
+}
+
+/// The same contents are the same files; what an administrator has added stays; an error changes nothing.
+fn whole_tree(ctx: &Ctx) -> Result<Cases> {
+    let out = tree(ctx, &demo(ctx, "demo")?, &[("serial:A", demo(ctx, "a")?)], None)?;
+    let first = files(&out)?;
+    let again = tree(ctx, &demo(ctx, "demo")?, &[("serial:A", demo(ctx, "a")?)], None)?;
+    ensure!(files(&again)? == first, "the same contents make other files");
+    let sums = CommandLine::new("sha256sum").args(["--check", "--strict", "--quiet", tree::SUMS]).dir(&out);
+    sums.run_quietly()?;
+
+    let added = out.join(tree::MACHINES).join("mac-52-54-00-00-00-01");
+    fs::create_dir(&added)?;
+    fs::copy(out.join("machines/serial-a/bundle.cpio"), added.join(tree::BUNDLE))?;
+    let listed = tree::write(
+        &out,
+        &Contents { umbra: &ctx.images.umbra, server: None, http: None, default: None, machines: vec![] },
+    )?;
+    let kept = listed.iter().filter(|file| file.kept).map(|file| file.path.as_str());
+    ensure!(
+        kept.eq([
+            "machines/default/bundle.cpio",
+            "machines/mac-52-54-00-00-00-01/bundle.cpio",
+            "machines/serial-a/bundle.cpio"
+        ]),
+        "not every machine's bundle was kept: {listed:?}"
+    );
+    sums.run_quietly()?;
+
+    let before = files(&out)?;
+    let no_umbra = ctx.dir.join("nothing");
+    let contents = Contents { umbra: &no_umbra, server: None, http: None, default: None, machines: vec![] };
+    ensure!(tree::write(&out, &contents).is_err(), "a tree without Umbra was written");
+    ensure!(files(&out)? == before, "a failure has changed the tree");
+    ensure!(fs::read_dir(&ctx.dir)?.count() == 1, "a failure has left something beside the tree");
+    Ok(Cases::passed())
+}
+
+/// Every file below `dir`, by its path, with what is in it.
+fn files(dir: &Path) -> Result<BTreeMap<PathBuf, Vec<u8>>> {
+    let mut found = BTreeMap::new();
+    for entry in fs::read_dir(dir)? {
+        let path = entry?.path();
+        if path.is_dir() {
+            found.extend(files(&path)?);
+        } else {
+            found.insert(path.clone(), fs::read(&path)?);
+        }
+    }
+    Ok(found)
 }
 
 /// The usual machine, on a network.
