@@ -136,7 +136,8 @@ mod tests {
     /// Each command of the scripts needs a module within the image: nothing else is there to load it from.
     #[test]
     fn commands_are_in_the_image() {
-        let keywords = ["if", "then", "else", "fi", "for", "do", "done", "set", "source"];
+        let keywords =
+            ["if", "then", "else", "fi", "for", "do", "done", "function", "set", "say", "source", "}"];
         for text in [start_cfg(None), grub_cfg(None)] {
             for line in text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'))
             {
