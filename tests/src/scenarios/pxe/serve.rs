@@ -13,17 +13,21 @@ use super::{boot, demo, machine, run_demo};
 use crate::cases::Cases;
 use crate::context::Ctx;
 
-/// A file in the bundle that no machine needs, so that loading takes a while.
+/// The size of a file in a bundle that no guest needs, so that loading takes a while.
 const PADDING: usize = 64 << 20;
+
+/// The machine whose bundle that is.
+const WITH_LARGE: &str = "52:54:00:00:00:0c";
 
 pub(super) fn serve(ctx: &Ctx) -> Result<Cases> {
     let lan = match Lan::new()? {
         Ok(lan) => lan,
         Err(why) => return Ok(Cases::skipped(format!("there can be no network namespace here: {why}"))),
     };
-    let archive = ctx.dir.join("demo.cpio");
-    fs::write(&archive, demo(ctx, "served")?.file("padding", vec![0; PADDING]).archive()?)?;
-    let mut server = Running::start(ctx, &lan, &archive)?;
+    let (small, large) = (ctx.dir.join("small.cpio"), ctx.dir.join("large.cpio"));
+    fs::write(&small, demo(ctx, "served")?.archive()?)?;
+    fs::write(&large, demo(ctx, "large")?.file("padding", vec![0; PADDING]).archive()?)?;
+    let mut server = Running::start(ctx, &lan, &small, &format!("mac:{WITH_LARGE}={}", large.display()))?;
     server.expect(ctx, &format!("serving on {BRIDGE} at {SERVER}"))?;
     let program = Some(lan.qemu(&ctx.dir)?);
     let on_tap = |boot, mac: &str| Machine {
@@ -49,10 +53,11 @@ pub(super) fn serve(ctx: &Ctx) -> Result<Cases> {
     }
 
     // The server goes while a machine loads: what has come of the bundle is not booted.
-    let mut vm = boot(ctx, &on_tap(Boot::Pxe, bios))?;
-    vm.expect("^umbra: loading machines/default/bundle.cpio$")?;
+    let folder = format!("machines/mac-{}", WITH_LARGE.replace(':', "-"));
+    let mut vm = boot(ctx, &on_tap(Boot::Pxe, WITH_LARGE))?;
+    vm.expect(&format!("^umbra: loading {folder}/bundle.cpio$"))?;
     server.interrupt(ctx)?;
-    vm.expect(&format!("^umbra: cannot load machines/default/bundle.cpio\\s+from\\s+tftp://{SERVER};"))?;
+    vm.expect(&format!("^umbra: cannot load {folder}/bundle.cpio\\s+from\\s+tftp://{SERVER};"))?;
     ensure!(!vm.log().contains("umbra: entered by"), "Umbra was started with a part of the bundle");
     Ok(Cases::passed())
 }
@@ -64,7 +69,7 @@ struct Running {
 }
 
 impl Running {
-    fn start(ctx: &Ctx, lan: &Lan, bundle: &Path) -> Result<Self> {
+    fn start(ctx: &Ctx, lan: &Lan, bundle: &Path, machine: &str) -> Result<Self> {
         let path = ctx.dir.join("serve.log");
         let line = lan
             .ours
@@ -72,7 +77,8 @@ impl Running {
             .args(["xtask", "pxe", "--serve", BRIDGE, "--out"])
             .arg(ctx.dir.join("served"))
             .arg("--bundle")
-            .arg(bundle);
+            .arg(bundle)
+            .args(["--machine", machine]);
         let log = File::create(&path)?;
         let child = line
             .command()
