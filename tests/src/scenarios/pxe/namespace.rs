@@ -69,14 +69,19 @@ impl Lan {
         };
         wait_for(&ours)?;
         wait_for(&theirs)?;
-        if let Err(error) = ours.ip(&format!("tuntap add {TAP} mode tap")) {
-            return Ok(Err(format!("{error:#}").replace('\n', " ")));
+        // A kernel without one of these devices cannot have the network.
+        for arguments in [
+            format!("tuntap add {TAP} mode tap"),
+            format!("link add {BRIDGE} type bridge"),
+            format!("link add veth0 type veth peer name veth1 netns {}", theirs.0.id()),
+        ] {
+            if let Err(error) = ours.ip(&arguments) {
+                return Ok(Err(format!("{error:#}").replace('\n', " ")));
+            }
         }
         for arguments in [
-            format!("link add {BRIDGE} type bridge"),
             format!("addr add {SERVER}/24 dev {BRIDGE}"),
             format!("link set {TAP} master {BRIDGE} up"),
-            format!("link add veth0 type veth peer name veth1 netns {}", theirs.0.id()),
             format!("link set veth0 master {BRIDGE} up"),
             format!("link set {BRIDGE} up"),
         ] {
