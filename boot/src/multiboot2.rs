@@ -3,7 +3,8 @@
 use bootloader_api::info::{FrameBufferInfo, PixelFormat};
 use multiboot2::{BootInformation, FramebufferField, FramebufferTag, FramebufferType, MemoryArea, TagType};
 
-use crate::handover::{Error, Handover, Physical};
+use crate::handover::{Error, Handover, Physical, TEXT_MODE};
+use crate::regions::LIMIT;
 
 /// What errors call the information block.
 const BLOCK: &str = "Multiboot2 information";
@@ -26,13 +27,13 @@ pub fn read(memory: &impl Physical, at: u64, out: &mut Handover) -> Result<(), E
         return Err(malformed);
     }
 
-    out.map.reserve(at, u64::from(total_size))?;
+    out.map.reserve(at, u64::from(total_size));
     for area in info.memory_map_tag().ok_or(Error::NoMemoryMap)?.memory_areas() {
-        out.map.add_e820(area.start_address(), area.size(), area.typ().val())?;
+        out.map.add_e820(area.start_address(), area.size(), area.typ().val());
     }
     for module in info.module_tags() {
         let (start, end) = (u64::from(module.start_address()), u64::from(module.end_address()));
-        out.add_module(start, end.checked_sub(start).ok_or(Error::Malformed("module", start))?)?;
+        out.add_module(start, end.checked_sub(start).ok_or(Error::Malformed("module", start))?);
     }
     // The tags hold copies of the RSDP, so the copy's address is what counts; the newer one is preferred.
     let rsdp_tag = info
@@ -40,6 +41,11 @@ pub fn read(memory: &impl Physical, at: u64, out: &mut Handover) -> Result<(), E
         .map(|tag| core::ptr::from_ref(tag).addr())
         .or_else(|| info.rsdp_v1_tag().map(|tag| core::ptr::from_ref(tag).addr()));
     out.rsdp = rsdp_tag.map(|tag| at + (tag - block.as_ptr().addr() + TAG_HEADER) as u64);
+    out.loader.protocol = "multiboot2";
+    out.loader.efi_system_table = info.efi_sdt64_tag().map(|tag| tag.sdt_address() as u64);
+    if let Some(Ok(name)) = info.boot_loader_name_tag().map(|tag| tag.name()) {
+        out.loader.set_name(name);
+    }
     out.framebuffer = match info.framebuffer_tag() {
         Some(Ok(tag)) => framebuffer(tag),
         _ => None,
@@ -66,6 +72,9 @@ fn is_well_formed(tag_type: TagType, size: usize, payload: &[u8]) -> bool {
                 && (size - TAG_HEADER - MAP_HEADER).is_multiple_of(entry)
                 && payload.starts_with(&(entry as u32).to_le_bytes())
         }
+        // Ends with a NUL at least.
+        TagType::BootLoaderName => size > TAG_HEADER,
+        TagType::Efi64 => size >= TAG_HEADER + 8,
         TagType::AcpiV1 => size >= TAG_HEADER + 20,
         TagType::AcpiV2 => size >= TAG_HEADER + 36,
         TagType::Framebuffer => {
@@ -86,19 +95,29 @@ fn is_well_formed(tag_type: TagType, size: usize, payload: &[u8]) -> bool {
     }
 }
 
-/// Geometry of a direct-colour framebuffer. Text mode and palettes are of no use to a kernel.
+/// Geometry of a direct-colour framebuffer or of text mode. Palettes are of no use to a kernel.
 fn framebuffer(tag: &FramebufferTag) -> Option<(u64, FrameBufferInfo)> {
-    let Ok(FramebufferType::RGB { red, green, blue }) = tag.buffer_type() else { return None };
     let bytes_per_pixel = usize::from(tag.bpp().div_ceil(8));
+    let pixel_format = match tag.buffer_type() {
+        Ok(FramebufferType::RGB { red, green, blue }) => pixel_format(&red, &green, &blue),
+        Ok(FramebufferType::Text) if bytes_per_pixel == 2 => TEXT_MODE,
+        _ => return None,
+    };
     let (width, height, pitch) = (tag.width() as usize, tag.height() as usize, tag.pitch() as usize);
     if bytes_per_pixel == 0 || pitch / bytes_per_pixel < width {
         return None;
     }
+    let byte_len = pitch.checked_mul(height)?;
+    // Somewhere, and all of it within the address space: `BootInfo` shows it as a slice.
+    let end = tag.address().checked_add(byte_len as u64).filter(|end| *end <= LIMIT)?;
+    if tag.address() == 0 || end == tag.address() {
+        return None;
+    }
     let info = FrameBufferInfo {
-        byte_len: pitch.checked_mul(height)?,
+        byte_len,
         width,
         height,
-        pixel_format: pixel_format(&red, &green, &blue),
+        pixel_format,
         bytes_per_pixel,
         stride: pitch / bytes_per_pixel,
     };
@@ -119,6 +138,7 @@ fn pixel_format(red: &FramebufferField, green: &FramebufferField, blue: &Framebu
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::handover::is_text_mode;
     use crate::testing::Memory;
     use proptest::prelude::*;
     use std::vec::Vec;
@@ -186,6 +206,19 @@ mod tests {
     }
 
     #[test]
+    fn the_loader_is_known_by_name_and_firmware() {
+        let name = (2, b"GRUB 2.06\0".to_vec());
+        let efi = (12, 0x3f7e_c018u64.to_le_bytes().to_vec());
+        let loader = read_tags(&[map(), name, efi]).unwrap().loader;
+        assert_eq!((loader.protocol, loader.name()), ("multiboot2", "GRUB 2.06"));
+        assert_eq!(loader.efi_system_table, Some(0x3f7e_c018));
+        let mut long = "é".repeat(40).into_bytes();
+        long.push(0);
+        let loader = read_tags(&[map(), (2, long)]).unwrap().loader;
+        assert_eq!((loader.name(), loader.efi_system_table), (&"é".repeat(32)[..], None));
+    }
+
+    #[test]
     fn an_old_rsdp_will_do() {
         let handover = read_tags(&[map(), (RSDP_OLD, vec![0; 20])]).unwrap();
         assert_eq!(handover.rsdp, Some(BASE + 8 + 64 + 8));
@@ -206,14 +239,43 @@ mod tests {
     }
 
     #[test]
+    fn text_mode_is_taken() {
+        let mut payload = words(&[0xb_8000, 0, 160, 80, 25]);
+        payload.extend([16, 2, 0, 0]);
+        let (start, info) = read_tags(&[map(), (FRAMEBUFFER, payload)]).unwrap().framebuffer.unwrap();
+        assert_eq!((start, info.width, info.height, info.stride), (0xb_8000, 80, 25, 80));
+        assert!(is_text_mode(&info) && info.byte_len == 4000);
+    }
+
+    #[test]
     fn other_framebuffers_are_left() {
         for tag in [
-            framebuffer_tag(16, 2, &[]),
+            framebuffer_tag(8, 2, &[]),
             framebuffer_tag(8, 0, &[1, 0, 1, 2, 3]),
             framebuffer_tag(0, 1, &[0; 6]),
             framebuffer_tag(64, 1, &[0; 6]),
         ] {
             assert!(read_tags(&[map(), tag]).unwrap().framebuffer.is_none());
+        }
+    }
+
+    #[test]
+    fn framebuffers_that_can_be_nowhere_are_left() {
+        let at = |address: u64, pitch: u32, height: u32| {
+            let mut payload = address.to_le_bytes().to_vec();
+            payload.extend(words(&[pitch, 800, height]));
+            payload.extend([32, 1, 0, 0, 16, 8, 8, 8, 0, 8]);
+            read_tags(&[map(), (FRAMEBUFFER, payload)]).unwrap().framebuffer
+        };
+        assert!(at(0xfd00_0000, 3200, 600).is_some());
+        for (address, pitch, height) in [
+            (0, 3200, 600),
+            (u64::MAX - 5, 3200, 600),
+            (1 << 52, 3200, 600),
+            (0xfd00_0000, u32::MAX, u32::MAX),
+            (0xfd00_0000, 3200, 0),
+        ] {
+            assert!(at(address, pitch, height).is_none(), "{address:#x}");
         }
     }
 
@@ -227,6 +289,8 @@ mod tests {
             (RSDP_OLD, vec![0; 19]),
             (RSDP_NEW, vec![0; 35]),
             (FRAMEBUFFER, vec![0; 23]),
+            (2, vec![]),
+            (12, vec![0; 7]),
             framebuffer_tag(32, 1, &[0; 5]),
             framebuffer_tag(8, 0, &[2, 0, 1, 2, 3]),
         ] {

@@ -10,6 +10,8 @@ use crate::handover::{Error, Handover, Physical};
 const MAGIC: u32 = 0x336e_c578;
 /// The memory map came with version 1.
 const VERSION_WITH_MAP: u32 = 1;
+/// No machine has more modules or regions of memory.
+const MAX_ENTRIES: u32 = 1 << 16;
 /// A command line is not looked at, only kept; a longer one is cut.
 const MAX_COMMAND_LINE: u64 = 4096;
 
@@ -61,23 +63,23 @@ pub fn read(memory: &impl Physical, at: u64, out: &mut Handover) -> Result<(), E
     if info.version < VERSION_WITH_MAP {
         return Err(Error::NoMemoryMap);
     }
-    out.map.reserve(at, size_of::<StartInfo>() as u64)?;
+    out.map.reserve(at, size_of::<StartInfo>() as u64);
     for entry_at in table::<MapEntry>(&mut *out, "PVH memory map", info.map, info.map_entries)? {
         let entry: MapEntry = copy(memory, "PVH memory map", entry_at)?;
-        out.map.add_e820(entry.address, entry.size, entry.e820_type)?;
+        out.map.add_e820(entry.address, entry.size, entry.e820_type);
     }
-    reserve_string(memory, info.command_line, out)?;
+    reserve_string(memory, info.command_line, out);
     for entry_at in table::<Module>(&mut *out, "PVH module list", info.modules, info.module_count)? {
         let module: Module = copy(memory, "PVH module list", entry_at)?;
-        reserve_string(memory, module.command_line, out)?;
-        out.add_module(module.address, module.size)?;
+        reserve_string(memory, module.command_line, out);
+        out.add_module(module.address, module.size);
     }
+    out.loader.protocol = "pvh";
     out.rsdp = (info.rsdp != 0).then_some(info.rsdp);
     Ok(())
 }
 
-/// Reserves a table and yields the addresses of its entries. Its length needs no bound: reading past what can be
-/// reached, or adding more than the map takes, ends the loop.
+/// Reserves a table and yields the addresses of its entries.
 fn table<T>(
     out: &mut Handover,
     what: &'static str,
@@ -85,9 +87,12 @@ fn table<T>(
     count: u32,
 ) -> Result<impl Iterator<Item = u64>, Error> {
     let size = size_of::<T>() as u64;
+    if count > MAX_ENTRIES {
+        return Err(Error::Malformed(what, at));
+    }
     let len = u64::from(count) * size;
     let end = at.checked_add(len).ok_or(Error::OutOfReach(what, at))?;
-    out.map.reserve(at, len)?;
+    out.map.reserve(at, len);
     Ok((at..end).step_by(size_of::<T>()))
 }
 
@@ -96,15 +101,15 @@ fn copy<T: FromBytes>(memory: &impl Physical, what: &'static str, at: u64) -> Re
     T::read_from_bytes(bytes).map_err(|_| Error::OutOfReach(what, at))
 }
 
-fn reserve_string(memory: &impl Physical, at: u64, out: &mut Handover) -> Result<(), Error> {
+fn reserve_string(memory: &impl Physical, at: u64, out: &mut Handover) {
     if at == 0 {
-        return Ok(());
+        return;
     }
     let is_text = |offset: &u64| {
         at.checked_add(*offset).and_then(|at| memory.bytes(at, 1)).is_some_and(|byte| byte != [0])
     };
     let len = (0..MAX_COMMAND_LINE).take_while(is_text).count() as u64;
-    Ok(out.map.reserve(at, len + 1)?)
+    out.map.reserve(at, len + 1);
 }
 
 #[cfg(test)]
@@ -207,6 +212,7 @@ mod tests {
         assert_eq!(read_with(&[0]), Err(Error::Malformed("PVH start_info", BASE)));
         assert_eq!(read_with(&start_info(0, 0, 0)), Err(Error::NoMemoryMap));
         assert_eq!(read_with(&start_info(1, 0, 4000)), Err(Error::OutOfReach("PVH memory map", 0x1_0ff8)));
+        assert_eq!(read_with(&start_info(1, 0, 70_000)), Err(Error::Malformed("PVH memory map", MAP)));
         assert_eq!(read(&machine(), 8, &mut Handover::new()), Err(Error::OutOfReach("PVH start_info", 8)));
     }
 

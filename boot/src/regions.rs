@@ -1,10 +1,9 @@
 //! From a firmware's memory map and a list of things to keep to the kernel's map: sorted, disjoint, page-aligned.
 
-use core::fmt;
-
 use bootloader_api::info::{MemoryRegion, MemoryRegionKind};
 
-/// How many entries, firmware's and reservations together, a [`MemoryMap`] takes. Real machines stay below 200.
+/// How many entries, firmware's and reservations together, a [`MemoryMap`] keeps. Real machines stay below 200; of a map
+/// with more, what belongs together is merged, and then the smallest pieces of memory are given up.
 pub const INPUT_REGIONS: usize = 512;
 /// How many regions can come out: n overlapping intervals have 2n bounds.
 pub const OUTPUT_REGIONS: usize = 2 * INPUT_REGIONS;
@@ -12,54 +11,52 @@ pub const OUTPUT_REGIONS: usize = 2 * INPUT_REGIONS;
 /// Regions begin and end on pages.
 const PAGE: u64 = 4096;
 /// No x86-64 CPU has wider physical addresses. AMD APM vol. 2, section 5.1.
-const LIMIT: u64 = 1 << 52;
+pub(crate) const LIMIT: u64 = 1 << 52;
 
 /// A place for a region, all zeros, so that a static array of them takes no room in the image.
 pub const NO_REGION: MemoryRegion = MemoryRegion { start: 0, end: 0, kind: MemoryRegionKind::Usable };
 
-/// The memory map has more entries than [`INPUT_REGIONS`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct TooManyRegions;
-
-impl fmt::Display for TooManyRegions {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "the firmware's memory map has more entries than the {INPUT_REGIONS} that Umbra can take")
-    }
-}
-
 /// Physical memory as the loader describes it, in any order and with any overlaps.
 ///
-/// Where entries overlap, what keeps more out wins: a firmware's reservation over ours, ours over usable memory.
+/// Where entries overlap, what keeps more out wins: a firmware's reservation over ours, ours over usable memory. However
+/// many entries there are, none that keeps something out is lost.
 #[derive(Debug)]
 pub struct MemoryMap {
     entries: [MemoryRegion; INPUT_REGIONS],
     len: usize,
+    /// Memory was given up because there are too many entries.
+    cut: bool,
 }
 
 impl MemoryMap {
     /// A map without entries.
     pub const fn new() -> Self {
-        Self { entries: [NO_REGION; INPUT_REGIONS], len: 0 }
+        Self { entries: [NO_REGION; INPUT_REGIONS], len: 0, cut: false }
     }
 
     /// Adds one entry of the firmware's map, by its e820 type: 1 is RAM, all else is not ours.
-    pub fn add_e820(&mut self, start: u64, len: u64, e820_type: u32) -> Result<(), TooManyRegions> {
+    pub fn add_e820(&mut self, start: u64, len: u64, e820_type: u32) {
         const RAM: u32 = 1;
         let kind = match e820_type {
             RAM => MemoryRegionKind::Usable,
             other => MemoryRegionKind::UnknownBios(other),
         };
-        self.add(start, len, kind)
+        self.add(start, len, kind);
     }
 
     /// Keeps a range out of the usable memory, for something that a loader put there.
-    pub fn reserve(&mut self, start: u64, len: u64) -> Result<(), TooManyRegions> {
-        self.add(start, len, MemoryRegionKind::Bootloader)
+    pub fn reserve(&mut self, start: u64, len: u64) {
+        self.add(start, len, MemoryRegionKind::Bootloader);
     }
 
-    fn add(&mut self, start: u64, len: u64, kind: MemoryRegionKind) -> Result<(), TooManyRegions> {
+    /// Whether memory was given up because there are too many entries.
+    pub fn is_cut(&self) -> bool {
+        self.cut
+    }
+
+    fn add(&mut self, start: u64, len: u64, kind: MemoryRegionKind) {
         if len == 0 {
-            return Ok(());
+            return;
         }
         let last_page = |address: u64| address & !(PAGE - 1);
         let next_page = |address: u64| last_page(address.saturating_add(PAGE - 1));
@@ -71,11 +68,27 @@ impl MemoryMap {
         };
         let end = end.min(LIMIT);
         if start >= end {
-            return Ok(());
+            return;
         }
-        *self.entries.get_mut(self.len).ok_or(TooManyRegions)? = MemoryRegion { start, end, kind };
-        self.len += 1;
-        Ok(())
+        if self.len == self.entries.len() {
+            self.make_room();
+        }
+        if let Some(entry) = self.entries.get_mut(self.len) {
+            *entry = MemoryRegion { start, end, kind };
+            self.len += 1;
+        }
+    }
+
+    /// Replaces the entries by fewer that say the same, or less memory.
+    fn make_room(&mut self) {
+        let mut regions = [NO_REGION; OUTPUT_REGIONS];
+        let mut count = self.write_regions(&mut regions);
+        while count > INPUT_REGIONS - ROOM {
+            self.cut = true;
+            count = give_up(&mut regions[..count]);
+        }
+        self.entries[..count].copy_from_slice(&regions[..count]);
+        self.len = count;
     }
 
     fn entries(&self) -> &[MemoryRegion] {
@@ -114,6 +127,34 @@ impl MemoryMap {
         }
         count
     }
+}
+
+/// How many entries are made free at once, so that a map of thousands of entries is not gone through for each.
+const ROOM: usize = 64;
+
+/// Gives up what costs least: the smallest piece of usable memory, or the gap between two regions without such memory
+/// between them, which become one. Returns how many regions there are then.
+fn give_up(regions: &mut [MemoryRegion]) -> usize {
+    let is_usable = |region: &MemoryRegion| region.kind == MemoryRegionKind::Usable;
+    let usable = regions.iter().enumerate().filter(|(_, region)| is_usable(region));
+    let smallest = usable.map(|(index, region)| (region.end - region.start, index)).min();
+    let pairs = regions.windows(2).enumerate().filter(|(_, pair)| !pair.iter().any(is_usable));
+    let nearest = pairs.map(|(index, pair)| (pair[1].start - pair[0].end, index)).min();
+    let at = match (smallest, nearest) {
+        (Some((len, at)), Some((gap, _))) if len < gap => at,
+        (_, Some((_, at))) => {
+            // The stricter kind for both and for what lies between.
+            let (first, second) = (regions[at], regions[at + 1]);
+            let kind = [first.kind, second.kind].into_iter().max_by_key(strictness).unwrap_or(first.kind);
+            regions[at + 1] = MemoryRegion { start: first.start, end: second.end, kind };
+            at
+        }
+        (Some((_, at)), None) => at,
+        // Two regions at least make a pair or hold usable memory; with fewer nothing needs to be given up.
+        (None, None) => return regions.len(),
+    };
+    regions.copy_within(at + 1.., at);
+    regions.len() - 1
 }
 
 impl Default for MemoryMap {
@@ -158,8 +199,8 @@ mod tests {
     #[test]
     fn a_reservation_splits_usable_memory() {
         let mut map = MemoryMap::new();
-        map.add_e820(0x10_0000, 0x70_0000, 1).unwrap();
-        map.reserve(0x20_0000, 0x1_0000).unwrap();
+        map.add_e820(0x10_0000, 0x70_0000, 1);
+        map.reserve(0x20_0000, 0x1_0000);
         assert_eq!(
             regions(&map),
             [
@@ -173,10 +214,10 @@ mod tests {
     #[test]
     fn unsorted_and_overlapping_entries_keep_the_strictest_kind() {
         let mut map = MemoryMap::new();
-        map.add_e820(0x8000, 0x8000, 2).unwrap();
-        map.add_e820(0x4000, 0x8000, 1).unwrap();
-        map.add_e820(0x4000, 0x1000, 1).unwrap();
-        map.reserve(0x7000, 0x2000).unwrap();
+        map.add_e820(0x8000, 0x8000, 2);
+        map.add_e820(0x4000, 0x8000, 1);
+        map.add_e820(0x4000, 0x1000, 1);
+        map.reserve(0x7000, 0x2000);
         assert_eq!(
             regions(&map),
             [(0x4000, 0x7000, Usable), (0x7000, 0x8000, Bootloader), (0x8000, 0x1_0000, UnknownBios(2))]
@@ -186,9 +227,9 @@ mod tests {
     #[test]
     fn pages_that_are_usable_in_part_are_not_usable() {
         let mut map = MemoryMap::new();
-        map.add_e820(0x10, 0x9_fc00 - 0x10, 1).unwrap();
-        map.add_e820(0x9_fc00, 0x400, 2).unwrap();
-        map.reserve(0x5005, 1).unwrap();
+        map.add_e820(0x10, 0x9_fc00 - 0x10, 1);
+        map.add_e820(0x9_fc00, 0x400, 2);
+        map.reserve(0x5005, 1);
         assert_eq!(
             regions(&map),
             [
@@ -203,40 +244,74 @@ mod tests {
     #[test]
     fn neighbours_of_one_kind_merge() {
         let mut map = MemoryMap::new();
-        map.add_e820(0x2000, 0x1000, 1).unwrap();
-        map.add_e820(0x1000, 0x1000, 1).unwrap();
-        map.add_e820(0x3000, 0x1000, 3).unwrap();
+        map.add_e820(0x2000, 0x1000, 1);
+        map.add_e820(0x1000, 0x1000, 1);
+        map.add_e820(0x3000, 0x1000, 3);
         assert_eq!(regions(&map), [(0x1000, 0x3000, Usable), (0x3000, 0x4000, UnknownBios(3))]);
     }
 
     #[test]
     fn empty_wrapping_and_impossible_entries_are_cut() {
         let mut map = MemoryMap::new();
-        map.add_e820(0x1000, 0, 1).unwrap();
-        map.add_e820(u64::MAX, u64::MAX, 1).unwrap();
-        map.add_e820(LIMIT, 0x1000, 2).unwrap();
+        map.add_e820(0x1000, 0, 1);
+        map.add_e820(u64::MAX, u64::MAX, 1);
+        map.add_e820(LIMIT, 0x1000, 2);
         assert_eq!(regions(&map), []);
-        map.add_e820(LIMIT - 0x2000, u64::MAX, 1).unwrap();
+        map.add_e820(LIMIT - 0x2000, u64::MAX, 1);
         assert_eq!(regions(&map), [(LIMIT - 0x2000, LIMIT, Usable)]);
     }
 
     #[test]
     fn memory_above_4_gib_is_kept() {
         let mut map = MemoryMap::new();
-        map.add_e820(1 << 32, 1 << 40, 1).unwrap();
+        map.add_e820(1 << 32, 1 << 40, 1);
         assert_eq!(regions(&map), [(1 << 32, (1 << 32) + (1 << 40), Usable)]);
     }
 
     #[test]
-    fn a_full_map_says_so_and_still_comes_out_whole() {
+    fn a_full_map_still_comes_out_whole() {
         let mut map = MemoryMap::new();
         // Staggered overlaps of different kinds, the worst case for the number of regions.
         for n in 0..INPUT_REGIONS as u64 {
-            map.add_e820(n * 0x2000, 0x3000, 2 + n as u32 % 2).unwrap();
+            map.add_e820(n * 0x2000, 0x3000, 2 + n as u32 % 2);
         }
-        assert_eq!(map.reserve(0, 1), Err(TooManyRegions));
-        map.reserve(7, 0).unwrap();
-        assert!(regions(&map).len() >= INPUT_REGIONS);
+        assert!(!map.is_cut() && regions(&map).len() >= INPUT_REGIONS);
+        map.reserve(0x1000_0000, 1);
+        assert!(regions(&map).len() <= INPUT_REGIONS);
+        let model =
+            |page: u64| (page / 0x1000).is_multiple_of(2) || page < INPUT_REGIONS as u64 * 0x2000 + 0x1000;
+        for page in (0..INPUT_REGIONS as u64 * 0x2000 + 0x1000).step_by(PAGE as usize) {
+            let reserved = regions(&map).iter().any(|(start, end, _)| (*start..*end).contains(&page));
+            assert!(reserved == model(page), "{page:#x}");
+        }
+    }
+
+    #[test]
+    fn thousands_of_entries_that_belong_together_lose_nothing() {
+        let mut map = MemoryMap::new();
+        for n in (0..4000).rev() {
+            map.add_e820(0x10_0000 + n * 0x1000, 0x1000, 1);
+        }
+        assert_eq!(regions(&map), [(0x10_0000, 0x10_0000 + 4000 * 0x1000, Usable)]);
+        assert!(!map.is_cut());
+    }
+
+    #[test]
+    fn of_thousands_of_entries_the_largest_memory_is_kept() {
+        let mut map = MemoryMap::new();
+        map.add_e820(1 << 32, 1 << 36, 1);
+        for n in 0..5000 {
+            map.add_e820(n * 0x3000, 0x1000, 1);
+            map.add_e820(n * 0x3000 + 0x1000, 0x1000, 2);
+        }
+        let regions = regions(&map);
+        assert!(map.is_cut() && regions.contains(&(1 << 32, (1 << 32) + (1 << 36), Usable)));
+        for n in 0..5000 {
+            let page = n * 0x3000 + 0x1000;
+            assert!(regions
+                .iter()
+                .any(|(start, end, kind)| (*start..*end).contains(&page) && *kind != Usable));
+        }
     }
 
     /// What the map must say of the page at `page`, straight from the definition.
@@ -255,6 +330,7 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
         #[test]
         fn every_page_is_what_the_definition_says(
             entries in prop::collection::vec((0u64..0x4_0000, 0u64..0x2_0000, 0u32..5), 0..90),
@@ -262,8 +338,8 @@ mod tests {
             let mut map = MemoryMap::new();
             for &(at, len, what) in &entries {
                 match what {
-                    0 => map.reserve(at, len).unwrap(),
-                    what => map.add_e820(at, len, what).unwrap(),
+                    0 => map.reserve(at, len),
+                    what => map.add_e820(at, len, what),
                 }
             }
             let regions = regions(&map);
@@ -274,12 +350,41 @@ mod tests {
         }
 
         #[test]
+        fn however_many_entries_nothing_that_is_kept_out_becomes_usable(
+            entries in prop::collection::vec((0u64..0x200, 1u64..4, 0u32..4), 0..1200),
+        ) {
+            let mut map = MemoryMap::new();
+            let mut truth = vec![Some(1); 0x210];
+            let mut covered = vec![false; 0x210];
+            for &(page, pages, what) in &entries {
+                // Every other page, so that little merges.
+                let (start, len) = (page * 2 * PAGE, pages * PAGE);
+                match what {
+                    0 => map.reserve(start, len),
+                    what => map.add_e820(start, len, what),
+                }
+                for n in page..page + pages.div_ceil(2) {
+                    covered[n as usize] = true;
+                    truth[n as usize] = truth[n as usize].filter(|_| what == 1);
+                }
+            }
+            for (start, end, kind) in regions(&map) {
+                if kind == Usable {
+                    for page in (start..end).step_by(PAGE as usize).filter(|page| page % (2 * PAGE) == 0) {
+                        let n = (page / (2 * PAGE)) as usize;
+                        prop_assert!(covered[n] && truth[n].is_some(), "{:#x} is kept out", page);
+                    }
+                }
+            }
+        }
+
+        #[test]
         fn any_map_comes_out_sorted_disjoint_and_aligned(
             entries in prop::collection::vec((any::<u64>(), any::<u64>(), 0u32..6), 0..120),
         ) {
             let mut map = MemoryMap::new();
             for &(at, len, what) in &entries {
-                map.add_e820(at, len, what).unwrap();
+                map.add_e820(at, len, what);
             }
             let regions = regions(&map);
             for &(start, end, _) in &regions {

@@ -8,11 +8,14 @@ pub mod acpi;
 pub mod console;
 pub mod cpu;
 pub mod devices;
+pub mod efi;
 #[cfg(any(test, target_os = "none"))]
 pub mod host_clock;
 pub mod hw;
 pub mod machine;
 pub mod mm;
+pub mod report;
+pub mod smbios;
 pub mod vm;
 
 #[cfg(target_os = "none")]

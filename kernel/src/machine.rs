@@ -1,7 +1,7 @@
 //! The machine that Umbra found and owns, as the virtual machines' code sees it.
 
 use crate::acpi::Acpi;
-use crate::cpu::clock::Rate;
+use crate::cpu::clock::Calibration;
 use crate::cpu::features::Features;
 use crate::mm::map::MemorySummary;
 
@@ -14,8 +14,8 @@ pub struct Machine {
     pub memory: MemorySummary,
     /// What the firmware's tables say.
     pub acpi: Acpi,
-    /// Rate of the time-stamp counter.
-    pub tsc: Rate,
+    /// Rate of the time-stamp counter, and what told it.
+    pub tsc: Calibration,
     /// CPUs that run Umbra, the boot CPU included.
     pub cpus_online: usize,
     /// The boot bundle; empty when none was loaded.

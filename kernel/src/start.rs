@@ -9,6 +9,7 @@ use crate::machine::Machine;
 use crate::mm::map::{Kind, MemoryMap, MemorySummary};
 use crate::mm::ranges::{Range, RangeSet};
 use crate::{console, mm, power};
+use boot::entry::loader;
 use bootloader_api::info::MemoryRegionKind;
 use bootloader_api::BootInfo;
 use core::arch::asm;
@@ -30,7 +31,7 @@ static EARLY: Once<Early> = Once::new();
 
 /// Takes over from the entry stub: 64-bit mode, the first 4 GiB identity-mapped, interrupts off, one CPU.
 pub fn start(boot_info: &'static mut BootInfo) -> ! {
-    console::init();
+    console::init(boot_info);
     log::info!("Umbra {}", env!("CARGO_PKG_VERSION"));
     cpu::init_boot_cpu();
 
@@ -48,7 +49,8 @@ pub fn start(boot_info: &'static mut BootInfo) -> ! {
     let low_memory = low_memory(&map);
 
     log::info!("page tables");
-    if let Err(error) = mm::init_paging(&mut map, features) {
+    let tables = console::while_remapping(|framebuffer| mm::init_paging(&mut map, features, framebuffer));
+    if let Err(error) = tables {
         power::halt_with_error(format_args!("the page tables could not be made: {error}"));
     }
     report_page_tables();
@@ -83,6 +85,12 @@ extern "C" fn own_machine() -> ! {
     log::info!("ACPI");
     let acpi = acpi::discover(*rsdp_addr);
     report_acpi(&acpi);
+    if let Some(base) = acpi.serial_console {
+        console::add_serial(base);
+    }
+    if !acpi.absent().i8042 {
+        console::add_keyboard();
+    }
     if let Some(how) = acpi.power_off() {
         power::set_power_off(how);
     }
@@ -101,7 +109,7 @@ extern "C" fn own_machine() -> ! {
     log::info!("timers");
     let Some(calibration) = tsc::calibrate(features, &acpi) else {
         power::halt_with_error(format_args!(
-            "no timer to measure the time-stamp counter against: neither HPET, ACPI PM timer nor PIT counts"
+            "the time-stamp counter's rate is unknown: neither HPET, ACPI PM timer nor PIT counts, and CPUID does not tell"
         ));
     };
     log::info!("  TSC: {calibration}");
@@ -117,7 +125,7 @@ extern "C" fn own_machine() -> ! {
     check_page_tables();
 
     let ramdisk = ramdisk.map_or(&[][..], |(at, len)| ramdisk_bytes(at, len));
-    let machine = Machine { features, memory: *memory, acpi, tsc: calibration.rate, cpus_online, ramdisk };
+    let machine = Machine { features, memory: *memory, acpi, tsc: calibration, cpus_online, ramdisk };
     crate::vm::start(&machine)
 }
 
@@ -150,7 +158,7 @@ fn memory_map(boot_info: &BootInfo, features: &Features) -> (MemoryMap, MemorySu
 
     let limit = (1 << features.physical_address_bits).min(mm::PHYSMAP_BYTES);
     let map = MemoryMap::from_regions(regions, limit);
-    if map.truncated {
+    if map.truncated || loader().map_is_cut {
         log::warn!("the memory map has too many regions; some memory is not used");
     }
     let memory = map.summary();

@@ -206,9 +206,10 @@ pub use format::{
     Writability,
 };
 pub use kind::{
-    Beside, Direct, DirectMmu, DirectRole, FaultOutcome, Flush, Issued, MmuKind, NoRoot, NoShadowRoot,
-    PageCounts, PopulateProgress, Resolution, Root, Shadow, ShadowBucket, ShadowCheck, ShadowDone,
-    ShadowFault, ShadowMmu, ShadowPage, ShadowStore, SplitProgress, Sweep, WalkMarks, ZapProgress, MAX_ROOTS,
+    Beside, Direct, DirectMmu, DirectRole, FaultOutcome, Flush, Issued, MmuKind, NearFault, NoRoot,
+    NoShadowRoot, PageCounts, PopulateProgress, Resolution, Root, Shadow, ShadowBucket, ShadowCheck,
+    ShadowDone, ShadowFault, ShadowMmu, ShadowPage, ShadowStore, SplitProgress, Sweep, WalkMarks,
+    ZapProgress, MAX_ROOTS,
 };
 pub use level::{Level, PageSize, ENTRIES};
 pub use memory::{

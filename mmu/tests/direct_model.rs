@@ -181,7 +181,7 @@ struct World<'m, M: Machine> {
     tracked: HashMap<u64, u32>,
     no_huge_execute: bool,
     vcpus: Vec<Mmu>,
-    running: Vec<Option<(usize, Entered<'m, Blocks>)>>,
+    running: Vec<Option<(usize, Entered<'m>)>>,
     tlb: HashMap<(usize, usize), Vec<Cached>>,
 }
 

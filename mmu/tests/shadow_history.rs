@@ -68,6 +68,7 @@ fn cve_2026_23402_an_entry_that_was_changed_from_outside_is_mapped_anew() {
 #[test]
 fn cve_2026_46113_a_link_to_another_table_is_not_followed() {
     let mut world = world(BASE);
+    world.walks = true;
     assert_eq!(read(&mut world, 8), Ended::At(8));
     // The directory's first entry is changed by nobody who says so. (0x38008 is not mapped yet.)
     world.store(0x3000, 0x5067);
@@ -82,6 +83,7 @@ fn cve_2026_46113_a_link_to_another_table_is_not_followed() {
 #[test]
 fn cve_2026_53359_a_link_for_other_rights_is_not_followed() {
     let mut world = world(BASE);
+    world.walks = true;
     assert_eq!(world.access(0, 8, What::Write, Who::User), Ended::At(8));
     world.store(0x3000, 0x4065);
     assert_eq!(read(&mut world, 0x3_8008), Ended::At(0x3_8008));
@@ -192,6 +194,23 @@ fn a3_a_write_under_suspended_smap_leaves_no_hole() {
     assert_eq!(world.access(0, 0x3_0008, What::Write, Who::Supervisor), Ended::Fault(3));
     assert_eq!(read(&mut world, 0x3_0008), Ended::At(0x3_0008));
     world.finish();
+}
+
+/// A page that is the supervisor's in the shadow has its key in another register than the guest's tables say: IA32_PKRS would
+/// guard a page of the user, or PKRU no longer would.
+#[test]
+fn a3_a_write_without_wp_leaves_a_users_page_its_keys() {
+    for (pke, pks) in [(true, false), (false, true)] {
+        let mut world = world(Machine { wp: false, pke, pks, ..BASE });
+        world.store(0x4000 + 0x30 * 8, 5 << 59 | 0x3_0065);
+        world.flush(0);
+        for _ in 0..2 {
+            let write = world.access(0, 0x3_0008, What::Write, Who::Supervisor);
+            assert_eq!(write, Ended::Emulated(0x3_0008), "PKE {pke}, PKS {pks}");
+            assert_eq!(read(&mut world, 0x3_0008), Ended::At(0x3_0008));
+        }
+        world.finish();
+    }
 }
 
 /// ee6268ba3a68: an L1 of 32 bits keeps nested tables of two levels, or PAE's, for an L2 of any kind. Their shadow has as many

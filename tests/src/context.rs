@@ -68,6 +68,11 @@ impl Vm {
         self.session.expect(regex, self.remaining())
     }
 
+    /// Types text.
+    pub(crate) fn type_text(&mut self, text: &str) -> Result<()> {
+        self.session.send(text)
+    }
+
     /// Types a line.
     pub(crate) fn type_line(&mut self, line: &str) -> Result<()> {
         self.session.send(&format!("{line}\r"))
@@ -76,6 +81,11 @@ impl Vm {
     /// The console's text so far.
     pub(crate) fn log(&self) -> String {
         self.session.log()
+    }
+
+    /// What is left of the scenario's time.
+    pub(crate) fn remaining(&self) -> Duration {
+        self.deadline.saturating_duration_since(Instant::now())
     }
 
     /// Waits until the run ends.
@@ -95,10 +105,6 @@ impl Vm {
             Some(_) => Ok(outcome),
             None => bail!("the emulator ended without Umbra's last line"),
         }
-    }
-
-    fn remaining(&self) -> Duration {
-        self.deadline.saturating_duration_since(Instant::now())
     }
 }
 

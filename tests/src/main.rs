@@ -2,10 +2,12 @@
 
 mod cases;
 mod context;
+mod header;
 mod payload;
 mod runner;
 mod scenario;
 mod scenarios;
+mod screen;
 
 use std::process::ExitCode;
 

@@ -38,6 +38,8 @@ pub const MAX_CMDLINE: usize = 2047;
 pub struct Config {
     /// What happens when the last VM has ended.
     pub at_end: AtEnd,
+    /// What the console is made of, as far as the machine has it; at least one.
+    pub console: Vec<Console>,
     /// The VMs in the file's order; at least one.
     pub vms: Vec<Vm>,
     /// The name that errors give the file.
@@ -52,6 +54,17 @@ pub enum AtEnd {
     PowerOff,
     /// Stays on, CPUs halted.
     Halt,
+}
+
+/// A device of the console.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Console {
+    /// The first serial port, or the one that the firmware names in its place.
+    Com1,
+    /// The second serial port.
+    Com2,
+    /// The screen, as the boot loader left it, and the keyboard.
+    Framebuffer,
 }
 
 /// One VM.

@@ -24,6 +24,7 @@ pub(super) struct File {
 #[serde(deny_unknown_fields)]
 pub(super) struct Umbra {
     pub(super) at_end: Option<Placed>,
+    pub(super) console: Option<Placed>,
 }
 
 #[derive(serde::Deserialize)]

@@ -8,8 +8,8 @@ use core::ops::Range;
 use super::depth;
 use super::raw::{self, Item, Placed, Value};
 use super::{
-    parse_size, AtEnd, Config, Error, FileName, MmuMode, Module, OnReset, PageSize, Position, SizeError, Vm,
-    MAX_CMDLINE, MAX_FILE_BYTES, MAX_MEMORY, MAX_NAME, MAX_VCPUS, MEMORY_GRANULE, MIN_MEMORY,
+    parse_size, AtEnd, Config, Console, Error, FileName, MmuMode, Module, OnReset, PageSize, Position,
+    SizeError, Vm, MAX_CMDLINE, MAX_FILE_BYTES, MAX_MEMORY, MAX_NAME, MAX_VCPUS, MEMORY_GRANULE, MIN_MEMORY,
 };
 
 const SWITCH: &str = "true or false";
@@ -27,7 +27,8 @@ pub(super) fn config(file: &str, text: &str) -> Result<Config, Error> {
     }
     let raw: raw::File = toml::from_str(text).map_err(|error| source.syntax_error(&error))?;
 
-    let at_end = raw.umbra.and_then(|umbra| umbra.0.at_end);
+    let (at_end, console) = raw.umbra.map_or((None, None), |umbra| (umbra.0.at_end, umbra.0.console));
+    let console = source.console(console)?;
     let at_end = source.choice(
         "at_end",
         at_end,
@@ -51,7 +52,7 @@ pub(super) fn config(file: &str, text: &str) -> Result<Config, Error> {
         let message = "no VM is described; add a section [[vm]] with name, memory and kernel".into();
         return Err(Error::at(file, Position::of(text, 0), message));
     }
-    Ok(Config { at_end, vms: vms.into_iter().map(|(vm, _)| vm).collect(), file: file.to_owned() })
+    Ok(Config { at_end, console, vms: vms.into_iter().map(|(vm, _)| vm).collect(), file: file.to_owned() })
 }
 
 /// The text under the reader's finger.
@@ -174,6 +175,38 @@ impl Source<'_> {
             return Err(self.error(span, format!("{what} has {len} bytes; shorten it to {MAX_CMDLINE}")));
         }
         Ok(())
+    }
+
+    /// The devices of the console; all that are usual if the key is absent.
+    fn console(&self, value: Option<Placed>) -> Result<Vec<Console>, Error> {
+        const WANTED: &str = "a list of consoles; write some of \"com1\", \"com2\", \"framebuffer\"";
+        let Some(value) = value else { return Ok(Vec::from([Console::Com1, Console::Framebuffer])) };
+        let whole = value.span();
+        let list = self.value("console", value, WANTED, |value| match value {
+            Value::List(list) if !list.is_empty() => Some(list),
+            _ => None,
+        })?;
+        let mut consoles = Vec::new();
+        for item in list {
+            let span = item.span();
+            let console = match item.into_inner() {
+                Item::Text(name) if name == "com1" => Console::Com1,
+                Item::Text(name) if name == "com2" => Console::Com2,
+                Item::Text(name) if name == "framebuffer" => Console::Framebuffer,
+                _ => {
+                    let what = self.quote(&span);
+                    let message = format!(
+                        "console has {what}, which is none; write \"com1\", \"com2\" or \"framebuffer\""
+                    );
+                    return Err(self.error(&span, message));
+                }
+            };
+            if consoles.contains(&console) {
+                return Err(self.bad("console", &whole, "one console twice; name each once"));
+            }
+            consoles.push(console);
+        }
+        Ok(consoles)
     }
 
     fn nested(&self, value: Option<Placed>, mmu: MmuMode) -> Result<bool, Error> {

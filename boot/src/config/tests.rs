@@ -31,6 +31,7 @@ fn vm_errors(cases: &[(&str, &str)]) {
 fn a_vm_of_three_lines_has_defaults() {
     let config = Config::parse("f", "[[vm]]\nname = \"a\"\nmemory = \"1M\"\nkernel = \"k\"").unwrap();
     assert_eq!(config.at_end, AtEnd::PowerOff);
+    assert_eq!(config.console, [Console::Com1, Console::Framebuffer]);
     let [vm] = &config.vms[..] else { panic!("{config:?}") };
     assert_eq!((vm.name.as_str(), vm.vcpus, vm.memory_bytes), ("a", 1, 1 << 20));
     assert_eq!((vm.kernel.name.as_str(), &vm.initrd, vm.modules.len()), ("k", &None, 0));
@@ -44,6 +45,7 @@ fn every_key_is_read() {
     let text = r#"
         [umbra]
         at_end = "halt"
+        console = ["framebuffer", "com2"]
 
         [[vm]]                      # comment
         name = "debian-12.test_A"
@@ -69,6 +71,7 @@ fn every_key_is_read() {
     "#;
     let config = Config::parse("f", text).unwrap();
     assert_eq!(config.at_end, AtEnd::Halt);
+    assert_eq!(config.console, [Console::Framebuffer, Console::Com2]);
     let [first, second] = &config.vms[..] else { panic!("{config:?}") };
     assert_eq!((first.name.as_str(), first.vcpus, first.memory_bytes), ("debian-12.test_A", 64, 2 << 30));
     assert_eq!(first.initrd.as_ref().map(|file| file.name.as_str()), Some("initrd.img"));
@@ -97,7 +100,28 @@ fn broken_sections() {
         ),
         ("vm = [3]", "umbra.toml:1:7: found integer \"3\", expected a section of keys and values"),
         ("umbra = [\"halt\"]", "umbra.toml:1:9: found sequence, expected a section of keys and values"),
-        ("[umbra]\nx = 1", "umbra.toml:2:1: unknown key \"x\", expected \"at_end\""),
+        ("[umbra]\nx = 1", "umbra.toml:2:1: unknown key \"x\", expected \"at_end\" or \"console\""),
+        (
+            "[umbra]\nconsole = \"com1\"",
+            "umbra.toml:2:11: console = \"com1\" is not a list of consoles; write some of \"com1\", \"com2\", \
+             \"framebuffer\"",
+        ),
+        (
+            "[umbra]\nconsole = []",
+            "umbra.toml:2:11: console = [] is not a list of consoles; write some of \"com1\", \"com2\", \"framebuffer\"",
+        ),
+        (
+            "[umbra]\nconsole = [\"com1\", \"vga\"]",
+            "umbra.toml:2:20: console has \"vga\", which is none; write \"com1\", \"com2\" or \"framebuffer\"",
+        ),
+        (
+            "[umbra]\nconsole = [1]",
+            "umbra.toml:2:12: console has 1, which is none; write \"com1\", \"com2\" or \"framebuffer\"",
+        ),
+        (
+            "[umbra]\nconsole = [\"com1\", \"com1\"]",
+            "umbra.toml:2:11: console = [\"com1\", \"com1\"] is one console twice; name each once",
+        ),
         (
             "[umbra]\nat_end = \"reboot\"",
             "umbra.toml:2:10: at_end = \"reboot\" is not a way to end; write \"poweroff\" or \"halt\"",

@@ -12,7 +12,7 @@ use core::mem::MaybeUninit;
 use bootloader_api::info::MemoryRegion;
 use bootloader_api::BootInfo;
 
-use crate::handover::{self, Handover, Image, Physical, OUTPUT_REGIONS};
+use crate::handover::{self, Handover, Image, Loader, Physical, OUTPUT_REGIONS};
 use crate::regions::NO_REGION;
 use crate::{multiboot2, pvh};
 use serial::Com1;
@@ -45,6 +45,7 @@ unsafe impl<T> Sync for BootOnly<T> {}
 static HANDOVER: BootOnly<MaybeUninit<Handover>> = BootOnly(UnsafeCell::new(MaybeUninit::uninit()));
 static REGIONS: BootOnly<[MemoryRegion; OUTPUT_REGIONS]> =
     BootOnly(UnsafeCell::new([NO_REGION; OUTPUT_REGIONS]));
+static LOADER: BootOnly<Loader> = BootOnly(UnsafeCell::new(Loader::unknown()));
 static BOOT_INFO: BootOnly<Option<BootInfo>> = BootOnly(UnsafeCell::new(None));
 
 /// Called by the stub in long mode, with the first 4 GiB identity-mapped, on the boot stack.
@@ -60,11 +61,20 @@ extern "C" fn umbra_enter(protocol: u32, info: u32) -> ! {
         BY_PVH => pvh::read(&IdentityMap, info, handover),
         _ => refuse(format_args!("the entry stub named an unknown boot protocol, {protocol}")),
     };
-    match read.and_then(|()| handover::boot_info(handover, &image(), regions)) {
+    let boot_info = read.and_then(|()| handover::boot_info(handover, &image(), regions));
+    // SAFETY: see `BootOnly`; `loader` is for the kernel, which does not run yet.
+    unsafe { *LOADER.0.get() = handover.loader };
+    match boot_info {
         // SAFETY: the symbol is the kernel's entry point, of this very type by `entry_point!`.
         Ok(boot_info) => unsafe { _start(slot.insert(boot_info)) },
         Err(error) => refuse(format_args!("{error}")),
     }
+}
+
+/// Who loaded the kernel.
+pub fn loader() -> &'static Loader {
+    // SAFETY: written once, before the kernel runs, which alone asks.
+    unsafe { &*LOADER.0.get() }
 }
 
 fn image() -> Image {

@@ -11,14 +11,20 @@ mb2_header:
     .long 0                                         # architecture: 32-bit protected mode of i386
     .long mb2_header_end - mb2_header
     .long -(0xe85250d6 + (mb2_header_end - mb2_header))
-    # Information request (section 3.1.6), optional: RSDP old and new, memory map, modules.
+    # Information request (section 3.1.6), optional: modules, memory map, framebuffer, RSDP old and
+    # new, and for the boot report the loader's name and the EFI system table.
     .balign 8
 mb2_request:
     .short 1, 1
     .long mb2_request_end - mb2_request
-    .long 3, 6, 14, 15
+    .long 2, 3, 6, 8, 12, 14, 15
 mb2_request_end:
-    # Modules on page boundaries (section 3.1.10).
+    # Framebuffer, optional (section 3.1.10), with a size that every screen has and 32 bits a pixel, which GRUB tries
+    # first; any other, and the loader's text mode, will do.
+    .balign 8
+    .short 5, 1
+    .long 20, 1024, 768, 32
+    # Modules on page boundaries (section 3.1.12).
     .balign 8
     .short 6, 0
     .long 8

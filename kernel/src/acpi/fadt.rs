@@ -17,12 +17,33 @@ pub struct Fadt {
     pub pm_timer: Option<u16>,
     /// The timer has 32 bits, not 24.
     pub pm_timer_32bit: bool,
+    /// Devices of old PCs that this machine does not have.
+    pub absent: Absent,
+}
+
+/// Devices of old PCs of which the firmware says that they are not there, so that nobody touches their ports.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Absent {
+    /// No i8042 with its keyboard.
+    pub i8042: bool,
+    /// No CMOS clock.
+    pub rtc: bool,
+    /// None of the fixed hardware of ACPI, such as the power management timer.
+    pub fixed_hardware: bool,
 }
 
 impl Fadt {
     /// Reads the table, header included, of any revision.
     pub fn parse(t: &[u8]) -> Option<Self> {
+        const RTC_ABSENT: u16 = 1 << 5;
+        const I8042: u16 = 1 << 1;
+        const PM_TIMER_32BIT: u32 = 1 << 8;
+        const HARDWARE_REDUCED: u32 = 1 << 20;
         let flags = u32_at(t, 112)?;
+        let fixed_hardware = flags & HARDWARE_REDUCED == 0;
+        // IAPC_BOOT_ARCH (section 5.2.9.3) came with revision 3; a machine of before has everything.
+        let has_boot_flags = u8_at(t, 8)? >= 3;
+        let boot_flags = u16_at(t, 109).filter(|_| has_boot_flags).unwrap_or(I8042);
         let enable = (u32_at(t, 48)?, u8_at(t, 52)?);
         Some(Self {
             dsdt: u64_at(t, 140).filter(|x| *x != 0).or(u32_at(t, 40).map(u64::from)).unwrap_or(0),
@@ -30,10 +51,15 @@ impl Fadt {
                 (0, _) | (_, 0) => None,
                 (port, value) => u16::try_from(port).ok().map(|port| (port, value)),
             },
-            pm1a_control: port(t, 172, 64),
-            pm1b_control: port(t, 184, 68),
-            pm_timer: port(t, 208, 76),
-            pm_timer_32bit: flags & 1 << 8 != 0,
+            pm1a_control: port(t, 172, 64).filter(|_| fixed_hardware),
+            pm1b_control: port(t, 184, 68).filter(|_| fixed_hardware),
+            pm_timer: port(t, 208, 76).filter(|_| fixed_hardware),
+            pm_timer_32bit: flags & PM_TIMER_32BIT != 0,
+            absent: Absent {
+                i8042: boot_flags & I8042 == 0,
+                rtc: boot_flags & RTC_ABSENT != 0,
+                fixed_hardware: !fixed_hardware,
+            },
         })
     }
 }
@@ -123,6 +149,7 @@ mod tests {
             pm1b_control: None,
             pm_timer: Some(0x608),
             pm_timer_32bit: true,
+            absent: Absent::default(),
         };
         assert_eq!(f, expected);
         assert_eq!(Fadt::parse(&fadt(116)[..115]), None);
@@ -139,6 +166,26 @@ mod tests {
         assert_eq!((f.dsdt, f.pm1a_control, f.pm_timer), (1 << 32, Some(0x404), None));
         set_generic(&mut t, 172, 1, 0x10_0000);
         assert_eq!(Fadt::parse(&t).unwrap().pm1a_control, None);
+    }
+
+    #[test]
+    fn absent_devices_are_told_since_revision_3() {
+        let absent = |t: &[u8]| Fadt::parse(t).unwrap().absent;
+        let mut t = fadt(276);
+        t[109] = 1 << 5;
+        assert_eq!(absent(&t), Absent::default(), "reserved in revision 1");
+        t[8] = 3;
+        assert_eq!(absent(&t), Absent { i8042: true, rtc: true, fixed_hardware: false });
+        t[109] = 1 << 1;
+        assert_eq!(absent(&t), Absent::default());
+    }
+
+    #[test]
+    fn a_hardware_reduced_machine_has_no_fixed_hardware() {
+        let mut t = fadt(276);
+        t[112..116].copy_from_slice(&(1u32 << 20).to_le_bytes());
+        let f = Fadt::parse(&t).unwrap();
+        assert!(f.absent.fixed_hardware && f.pm_timer.is_none() && f.pm1a_control.is_none());
     }
 
     #[test]

@@ -31,6 +31,11 @@ impl Mapped {
     }
 }
 
+/// Memory of the firmware's, or `None` where there is none.
+pub fn bytes(phys: u64, len: usize) -> Option<&'static [u8]> {
+    Mapped.bytes(phys, len)
+}
+
 /// Reads the tables that the loader's RSDP or one found in low memory leads to.
 pub fn discover(rsdp_addr: Option<u64>) -> Acpi {
     match from_loader(rsdp_addr).or_else(search) {

@@ -5,6 +5,8 @@ use alloc::vec::Vec;
 
 /// Where the list of structures begins.
 const FIRST: usize = 44;
+/// More processors, or controllers, than any machine has; those beyond are not looked at.
+const MAX_LISTED: usize = 4096;
 
 /// The multiple APIC description table.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -82,17 +84,18 @@ impl Madt {
     /// Takes in one structure; `None` if it is too short for its type.
     fn add(&mut self, s: &[u8]) -> Option<()> {
         match s[0] {
-            // Section 5.2.12.2, processor local APIC.
+            // Section 5.2.12.2, processor local APIC. The id of all ones is the broadcast, and no processor's.
+            0 if u8_at(s, 3)? == 0xff => _ = u32_at(s, 4)?,
             0 => self.add_processor(u32::from(u8_at(s, 3)?), u32::from(u8_at(s, 2)?), u32_at(s, 4)?),
             // Section 5.2.12.3.
-            1 => self.io_apics.push(IoApic {
-                id: u8_at(s, 2)?,
-                address: u32_at(s, 4)?,
-                gsi_base: u32_at(s, 8)?,
-            }),
+            1 => {
+                let io_apic = IoApic { id: u8_at(s, 2)?, address: u32_at(s, 4)?, gsi_base: u32_at(s, 8)? };
+                add(&mut self.io_apics, io_apic);
+            }
             // Section 5.2.12.5.
             2 => {
-                self.overrides.push(Override { irq: u8_at(s, 3)?, gsi: u32_at(s, 4)?, flags: u16_at(s, 8)? })
+                let moved = Override { irq: u8_at(s, 3)?, gsi: u32_at(s, 4)?, flags: u16_at(s, 8)? };
+                add(&mut self.overrides, moved);
             }
             // Section 5.2.12.8, local APIC address override.
             5 => self.local_apic = u64_at(s, 4)?,
@@ -108,10 +111,17 @@ impl Madt {
         let new = Processor { apic_id, uid, enabled: flags & 1 != 0, online_capable: flags & 2 != 0 };
         match self.processors.iter_mut().find(|p| p.apic_id == apic_id) {
             Some(old) => old.enabled |= new.enabled,
-            // Ids of all ones are no processor's.
-            None if apic_id == u32::MAX || apic_id == 0xff && !new.enabled => {}
-            None => self.processors.push(new),
+            // As above.
+            None if apic_id == u32::MAX => {}
+            None => add(&mut self.processors, new),
         }
+    }
+}
+
+/// Adds to a list that no table makes endless.
+fn add<T>(list: &mut Vec<T>, new: T) {
+    if list.len() < MAX_LISTED {
+        list.push(new);
     }
 }
 
@@ -149,6 +159,38 @@ mod tests {
         let x2_of_cpu1 = [9, 16, 0, 0, 4, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0];
         let m = Madt::parse(&madt(&[CPU0, CPU1, &x2_of_cpu1])).unwrap();
         assert_eq!(m.processors.len(), 2);
+    }
+
+    #[test]
+    fn broadcast_ids_are_no_processors() {
+        let all_ones = [0, 8, 9, 0xff, 1, 0, 0, 0];
+        let x2_all_ones = [9, 16, 0, 0, 0xff, 0xff, 0xff, 0xff, 1, 0, 0, 0, 1, 0, 0, 0];
+        let x2_of_255 = [9, 16, 0, 0, 0xff, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0];
+        let m = Madt::parse(&madt(&[&all_ones, &x2_all_ones, CPU0, &x2_of_255])).unwrap();
+        let ids: Vec<_> = m.processors.iter().map(|p| p.apic_id).collect();
+        assert_eq!((ids, m.malformed), (vec![0, 255], false), "255 is an x2APIC's id like any other");
+    }
+
+    #[test]
+    fn what_is_disabled_once_and_enabled_once_is_enabled() {
+        let disabled_cpu1 = [0, 8, 1, 4, 0, 0, 0, 0];
+        for order in [[CPU1, &disabled_cpu1], [&disabled_cpu1, CPU1]] {
+            let m = Madt::parse(&madt(&order)).unwrap();
+            assert_eq!((m.processors.len(), m.processors[0].enabled), (1, true));
+        }
+    }
+
+    #[test]
+    fn endless_tables_are_cut() {
+        let mut table = madt(&[]);
+        for n in 0..10_000u32 {
+            table.extend([9, 16, 0, 0]);
+            table.extend(n.to_le_bytes());
+            table.extend([1, 0, 0, 0, 0, 0, 0, 0]);
+            table.extend([1, 12, 0, 0, 0, 0, 0xc0, 0xfe, 0, 0, 0, 0]);
+        }
+        let m = Madt::parse(&table).unwrap();
+        assert_eq!((m.processors.len(), m.io_apics.len()), (MAX_LISTED, MAX_LISTED));
     }
 
     #[test]

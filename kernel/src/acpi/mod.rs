@@ -4,6 +4,7 @@
 
 mod bytes;
 mod fadt;
+mod list;
 mod madt;
 mod rsdp;
 mod tables;
@@ -11,13 +12,14 @@ mod tables;
 #[cfg(target_os = "none")]
 mod firmware;
 
-pub use fadt::{sleep_type_s5, Fadt, SleepType};
+pub use fadt::{sleep_type_s5, Absent, Fadt, SleepType};
+pub use list::TableInfo;
 pub use madt::{IoApic, Madt, Override, Processor};
 pub use rsdp::{Rsdp, RsdpError, V2_BYTES as RSDP_BYTES};
-pub use tables::{hpet, mcfg, PciSegment};
+pub use tables::{hpet, mcfg, spcr, PciSegment};
 
 #[cfg(target_os = "none")]
-pub use firmware::discover;
+pub use firmware::{bytes as firmware_bytes, discover};
 
 use ::acpi::sdt::{SdtHeader, Signature};
 use ::acpi::{AcpiError, AcpiHandler, AcpiResult, AcpiTable, AcpiTables, PhysicalMapping};
@@ -41,6 +43,10 @@ pub struct Acpi {
     pub pci_segments: Vec<PciSegment>,
     /// How to enter S5.
     pub s5: Option<SleepType>,
+    /// First port of the firmware's serial console.
+    pub serial_console: Option<u16>,
+    /// Every table there is.
+    pub tables: Vec<TableInfo>,
 }
 
 /// All it takes to switch the machine off.
@@ -59,6 +65,7 @@ pub struct PowerOff {
 impl Acpi {
     /// Reads the tables that `rsdp` leads to. Tables that are absent or broken leave their fields empty.
     pub fn read<M: FirmwareMemory>(memory: M, rsdp: &Rsdp) -> Self {
+        let list = list::list(&memory, rsdp);
         let memory = Handler(memory);
         let (revision, root) = match rsdp.xsdt {
             0 => (0, u64::from(rsdp.rsdt)),
@@ -69,7 +76,7 @@ impl Acpi {
             Ok(tables) => tables,
             Err(error) => {
                 log::warn!("ACPI: the table of tables at {root:#x} is broken: {error:?}");
-                return Self::default();
+                return Self { tables: list, ..Self::default() };
             }
         };
         let fadt = find::<M, FadtTable>(&tables).and_then(|t| Fadt::parse(t.bytes()));
@@ -78,9 +85,16 @@ impl Acpi {
             madt: find::<M, MadtTable>(&tables).and_then(|t| Madt::parse(t.bytes())),
             hpet: find::<M, HpetTable>(&tables).and_then(|t| hpet(t.bytes())),
             pci_segments: find::<M, McfgTable>(&tables).map_or(Vec::new(), |t| mcfg(t.bytes())),
+            serial_console: find::<M, SpcrTable>(&tables).and_then(|t| spcr(t.bytes())),
+            tables: list,
             s5: dsdt.and_then(|t| sleep_type_s5(t.bytes().get(size_of::<SdtHeader>()..)?)),
             fadt,
         }
+    }
+
+    /// The devices of old PCs that the machine lacks; none if the tables do not tell.
+    pub fn absent(&self) -> Absent {
+        self.fadt.map_or(Absent::default(), |fadt| fadt.absent)
     }
 
     /// How to switch the machine off, if the tables tell.
@@ -195,6 +209,7 @@ table!(MadtTable, MADT);
 table!(FadtTable, FADT);
 table!(HpetTable, HPET);
 table!(McfgTable, MCFG);
+table!(SpcrTable, SPCR);
 table!(DsdtTable, DSDT);
 
 /// All bytes of a validated table.
@@ -291,7 +306,18 @@ mod tests {
         assert_eq!(acpi.s5, Some(SleepType { a: 5, b: 0 }));
         let power_off = acpi.power_off().unwrap();
         assert_eq!((power_off.pm1a_control, power_off.acpi_enable), (0x604, None));
-        assert!(acpi.pci_segments.is_empty());
+        assert!(acpi.pci_segments.is_empty() && acpi.serial_console.is_none());
+        let listed: Vec<_> = acpi.tables.iter().map(|t| (&t.signature, t.address, t.checksum_ok)).collect();
+        assert_eq!(
+            listed,
+            [
+                (b"XSDT", XSDT, true),
+                (b"FACP", 0x2000, true),
+                (b"DSDT", 0x5000, true),
+                (b"APIC", 0x3000, true),
+                (b"HPET", 0x4000, true)
+            ]
+        );
     }
 
     #[test]
@@ -313,6 +339,7 @@ mod tests {
             assert_eq!(acpi.madt.is_some(), at != 0x3000);
             assert_eq!(acpi.hpet.is_some(), at != 0x4000);
             assert_eq!(acpi.s5.is_some(), at != 0x5000 && at != 0x2000);
+            assert!(acpi.tables.iter().all(|table| table.checksum_ok == (table.address != at)), "{at:#x}");
         }
     }
 

@@ -1,5 +1,5 @@
-//! Small tables: HPET (IA-PC HPET specification 1.0a section 3.2.4) and MCFG (PCI firmware specification 3.3
-//! section 4.1.2).
+//! Small tables: HPET (IA-PC HPET specification 1.0a section 3.2.4), MCFG (PCI firmware specification 3.3
+//! section 4.1.2) and SPCR (Microsoft, serial port console redirection table, revision 4).
 
 use super::bytes::{u16_at, u32_at, u64_at, u8_at};
 use alloc::vec::Vec;
@@ -9,6 +9,17 @@ pub fn hpet(t: &[u8]) -> Option<u64> {
     const SYSTEM_MEMORY: u8 = 0;
     let address = u64_at(t, 44)?;
     (u8_at(t, 40)? == SYSTEM_MEMORY && address != 0 && address % 4096 == 0).then_some(address)
+}
+
+/// First port of the serial port that the firmware uses as console, if it is one like COM1 and in I/O space.
+pub fn spcr(t: &[u8]) -> Option<u16> {
+    const SYSTEM_IO: u8 = 1;
+    /// 16550, its subset of before, and one that is described by its generic address.
+    const INTERFACES: [u8; 3] = [0, 1, 0x12];
+    let known = INTERFACES.contains(&u8_at(t, 36)?) && u8_at(t, 40)? == SYSTEM_IO;
+    let port = u16::try_from(u64_at(t, 44)?).ok()?;
+    // Eight registers follow each other.
+    (known && port != 0 && port <= u16::MAX - 7).then_some(port)
 }
 
 /// PCI Express configuration space of one segment.
@@ -64,6 +75,24 @@ mod tests {
         t[44] = 1;
         assert_eq!(hpet(&t), None, "misaligned");
         assert_eq!(hpet(&t[..51]), None);
+    }
+
+    #[test]
+    fn a_console_is_a_16550_in_io_space() {
+        let table = |interface: u8, space: u8, address: u64| {
+            let mut t = vec![0; 80];
+            (t[36], t[40]) = (interface, space);
+            t[44..52].copy_from_slice(&address.to_le_bytes());
+            t
+        };
+        assert_eq!(spcr(&table(0, 1, 0x3f8)), Some(0x3f8));
+        assert_eq!(spcr(&table(0x12, 1, 0xe060)), Some(0xe060));
+        for (interface, space, address) in
+            [(3, 1, 0x3f8), (0, 0, 0xfe03_0000), (0, 1, 0), (0, 1, 0x1_0000), (0, 1, 0xfff9)]
+        {
+            assert_eq!(spcr(&table(interface, space, address)), None);
+        }
+        assert_eq!(spcr(&table(0, 1, 0x3f8)[..51]), None);
     }
 
     #[test]

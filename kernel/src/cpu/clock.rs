@@ -1,5 +1,7 @@
 //! Conversion between nanoseconds and time-stamp counter ticks without overflow or division. Pure.
 
+use core::fmt;
+
 /// A factor as a fixed-point number: `mantissa / 2^shift`, the mantissa with its top bit set, so that the relative
 /// error is below 2^-63.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,6 +68,28 @@ impl Rate {
     }
 }
 
+/// What told the rate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Calibration {
+    /// The rate.
+    pub rate: Rate,
+    /// What it was measured against; nothing where no other timer counts, and CPUID alone is believed.
+    pub timer: Option<&'static str>,
+    /// CPUID's value was taken.
+    pub from_cpuid: bool,
+}
+
+impl fmt::Display for Calibration {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let khz = self.rate.khz();
+        match (self.from_cpuid, self.timer) {
+            (true, Some(timer)) => write!(f, "{khz} kHz (CPUID, confirmed by {timer})"),
+            (false, Some(timer)) => write!(f, "{khz} kHz (measured against {timer})"),
+            (_, None) => write!(f, "{khz} kHz (CPUID alone)"),
+        }
+    }
+}
+
 /// A measured frequency, rounded to whole MHz when it is that close that the difference is the measurement's: an
 /// emulator's counter runs at exactly 1 GHz, a processor's often at a multiple of 100 MHz.
 pub const fn round_khz(khz: u64) -> u64 {
@@ -85,6 +109,18 @@ pub fn measured_khz(ticks: u64, elapsed: u64, femtoseconds_per_tick: u64) -> Opt
     let femtoseconds = u128::from(elapsed) * u128::from(femtoseconds_per_tick);
     let khz = (u128::from(ticks) * FEMTOSECONDS_PER_MILLISECOND).checked_div(femtoseconds)?;
     u64::try_from(khz).ok().filter(|khz| *khz != 0)
+}
+
+impl Calibration {
+    /// From the timer that counted and the frequency in kHz that it measured, if one did, and the one that CPUID tells, if it
+    /// does.
+    pub fn new(measured: Option<(&'static str, u64)>, from_cpuid: Option<u64>) -> Option<Self> {
+        let (timer, (khz, from_cpuid)) = match measured {
+            Some((timer, measured)) => (Some(timer), believed_khz(measured, from_cpuid)),
+            None => (None, (from_cpuid.filter(|khz| *khz != 0)?, true)),
+        };
+        Some(Self { rate: Rate::from_khz(khz), timer, from_cpuid })
+    }
 }
 
 /// The frequency to believe: CPUID's, if there is one and the measurement confirms it to a thousandth, else the
@@ -137,6 +173,16 @@ mod tests {
         assert_eq!(measured_khz(0, 1, 1), None);
         assert_eq!(measured_khz(1, 0, 1), None);
         assert_eq!(measured_khz(u64::MAX, 1, 1), None);
+    }
+
+    #[test]
+    fn without_a_timer_cpuid_has_to_do() {
+        let shown = |measured, cpuid| Calibration::new(measured, cpuid).map(|found| found.to_string());
+        let measured = Some(("HPET", 2_994_000));
+        assert_eq!(shown(measured, None).unwrap(), "2994000 kHz (measured against HPET)");
+        assert_eq!(shown(measured, Some(2_994_375)).unwrap(), "2994375 kHz (CPUID, confirmed by HPET)");
+        assert_eq!(shown(None, Some(2_994_375)).unwrap(), "2994375 kHz (CPUID alone)");
+        assert_eq!((shown(None, None), shown(None, Some(0))), (None, None));
     }
 
     #[test]

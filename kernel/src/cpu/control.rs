@@ -6,8 +6,9 @@ use super::features::Features;
 use super::msr;
 use x86_64::registers::control::{Cr0, Cr0Flags, Cr4, Cr4Flags, Efer, EferFlags};
 
-/// The PAT after reset (AMD APM vol. 2 section 7.8.2): WB, WT, UC-, UC, and again. Page tables count on entries 0 and 3.
-const PAT_AFTER_RESET: u64 = 0x0007_0406_0007_0406;
+/// The PAT after reset (AMD APM vol. 2 section 7.8.2): WB, WT, UC-, UC, and again, but write-combining in entry 5. Page
+/// tables count on entries 0, 3 and 5, nested page tables (which have no entries from 4 on) on 0, 1 and 3.
+const PAT: u64 = 0x0007_0106_0007_0406;
 
 /// Sets this CPU's control registers for Umbra: write protection and no-execute on, the protections that the
 /// processor has, and the FPU usable, since guests' registers are saved with it.
@@ -44,7 +45,7 @@ pub fn init(features: &Features) {
             Efer::update(|efer| efer.insert(EferFlags::NO_EXECUTE_ENABLE));
         }
         if features.pat {
-            msr::write(msr::PAT, PAT_AFTER_RESET);
+            msr::write(msr::PAT, PAT);
         }
         if features.xsave.is_some_and(|xsave| xsave.xsaves) {
             // Guests have no supervisor states, and nothing switches the register.

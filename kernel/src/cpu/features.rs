@@ -11,6 +11,12 @@ pub struct Features {
     pub vendor: ArrayString<12>,
     /// Marketing name, trimmed.
     pub brand: ArrayString<48>,
+    /// Family, extended part included.
+    pub family: u8,
+    /// Model, extended part included.
+    pub model: u8,
+    /// Stepping.
+    pub stepping: u8,
     /// AMD's SVM, if the processor has it; firmware may still have switched it off (VM_CR.SVMDIS).
     pub svm: Option<Svm>,
     /// Intel's VMX.
@@ -138,6 +144,7 @@ impl Features {
             this.brand = printable(brand.as_str());
         }
         if let Some(f) = cpuid.get_feature_info() {
+            (this.family, this.model, this.stepping) = (f.family_id(), f.model_id(), f.stepping_id());
             this.vmx = f.has_vmx();
             this.hypervisor = f.has_hypervisor();
             this.pge = f.has_pge();

@@ -92,7 +92,11 @@ pub fn init(features: &Features) -> Result<(), Error> {
     if base & BASE_ENABLE == 0 {
         return Err(Error::Disabled);
     }
-    if features.x2apic || base & BASE_X2APIC != 0 {
+    // It is in that mode already, or goes there where the processor lets it: some virtual ones say that they have it and do
+    // not. Back from it leads no way that all processors have.
+    let wanted = BASE_X2APIC | base;
+    // SAFETY: from xAPIC to x2APIC mode (Intel SDM vol. 3 section 11.12.1), or what is there already.
+    if base & BASE_X2APIC != 0 || features.x2apic && unsafe { msr::try_write(msr::APIC_BASE, wanted) } {
         MODE.store(MODE_X2APIC, Ordering::Release);
     } else {
         let at = base & BASE_ADDRESS;

@@ -2,12 +2,11 @@
 // Reads the counter, device registers and ports.
 #![allow(unsafe_code)]
 
-use super::clock::{believed_khz, measured_khz, Rate};
+use super::clock::{measured_khz, Calibration, Rate};
 use super::features::Features;
 use crate::acpi::Acpi;
 use crate::mm;
 use core::arch::x86_64::{_mm_lfence, _rdtsc};
-use core::fmt;
 use spin::Once;
 use x86_64::instructions::port::Port;
 use x86_64::PhysAddr;
@@ -17,8 +16,9 @@ static RATE: Once<Rate> = Once::new();
 /// How long the counter is measured.
 const SPAN_US: u64 = 50_000;
 
-/// Reads of a timer that does not move before it is given up.
-const MAX_POLLS: u32 = 50_000_000;
+/// Reads of a timer that does not move before it is given up. The slowest of them ticks every 840 ns, and a read takes
+/// some nanoseconds at least; one of a port that is not there takes a microsecond.
+const MAX_POLLS: u32 = 1_000_000;
 
 /// The counter's value.
 #[inline]
@@ -48,40 +48,21 @@ pub fn spin_ns(ns: u64) {
     }
 }
 
-/// What told the rate.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Calibration {
-    /// The rate.
-    pub rate: Rate,
-    /// What it was measured against.
-    pub timer: &'static str,
-    /// CPUID's value was taken, which the measurement confirmed.
-    pub from_cpuid: bool,
-}
-
-impl fmt::Display for Calibration {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let khz = self.rate.khz();
-        match self.from_cpuid {
-            true => write!(f, "{khz} kHz (CPUID, confirmed by {})", self.timer),
-            false => write!(f, "{khz} kHz (measured against {})", self.timer),
-        }
-    }
-}
-
-/// Measures the counter against the best timer there is: HPET, ACPI PM timer, PIT channel 2. Once.
+/// Measures the counter against the best timer there is: HPET, ACPI PM timer, PIT channel 2. Where none counts, what
+/// CPUID tells has to do. Once.
 pub fn calibrate(features: &Features, acpi: &Acpi) -> Option<Calibration> {
     let hpet = || Hpet::new(acpi.hpet?);
     let pm_timer = || {
         let fadt = acpi.fadt?;
         Some(PmTimer { port: Port::new(fadt.pm_timer?), bits: if fadt.pm_timer_32bit { 32 } else { 24 } })
     };
-    let (timer, measured) = hpet()
+    let measured = hpet()
         .and_then(|mut t| Some(("HPET", measure(&mut t)?)))
         .or_else(|| Some(("the ACPI PM timer", measure(&mut pm_timer()?)?)))
-        .or_else(|| Some(("PIT channel 2", measure(&mut Pit::new())?)))?;
-    let (khz, from_cpuid) = believed_khz(measured, features.cpuid_tsc_khz);
-    Some(Calibration { rate: *RATE.call_once(|| Rate::from_khz(khz)), timer, from_cpuid })
+        .or_else(|| Some(("PIT channel 2", measure(&mut Pit::new())?)));
+    let calibration = Calibration::new(measured, features.cpuid_tsc_khz)?;
+    RATE.call_once(|| calibration.rate);
+    Some(calibration)
 }
 
 /// A counter of known frequency that counts up and wraps.

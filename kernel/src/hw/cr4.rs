@@ -15,6 +15,9 @@ pub enum Register {
 }
 use Register::{Eax, Ebx, Ecx, Edx};
 
+/// Protection keys of supervisor pages.
+pub const PKS: u64 = 1 << 24;
+
 /// CR4 bits, and the CPUID bit (leaf, subleaf, register, bit) that says that the processor has them.
 const BITS: [(u64, u32, u32, Register, u32); 24] = [
     (1 << 0 | 1 << 1, 1, 0, Edx, 1), // VME, PVI
@@ -38,9 +41,9 @@ const BITS: [(u64, u32, u32, Register, u32); 24] = [
     (1 << 21, 7, 0, Ebx, 20),        // SMAP
     (1 << 22, 7, 0, Ecx, 3),         // PKE
     (1 << 23, 7, 0, Ecx, 7),         // CET
-    (1 << 24, 7, 0, Ecx, 31),        // PKS
-    (1 << 25, 7, 0, Edx, 5),         // UINTR
-    (1 << 28, 7, 1, Eax, 26),        // LAM_SUP
+    (PKS, 7, 0, Ecx, 31),
+    (1 << 25, 7, 0, Edx, 5),  // UINTR
+    (1 << 28, 7, 1, Eax, 26), // LAM_SUP
 ];
 /// PCE has no CPUID bit.
 const ALWAYS: u64 = 1 << 8;

@@ -1,11 +1,12 @@
 //! Guest state that neither VMRUN nor VM entry switches: x87, SSE, AVX and the rest of XSAVE's components
-//! (PKRU among them), XCR0, DR0 to DR3, TSC_AUX. It stays in the registers across exits, for the kernel uses none
+//! (PKRU among them), XCR0, IA32_PKRS, DR0 to DR3, TSC_AUX. It stays in the registers across exits, for the kernel uses none
 //! of it, and is switched eagerly when another vCPU gets the CPU. (Lazy switching leaks between guests.)
 #![allow(unsafe_code)] // Saving and restoring processor state is what this module is for.
 
-use super::OutOfMemory;
+use super::{cr4, OutOfMemory};
 use crate::cpu::features::Features;
 use crate::mm::{self, FrameSize, Zone};
+use crate::vm::msr::index::PKRS;
 use core::arch::asm;
 use x86_64::registers::model_specific::Msr;
 use x86_64::PhysAddr;
@@ -29,6 +30,8 @@ pub struct XsaveFacts {
     area_bytes: u32,
     /// RDTSCP, and so TSC_AUX, exists.
     pub tsc_aux: bool,
+    /// Protection keys of supervisor pages, and so IA32_PKRS, exist.
+    pks: bool,
     /// FXRSTOR and XRSTOR leave the last x87 instruction's pointers as they are unless an exception is pending
     /// (CVE-2006-1056): AMD CPUs without CPUID 8000_0008h EBX[2].
     leaks_x87_pointers: bool,
@@ -45,6 +48,7 @@ impl XsaveFacts {
             components,
             area_bytes,
             tsc_aux: features.rdtscp,
+            pks: cr4::of_this_cpu() & cr4::PKS != 0,
             leaks_x87_pointers: amd && !restores_pointers,
         }
     }
@@ -59,6 +63,7 @@ pub struct ExtendedState {
     xcr0: u64,
     debug: [u64; 4],
     tsc_aux: u64,
+    pkrs: u32,
 }
 
 impl ExtendedState {
@@ -67,14 +72,14 @@ impl ExtendedState {
         // AMX alone makes the area larger than a page.
         let size = if facts.area_bytes > 4096 { FrameSize::Size2M } else { FrameSize::Size4K };
         let area = mm::alloc(size, Zone::Any).ok_or(OutOfMemory)?;
-        let mut state = Self { area, size, facts, xcr0: 1, debug: [0; 4], tsc_aux: 0 };
+        let mut state = Self { area, size, facts, xcr0: 1, debug: [0; 4], tsc_aux: 0, pkrs: 0 };
         state.reset();
         Ok(state)
     }
 
     /// Returns to the state after power-up. The vCPU must not be on a CPU.
     pub fn reset(&mut self) {
-        (self.xcr0, self.debug, self.tsc_aux) = (1, [0; 4], 0);
+        (self.xcr0, self.debug, self.tsc_aux, self.pkrs) = (1, [0; 4], 0, 0);
         // SAFETY: the area is ours. XRSTOR takes zeroed components as their initial state, but loads MXCSR from
         // memory; FXRSTOR also takes FCW from there.
         unsafe {
@@ -126,6 +131,23 @@ impl ExtendedState {
         }
     }
 
+    /// IA32_PKRS of the vCPU that is on this CPU, if the CPU has it. A guest reads and writes it without an exit; this is
+    /// for instructions that are emulated.
+    #[cold]
+    pub fn pkrs(&self) -> Option<u32> {
+        self.facts.pks.then(pkrs)
+    }
+
+    /// Sets IA32_PKRS of the vCPU that is on this CPU; false if the CPU has none.
+    #[cold]
+    pub fn set_pkrs(&mut self, value: u32) -> bool {
+        if self.facts.pks {
+            // SAFETY: the MSR exists and takes any 32 bits; with CR4.PKS clear, as in the host, it has no effect.
+            unsafe { Msr::new(PKRS).write(value.into()) };
+        }
+        self.facts.pks
+    }
+
     /// Puts this vCPU's state into the registers. Interrupts are off, and the state of the vCPU that was on this
     /// CPU before has been saved.
     pub fn load(&self) {
@@ -151,6 +173,9 @@ impl ExtendedState {
             if self.facts.tsc_aux {
                 Msr::new(MSR_TSC_AUX).write(self.tsc_aux & 0xffff_ffff);
             }
+            if self.facts.pks {
+                Msr::new(PKRS).write(self.pkrs.into());
+            }
         }
     }
 
@@ -170,6 +195,9 @@ impl ExtendedState {
             asm!("mov {}, dr0", "mov {}, dr1", "mov {}, dr2", "mov {}, dr3",
                  out(reg) self.debug[0], out(reg) self.debug[1], out(reg) self.debug[2], out(reg) self.debug[3],
                  options(nomem, nostack));
+        }
+        if self.facts.pks {
+            self.pkrs = pkrs();
         }
     }
 }
@@ -239,6 +267,13 @@ pub fn pkru() -> u32 {
         asm!("rdpkru", in("ecx") 0, out("eax") value, out("edx") _, options(nomem, nostack, preserves_flags));
     }
     value
+}
+
+/// IA32_PKRS of the vCPU that is on this CPU. Only for CPUs with protection keys of supervisor pages; Umbra itself keeps
+/// CR4.PKS clear, so that the value is the guest's alone. Intel SDM vol. 4, table 2-2.
+pub fn pkrs() -> u32 {
+    // SAFETY: the MSR exists, and reading it has no effect.
+    unsafe { Msr::new(PKRS).read() as u32 }
 }
 
 /// Status word: an unmasked exception is pending.

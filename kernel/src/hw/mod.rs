@@ -20,6 +20,7 @@ pub use svm::is_stray_debug_trap;
 
 use crate::cpu::features::Features;
 use crate::devices::lapic::LocalApic;
+use arrayvec::ArrayVec;
 use bitflags::bitflags;
 use core::fmt;
 use mmu::EntryFormat;
@@ -414,6 +415,41 @@ impl fmt::Display for Refusal {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct OutOfMemory;
 
+/// What becomes of a capability that a virtualization extension may have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Capability {
+    /// The CPU has it, and Umbra uses it.
+    Used,
+    /// The CPU has it.
+    Unused,
+    /// The CPU has it not.
+    Missing,
+}
+
+impl Capability {
+    /// Of one that the CPU has or not, and that is used or not.
+    pub const fn of(present: bool, used: bool) -> Self {
+        match (present, used) {
+            (true, true) => Self::Used,
+            (true, false) => Self::Unused,
+            (false, _) => Self::Missing,
+        }
+    }
+
+    /// Of one that is used where it is present.
+    pub const fn used(present: bool) -> Self {
+        Self::of(present, true)
+    }
+
+    /// Of one that Umbra has no use for.
+    pub const fn unused(present: bool) -> Self {
+        Self::of(present, false)
+    }
+}
+
+/// Capabilities by name, for the boot report.
+pub type Capabilities = ArrayVec<(&'static str, Capability), 24>;
+
 /// What a virtualization extension offers on a machine. One value, shared by all CPUs.
 pub trait Vendor: Copy + fmt::Display + Send + Sync + 'static {
     /// The vCPU of this vendor.
@@ -430,6 +466,12 @@ pub trait Vendor: Copy + fmt::Display + Send + Sync + 'static {
 
     /// Turns the extension on for the CPU that runs this. Once on each CPU that is to run guests.
     fn enable_on_this_cpu(&self) -> Result<(), Refusal>;
+
+    /// What the extension can do, by name.
+    fn capabilities(&self) -> Capabilities;
+
+    /// How many guests' address spaces a CPU's TLB tells apart, the host's included; 1 if it does not.
+    fn tlb_tags(&self) -> u32;
 
     /// Whether the machine translates in two stages; if not, why.
     fn two_stages(&self) -> Result<(), Refusal>;
@@ -566,6 +608,10 @@ pub trait HwVcpu: Send {
     #[inline]
     fn cs_attributes(&self) -> u16 {
         self.segment(SegmentName::Cs).attributes
+    }
+    /// Attributes of TR.
+    fn tr_attributes(&self) -> u16 {
+        self.state().tr.attributes
     }
     /// The instruction at RIP is going to be emulated: a hint to read at once what that needs, where reads are dear.
     #[inline]

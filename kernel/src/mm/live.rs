@@ -78,8 +78,12 @@ pub fn total_bytes() -> u64 {
 }
 
 /// Builds Umbra's page tables and makes this CPU use them. Runs once, in the entry stub's identity map; takes memory
-/// for tables from `map`.
-pub fn init_paging(map: &mut MemoryMap, features: &Features) -> Result<(), MapError> {
+/// for tables from `map`. Returns where `framebuffer`, a device's memory, is mapped from then on; it may be empty.
+pub fn init_paging(
+    map: &mut MemoryMap,
+    features: &Features,
+    framebuffer: Range,
+) -> Result<Option<*mut u8>, MapError> {
     let ram = map.ram.clone();
     let mut frames = Early { map };
     let tables = PageTables::new(&mut frames, features.pages_1g)?;
@@ -107,11 +111,27 @@ pub fn init_paging(map: &mut MemoryMap, features: &Features) -> Result<(), MapEr
         physmap(range.intersect(Range::new(read_only.end, u64::MAX)), Access::ReadWrite)?;
     }
 
+    // It is not worth a refusal to boot.
+    let pages = framebuffer.grow_to_pages();
+    let shown = !framebuffer.is_empty()
+        && tables
+            .map_missing(
+                &mut frames,
+                PHYSMAP + pages.start,
+                pages.start,
+                pages.len(),
+                Attributes::FRAMEBUFFER,
+            )
+            .is_ok()
+        && tables
+            .translate(&frames, PHYSMAP + framebuffer.start)
+            .is_some_and(|found| found.attributes == Attributes::FRAMEBUFFER);
+
     *TABLES.lock() = Some(tables);
     let root = PhysFrame::<Size4KiB>::containing_address(PhysAddr::new(tables.root()));
     // SAFETY: the tables map the image, with the code that runs and the stack in use, where it is.
     unsafe { Cr3::write(root, Cr3Flags::empty()) };
-    Ok(())
+    Ok(shown.then(|| phys_to_virt(PhysAddr::new(framebuffer.start))))
 }
 
 /// Hands all free memory of `map` to the frame allocator. Runs once, after [`init_paging`].

@@ -33,6 +33,8 @@ pub struct MemorySummary {
     pub usable_bytes: u64,
     /// The part of the free memory that lies below 4 GiB.
     pub usable_below_4g_bytes: u64,
+    /// The largest range of the free memory.
+    pub largest_bytes: u64,
 }
 
 impl MemoryMap {
@@ -47,8 +49,8 @@ impl MemoryMap {
         let within = Range::new(0, limit);
         for (range, kind) in regions.clone() {
             let range = range.intersect(within);
-            let usable = if kind == Kind::Usable { map.usable.insert(range) } else { Ok(()) };
-            let ram = if kind != Kind::Reserved { map.ram.insert(range) } else { Ok(()) };
+            let usable = if kind == Kind::Usable { map.usable.insert_or_replace(range) } else { Ok(()) };
+            let ram = if kind != Kind::Reserved { map.ram.insert_or_replace(range) } else { Ok(()) };
             map.truncated |= usable == Err(Full) || ram == Err(Full);
         }
         for (range, kind) in regions.clone() {
@@ -59,6 +61,8 @@ impl MemoryMap {
         for (range, _) in regions.filter(|(_, kind)| *kind == Kind::Reserved) {
             map.ram.remove(range);
         }
+        // A set that overflows may lose what the other keeps; what is free must be mapped, too.
+        map.truncated |= map.usable.keep_within(&map.ram);
         map
     }
 
@@ -69,6 +73,7 @@ impl MemoryMap {
             ram_bytes: self.ram.total(),
             usable_bytes: self.usable.total(),
             usable_below_4g_bytes: self.usable.iter().map(|r| r.intersect(below_4g).len()).sum(),
+            largest_bytes: self.usable.iter().map(|r| r.len()).max().unwrap_or(0),
         }
     }
 }
@@ -76,6 +81,7 @@ impl MemoryMap {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     #[test]
     fn the_stricter_kind_wins_whatever_the_order() {
@@ -101,6 +107,42 @@ mod tests {
         let map = MemoryMap::from_regions(regions.into_iter(), 1 << 33);
         assert_eq!(map.summary().usable_bytes, 1 << 33);
         assert_eq!(map.summary().usable_below_4g_bytes, 1 << 32);
+        assert_eq!(map.summary().largest_bytes, 1 << 33);
+    }
+
+    /// Any map, so crowded at times that the sets overflow.
+    fn any_regions() -> impl Strategy<Value = Vec<(Range, Kind)>> {
+        let kind = prop_oneof![3 => Just(Kind::Usable), 1 => Just(Kind::Occupied), 2 => Just(Kind::Reserved)];
+        let crowded = (0u64..4000, 1u64..4, kind.clone())
+            .prop_map(|(page, pages, kind)| (Range::from_len(page * 0x1000, pages * 0x1000), kind));
+        let any = (any::<u64>(), any::<u64>(), kind)
+            .prop_map(|(start, len, kind)| (Range::from_len(start, len), kind));
+        prop::collection::vec(prop_oneof![9 => crowded, 1 => any], 0..1500)
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        #[test]
+        fn no_map_makes_memory_of_what_is_not(regions in any_regions(), bits in 20u32..52) {
+            let limit = 1 << bits;
+            let map = MemoryMap::from_regions(regions.iter().copied(), limit);
+            for range in map.usable.iter() {
+                prop_assert!(range.end <= limit);
+                prop_assert!(map.ram.contains(range), "{:?} is free but not mapped", range);
+                for (other, kind) in &regions {
+                    prop_assert!(*kind == Kind::Usable || range.intersect(*other).is_empty(), "{:?}", other);
+                }
+            }
+        }
+
+        #[test]
+        fn the_largest_memory_is_kept(small in 1usize..900, at in 0usize..900) {
+            let mut regions: Vec<_> =
+                (0..small as u64).map(|n| (Range::from_len(n * 0x2000, 0x1000), Kind::Usable)).collect();
+            let large = Range::new(1 << 32, 1 << 36);
+            regions.insert(at.min(small), (large, Kind::Usable));
+            prop_assert!(MemoryMap::from_regions(regions.into_iter(), u64::MAX).usable.contains(large));
+        }
     }
 
     #[test]

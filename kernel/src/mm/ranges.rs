@@ -121,6 +121,49 @@ impl RangeSet {
         Ok(())
     }
 
+    /// Adds `range`; where there is no room, in place of the smallest ranges if they are smaller. [`Full`] says that
+    /// something was lost.
+    pub fn insert_or_replace(&mut self, range: Range) -> Result<(), Full> {
+        if self.insert(range).is_ok() {
+            return Ok(());
+        }
+        let smallest =
+            self.iter().min_by_key(|range| range.len()).filter(|smallest| smallest.len() < range.len());
+        if let Some(smallest) = smallest {
+            self.remove(smallest);
+            let _ = self.insert(range);
+        }
+        Err(Full)
+    }
+
+    /// Takes out what is not in `other`, and says whether there was any.
+    pub fn keep_within(&mut self, other: &RangeSet) -> bool {
+        let outside = |set: &Self| {
+            set.iter().find_map(|range| {
+                if other.contains(range) {
+                    return None;
+                }
+                // The first gap of `other` within the range.
+                let mut at = range.start;
+                for inside in
+                    other.iter().map(|inside| inside.intersect(range)).filter(|inside| !inside.is_empty())
+                {
+                    if inside.start > at {
+                        return Some(Range::new(at, inside.start));
+                    }
+                    at = inside.end;
+                }
+                Some(Range::new(at, range.end))
+            })
+        };
+        let mut found = false;
+        while let Some(gap) = outside(self) {
+            self.remove(gap);
+            found = true;
+        }
+        found
+    }
+
     /// Takes `range` out. Where the set cannot hold both halves of a split range, the smaller half goes too, so
     /// that nothing of `range` is ever left.
     pub fn remove(&mut self, range: Range) {
@@ -195,6 +238,34 @@ mod tests {
         s.remove(Range::new(10, 20));
         assert!(!s.contains(Range::new(10, 11)) && !s.contains(Range::new(0, 1)));
         assert!(s.contains(Range::new(20, 90)));
+    }
+
+    #[test]
+    fn a_full_set_prefers_the_larger() {
+        let mut s = RangeSet::new();
+        for i in 0..CAPACITY as u64 {
+            s.insert(Range::from_len(i * 100, 50 + i % 7)).unwrap();
+        }
+        let large = Range::from_len(1 << 20, 1000);
+        assert_eq!(s.insert_or_replace(large), Err(Full));
+        assert!(s.contains(large) && !s.contains(Range::from_len(0, 50)));
+        assert_eq!(s.insert_or_replace(Range::from_len(1 << 30, 1)), Err(Full));
+        assert!(!s.contains(Range::from_len(1 << 30, 1)));
+        assert_eq!(
+            s.insert_or_replace(Range::from_len(100, 60)),
+            Ok(()),
+            "one that grows another needs no room"
+        );
+    }
+
+    #[test]
+    fn a_set_can_be_kept_within_another() {
+        let mut s = set(&[(0, 100), (200, 300), (400, 500)]);
+        assert!(s.keep_within(&set(&[(10, 20), (30, 250), (400, 600)])));
+        assert_eq!(s, set(&[(10, 20), (30, 100), (200, 250), (400, 500)]));
+        assert!(!s.keep_within(&set(&[(0, 1000)])));
+        assert!(s.keep_within(&set(&[])));
+        assert_eq!(s, set(&[]));
     }
 
     #[test]

@@ -46,6 +46,8 @@ pub struct Scheduler<'a, V: Vendor> {
     places: Vec<Place<'a, V>>,
     timer: HostTimer,
     terminal: Terminal,
+    /// Prints the boot report.
+    report: &'a dyn Fn(),
     /// The vCPU whose extended state is in the registers: place and index.
     loaded: Option<(usize, usize)>,
     /// Where the search for the next vCPU begins.
@@ -62,8 +64,9 @@ pub struct Scheduler<'a, V: Vendor> {
 }
 
 impl<'a, V: Vendor> Scheduler<'a, V> {
-    /// A scheduler of these VMs, of which there is at least one.
-    pub fn new(instances: Vec<(Specification<'a, V>, Instance<V>)>) -> Self {
+    /// A scheduler of these VMs, of which there is at least one. `report` prints the boot report when someone at the
+    /// console asks for it.
+    pub fn new(instances: Vec<(Specification<'a, V>, Instance<V>)>, report: &'a dyn Fn()) -> Self {
         let rate = tsc::rate();
         let places: Vec<_> = instances
             .into_iter()
@@ -77,6 +80,7 @@ impl<'a, V: Vendor> Scheduler<'a, V> {
             .collect();
         let mut scheduler = Self {
             terminal: Terminal::new(places.len()),
+            report,
             places,
             timer: HostTimer::new(),
             loaded: None,
@@ -259,7 +263,7 @@ impl<'a, V: Vendor> Scheduler<'a, V> {
     fn poll_console(&mut self) {
         let places = &mut self.places;
         let focus_before = self.terminal.focus();
-        self.terminal.poll(|focus, byte| {
+        let wants_report = self.terminal.poll(|focus, byte| {
             let Some(instance) = places.get_mut(focus).and_then(|it| it.instance.as_mut()) else {
                 return true;
             };
@@ -269,6 +273,9 @@ impl<'a, V: Vendor> Scheduler<'a, V> {
             }
             taken
         });
+        if wants_report {
+            (self.report)();
+        }
         if self.terminal.focus() != focus_before {
             self.show_focus();
             if let Some(instance) = &self.places[self.terminal.focus()].instance {

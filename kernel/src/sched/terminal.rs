@@ -1,7 +1,7 @@
 //! The console's keyboard: bytes go to the VM that has the focus, a chord moves the focus.
 //!
-//! `Ctrl-A 1` to `Ctrl-A 9` give the focus to that VM, `Ctrl-A n` to the next one, `Ctrl-A Ctrl-A` sends one
-//! Ctrl-A, and any other key after Ctrl-A sends both.
+//! `Ctrl-A 1` to `Ctrl-A 9` give the focus to that VM, `Ctrl-A n` to the next one, `Ctrl-A r` prints the boot report,
+//! `Ctrl-A Ctrl-A` sends one Ctrl-A, and any other key after Ctrl-A sends both.
 use crate::console;
 use arrayvec::ArrayVec;
 
@@ -16,6 +16,7 @@ enum Meaning {
     One(u8),
     Two(u8, u8),
     Focus(usize),
+    Report,
 }
 
 /// State of the keyboard.
@@ -39,15 +40,18 @@ impl Terminal {
         self.focus
     }
 
-    /// Hands what was typed to `give`, which answers whether it took the byte.
-    pub(super) fn poll(&mut self, mut give: impl FnMut(usize, u8) -> bool) {
+    /// Hands what was typed to `give`, which answers whether it took the byte. Returns whether the boot report was asked
+    /// for.
+    pub(super) fn poll(&mut self, mut give: impl FnMut(usize, u8) -> bool) -> bool {
+        let mut wants_report = false;
         loop {
             let given = self.held.iter().take_while(|&&byte| give(self.focus, byte)).count();
             self.held.drain(..given);
-            let Some(byte) = console::read_byte() else { return };
+            let Some(byte) = console::read_byte() else { return wants_report };
             let mut hold = |byte| _ = self.held.try_push(byte);
             match interpret(byte, &mut self.after_prefix, self.focus, self.vms) {
                 Meaning::Nothing => {}
+                Meaning::Report => wants_report = true,
                 Meaning::One(byte) => hold(byte),
                 Meaning::Two(first, second) => {
                     hold(first);
@@ -70,6 +74,7 @@ fn interpret(byte: u8, after_prefix: &mut bool, focus: usize, vms: usize) -> Mea
     }
     match byte {
         PREFIX => Meaning::One(PREFIX),
+        b'r' => Meaning::Report,
         b'n' => Meaning::Focus((focus + 1) % vms),
         b'1'..=b'9' if usize::from(byte - b'1') < vms => Meaning::Focus(usize::from(byte - b'1')),
         other => Meaning::Two(PREFIX, other),

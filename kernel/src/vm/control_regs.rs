@@ -58,7 +58,7 @@ pub const CR4_CET: u64 = 1 << 23;
 const CR0_DEFINED: u64 =
     CR0_PE | CR0_MP | CR0_EM | CR0_TS | CR0_ET | CR0_NE | CR0_WP | CR0_AM | CR0_NW | CR0_CD | CR0_PG;
 /// CR3: with CR4.PCIDE, the write keeps the translations of the PCID it switches to.
-const CR3_NO_FLUSH: u64 = 1 << 63;
+pub const CR3_NO_FLUSH: u64 = 1 << 63;
 const CR3_PCID: u64 = 0xfff;
 /// Type of a busy 16-bit TSS.
 const BUSY_TSS_16: u16 = 3;
@@ -276,7 +276,7 @@ pub fn pdptes_are_valid(pdptes: &[u64; 4], phys_bits: u8) -> bool {
 }
 
 /// Bits from the physical-address width up.
-const fn physical_reserved(phys_bits: u8) -> u64 {
+pub const fn physical_reserved(phys_bits: u8) -> u64 {
     if phys_bits >= 64 {
         0
     } else {

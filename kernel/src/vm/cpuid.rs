@@ -84,8 +84,6 @@ pub struct VmShape {
     pub max_phys_bits: u8,
     /// The guest's TSC frequency in Hz.
     pub tsc_hz: u64,
-    /// The guest's tables are shadowed: no PCIDs and no protection keys.
-    pub shadow_paging: bool,
     /// XSAVEC and XSAVES, where the CPU has them, do what the manuals say.
     pub sound_compaction: bool,
 }

@@ -45,6 +45,12 @@ impl Events {
         self.next.is_some() || self.later.is_some() || (self.nmi_pending && !hw.nmis_blocked())
     }
 
+    /// Whether nothing waits, and no delivery was interrupted.
+    #[inline]
+    pub fn is_idle(&self) -> bool {
+        self.next.is_none() && self.later.is_none() && !self.interrupted && !self.nmi_pending
+    }
+
     /// Latches an NMI. More than one cannot wait.
     pub fn raise_nmi(&mut self) {
         self.nmi_pending = true;

@@ -1,19 +1,21 @@
 //! What each exit does. Vendor-neutral; the hot ones are CPUID, MSRs, ports, page faults, HLT.
 
 use super::breakpoints;
-use super::control_regs::{self, GeneralProtection, CR0_PE, CR0_PG, CR4_DE};
+use super::control_regs::{
+    self, GeneralProtection, CR0_PE, CR0_PG, CR0_WP, CR4_CET, CR4_DE, CR4_PCIDE, CR4_PGE,
+};
 use super::cpuid::{CpuState as CpuidState, CpuidLeaf, Vendor as CpuVendor};
 use super::emulate::{self, Attributes, Fault, KnownOperand, Mode, Outcome};
 use super::events::{DR6_BS, SINGLE_STEP};
-use super::exceptions::{DB, GP, UD};
+use super::exceptions::{DB, GP, PF, UD};
 use super::guest::{Board, Guest};
-use super::mov_cr;
 use super::msr::{index, switched_is_valid, Gp, MsrContext, MsrEffect, MsrState, EFER_LMA};
 use super::paging::{PageFault, Resolution, PF_FETCH, PF_USER};
 use super::pvclock;
 use super::report::{End, StopReason};
 use super::vcpu::{Activity, Core, Vcpu};
 use super::view::View;
+use super::{invlpg, mov_cr};
 use crate::cpu::tsc;
 use crate::devices::apic_bus::{ApicSink, Requests};
 use crate::devices::chipset::ChipsetEvent;
@@ -110,6 +112,20 @@ impl<V: Vendor> Vcpu<V> {
         let error_code = error_code.filter(|_| self.core.hw.cr0() & CR0_PE != 0);
         if self.core.events.raise(vector, error_code).is_err() {
             self.stop(guest, StopReason::TripleFault);
+        }
+    }
+
+    /// The same of an exception with an error code. If nothing else waits, the next entry delivers it without a look at anything
+    /// else.
+    #[inline]
+    fn raise_at_once(&mut self, guest: &Guest<V>, vector: u8, error_code: u32) {
+        let core = &mut self.core;
+        // Where the hardware might not deliver it, or the processor's state is not as it says, there is more to do.
+        let plain = core.hw.efer() & EFER_LMA != 0 && !core.hw.in_shadow();
+        if plain && !core.attention && core.events.is_idle() {
+            core.hw.inject(Event::Exception(vector, Some(error_code)));
+        } else {
+            self.raise(guest, vector, Some(error_code));
         }
     }
 
@@ -304,6 +320,10 @@ impl<V: Vendor> Vcpu<V> {
         match core.paging.page_fault(&guest.memory, &core.hw, code, linear) {
             PageFault::Mapped => {}
             PageFault::Guest(fault) => self.refuse(guest, fault),
+            PageFault::Told(code) => {
+                self.core.hw.set_cr2(linear);
+                self.raise_at_once(guest, PF, code);
+            }
             PageFault::NoTableMemory => self.stop(guest, StopReason::NoTableMemory),
             PageFault::TableOutsideRam => {
                 self.stop(guest, StopReason::Unsupported("page tables of the guest outside its RAM"));
@@ -320,6 +340,13 @@ impl<V: Vendor> Vcpu<V> {
                 let operand = code & PF_USER != 0 || core.hw.cpl() != 3;
                 self.emulate(guest, operand.then_some(known));
             }
+            PageFault::DespiteKey if core.events.delivery_was_interrupted() => {
+                self.stop(
+                    guest,
+                    StopReason::Unsupported("an event's delivery to a page that a protection key guards"),
+                );
+            }
+            PageFault::DespiteKey => self.emulate(guest, None),
             // What the processor does by itself cannot be emulated.
             PageFault::Table { gpa } if core.events.delivery_was_interrupted() => {
                 guest.memory.stop_shadowing(core.paging.host_cpu(), gpa);
@@ -414,7 +441,8 @@ impl<V: Vendor> Vcpu<V> {
                 if let Some(cr2) = exception.cr2 {
                     self.core.hw.set_cr2(cr2);
                     if self.core.paging.is_shadowed() {
-                        self.core.paging.guest_faulted(cr2, exception.error_code.unwrap_or_default());
+                        let code = exception.error_code.unwrap_or_default();
+                        self.core.paging.guest_faulted(&guest.memory, cr2, code);
                     }
                 }
                 self.raise(guest, exception.vector, exception.error_code);
@@ -427,13 +455,31 @@ impl<V: Vendor> Vcpu<V> {
     /// INVLPG.
     #[inline(never)]
     fn invalidate_page(&mut self, guest: &Guest<V>, invlpg: Invlpg) {
-        match (invlpg.known.then_some(invlpg.linear), self.core.hw.exit_next_rip()) {
-            (Some(linear), Some(next)) => {
-                self.core.invalidate_page(linear);
+        let named = if invlpg.known { self.core.hw.exit_next_rip() } else { None };
+        let operand = match named {
+            Some(next) => Some((invlpg.linear, next)),
+            None => self.invlpg_operand(guest),
+        };
+        match operand {
+            Some((linear, next)) => {
+                self.core.invalidate_page(guest, linear);
                 self.complete(guest, next);
             }
-            _ => self.emulate(guest, None),
+            None => self.emulate(guest, None),
         }
+    }
+
+    /// Operand and next RIP of the INVLPG at RIP, if it has one of the usual forms.
+    fn invlpg_operand(&mut self, guest: &Guest<V>) -> Option<(u64, u64)> {
+        let hw = &self.core.hw;
+        if hw.efer() & EFER_LMA == 0 || hw.cs_attributes() & CS_LONG == 0 {
+            return None;
+        }
+        let (bytes, len) = self.core.fetch(guest).ok()?;
+        let hw = &self.core.hw;
+        let (linear, length) =
+            invlpg::parse(&bytes, hw.gprs(), hw.rip()).filter(|&(_, length)| length <= len)?;
+        Some((linear, hw.rip().wrapping_add(length as u64)))
     }
 
     /// MOV from control register `cr`, to general-purpose register `gpr` where the hardware named it.
@@ -459,6 +505,7 @@ impl<V: Vendor> Vcpu<V> {
     }
 
     /// MOV to control register `cr`, from general-purpose register `gpr` where the hardware named it.
+    #[inline(never)]
     fn write_cr(&mut self, guest: &Guest<V>, cr: u8, gpr: Option<u8>) {
         let Some((value, next)) = self.mov_to_cr_operand(guest, gpr) else { return };
         let written = match cr {
@@ -642,7 +689,10 @@ impl<V: Vendor> Core<V> {
             Some(value) => Ok(value),
             None if msr == pvclock::MSR_SYSTEM_TIME => Ok(self.system_time),
             None if msr == pvclock::MSR_WALL_CLOCK => Ok(self.wall_clock),
-            None => self.with_msrs(guest, msr, |msrs, context| msrs.read(msr, context)),
+            None => match self.with_msrs(guest, msr, |msrs, context| msrs.read(msr, context)) {
+                Err(Gp) if msr == index::PKRS => self.extended.pkrs().map(u64::from).ok_or(Gp),
+                read => read,
+            },
         }
     }
 
@@ -657,7 +707,11 @@ impl<V: Vendor> Core<V> {
         if matches!(msr, pvclock::MSR_WALL_CLOCK | pvclock::MSR_SYSTEM_TIME) {
             return self.write_clock_msr(guest, msr, value);
         }
-        match self.with_msrs(guest, msr, |msrs, context| msrs.write(msr, value, context))? {
+        let effect = match self.with_msrs(guest, msr, |msrs, context| msrs.write(msr, value, context)) {
+            Err(Gp) if msr == index::PKRS => return self.write_pkrs(value),
+            written => written?,
+        };
+        match effect {
             MsrEffect::None => {
                 // A deadline may have been set.
                 self.attention |= msr == index::TSC_DEADLINE;
@@ -690,6 +744,17 @@ impl<V: Vendor> Core<V> {
             (self.apic_enabled, self.attention) = (true, true);
         }
         Ok(())
+    }
+
+    /// WRMSR of IA32_PKRS, which is not intercepted, by the emulator.
+    #[cold]
+    fn write_pkrs(&mut self, value: u64) -> Result<(), Gp> {
+        let value = u32::try_from(value).map_err(|_| Gp)?;
+        if self.extended.set_pkrs(value) {
+            Ok(())
+        } else {
+            Err(Gp)
+        }
     }
 
     /// Puts a structure of the paravirtual clock where the guest wants it; #GP where there is no RAM.
@@ -750,7 +815,14 @@ impl<V: Vendor> Core<V> {
 
     /// The control registers as a write of one of them finds them.
     pub(super) fn control_registers(&self) -> control_regs::Now {
-        (&self.hw.state()).into()
+        control_regs::Now {
+            cr0: self.hw.cr0(),
+            cr3: self.hw.cr3(),
+            cr4: self.hw.cr4(),
+            efer: self.hw.efer(),
+            cs_long: self.hw.cs_attributes() & CS_LONG != 0,
+            tr_attributes: self.hw.tr_attributes(),
+        }
     }
 
     /// What the guest's CPU allows in control registers.
@@ -766,6 +838,9 @@ impl<V: Vendor> Core<V> {
         cr: u8,
         value: u64,
     ) -> Result<(), GeneralProtection> {
+        if self.paging.is_shadowed() && self.goes_back(guest, cr, value) {
+            return Ok(());
+        }
         let (now, limits) = (self.control_registers(), Self::control_limits(guest));
         let change = match cr {
             0 => control_regs::write_cr0(&now, value, &limits),
@@ -774,6 +849,44 @@ impl<V: Vendor> Core<V> {
             _ => Err(GeneralProtection),
         }?;
         self.apply(guest, &now, &change)
+    }
+
+    /// The writes that kernels make all the time, on shadow tables in long mode: another address space, CR0.WP and CR4.PGE off and
+    /// on. Whether it was one, and is done.
+    #[inline]
+    fn goes_back(&mut self, guest: &Guest<V>, cr: u8, value: u64) -> bool {
+        let (hw, efer) = (&self.hw, self.hw.efer());
+        if efer & EFER_LMA == 0 {
+            return false;
+        }
+        let only = |old: u64, bit: u64| (value ^ old) & !bit == 0;
+        match cr {
+            0 if only(hw.cr0(), CR0_WP) && hw.cr4() & CR4_CET == 0 => {
+                let goes = self.paging.goes_back(&guest.memory, cr, value, efer);
+                if goes {
+                    self.hw.set_cr0(value);
+                }
+                goes
+            }
+            3 => {
+                let pcids = hw.cr4() & CR4_PCIDE != 0;
+                let cr3 = if pcids { value & !control_regs::CR3_NO_FLUSH } else { value };
+                let goes = cr3 & control_regs::physical_reserved(guest.cpuid.caps().phys_bits) == 0
+                    && self.paging.goes_back(&guest.memory, cr, value, efer);
+                if goes && cr3 != self.hw.cr3() {
+                    self.hw.set_cr3(cr3);
+                }
+                goes
+            }
+            4 if only(hw.cr4(), CR4_PGE) && value & !guest.cpuid.caps().cr4 == 0 => {
+                let goes = self.paging.goes_back(&guest.memory, cr, value, efer);
+                if goes {
+                    self.hw.set_cr4(value);
+                }
+                goes
+            }
+            _ => false,
+        }
     }
 
     /// Makes a write of a control register take effect; #GP for PDPTEs that the processor would refuse.
@@ -803,7 +916,7 @@ impl<V: Vendor> Core<V> {
             self.hw.set_cr0(change.cr0);
         }
         if self.paging.is_shadowed() {
-            self.tell_of(now, change);
+            self.tell_of(guest, now, change);
         } else if change.flush != control_regs::Flush::None {
             // Flushing all covers each case.
             self.hw.flush_tlb();
@@ -812,21 +925,21 @@ impl<V: Vendor> Core<V> {
     }
 
     /// Tells the shadow tables' side which registers were written.
-    fn tell_of(&mut self, now: &control_regs::Now, change: &control_regs::Change) {
+    fn tell_of(&mut self, guest: &Guest<V>, now: &control_regs::Now, change: &control_regs::Change) {
         if (change.cr0, change.efer) != (now.cr0, now.efer) {
-            self.paging.cr0_written(&self.hw);
+            self.paging.cr0_written(&guest.memory, &self.hw);
         } else if change.cr4 != now.cr4 {
-            self.paging.cr4_written(&self.hw);
+            self.paging.cr4_written(&guest.memory, &self.hw);
         } else if change.cr3 != now.cr3 || change.flush != control_regs::Flush::None {
-            self.paging.cr3_written(&self.hw, change.flush == control_regs::Flush::None);
+            self.paging.cr3_written(&guest.memory, &self.hw, change.flush == control_regs::Flush::None);
         }
     }
 
     /// INVLPG.
     #[inline]
-    pub(super) fn invalidate_page(&mut self, linear: u64) {
+    pub(super) fn invalidate_page(&mut self, guest: &Guest<V>, linear: u64) {
         if self.paging.is_shadowed() {
-            self.paging.invalidate_page(linear);
+            self.paging.invalidate_page(&guest.memory, linear);
         } else {
             self.hw.flush_tlb();
         }

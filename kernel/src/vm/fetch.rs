@@ -1,8 +1,8 @@
-//! The walk of the last instruction fetch, kept so that the next one can repeat it in a few instructions.
+//! The walks of the last instruction fetches, kept so that the next ones can repeat them in a few instructions.
 //!
 //! Without next-RIP and decode assists almost every exit reads the instruction that caused it, and mostly the same
 //! few pages of code. A cache of translations would be unsound: under nested paging a guest's INVLPG makes no exit.
-//! What is kept here is the walk itself: where each page-table entry is and what it was. A repeated walk reads every
+//! What is kept here is a walk itself: where each page-table entry is and what it was. A repeated walk reads every
 //! entry again and compares; it is as fresh as a walk from the root, for the same entries lead the same way.
 #![allow(unsafe_code)] // Page-table entries and code are read through pointers into guest memory.
 
@@ -32,15 +32,16 @@ impl Step {
 }
 
 /// What a walk depends on beside the entries and the registers that make its context.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy)]
 struct Key {
     linear_page: u64,
     cr3: u64,
     cpl: u8,
 }
 
-/// The kept walk.
-pub(super) struct FetchCache {
+/// A kept walk.
+#[derive(Clone, Copy)]
+struct Walk {
     key: Key,
     /// The backing as it was: the pointers are good while it is the same.
     seq: Option<InvalidationSeq>,
@@ -50,39 +51,47 @@ pub(super) struct FetchCache {
     code: *const u8,
 }
 
+/// Walks that are kept: those of a handler and of what it was called from, in two address spaces.
+const WALKS: usize = 4;
+
+/// The kept walks.
+pub(super) struct FetchCache {
+    /// A copy of the last one.
+    last: Walk,
+    /// All of them, each in the place that its key names.
+    walks: [Walk; WALKS],
+}
+
 // SAFETY: the pointers are into the VM's memory, which is shared by all CPUs; they are only used under its guard.
 unsafe impl Send for FetchCache {}
 
-impl FetchCache {
-    /// Nothing kept.
-    pub(super) const fn new() -> Self {
-        const NONE: Step = Step { place: core::ptr::null(), value: 0 };
-        Self {
-            key: Key { linear_page: 0, cr3: 0, cpl: 0 },
-            seq: None,
-            steps: [NONE; MAX_LEVELS],
-            len: 0,
-            code: core::ptr::null(),
-        }
+impl Key {
+    /// Where a walk with this key is kept.
+    fn place(&self) -> usize {
+        let mixed = (self.linear_page ^ self.cr3 >> 12).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        (mixed >> (u64::BITS - WALKS.ilog2())) as usize % WALKS
     }
 
-    /// Forgets the walk: the registers make another context now.
-    pub(super) fn clear(&mut self) {
-        self.seq = None;
-    }
-
-    /// Sixteen bytes of code at `linear`, if the kept walk leads there and they lie in one page.
     #[inline(always)]
-    pub(super) fn read(
-        &self,
-        shared: &Shared<'_, HostMemory>,
-        linear: u64,
-        cr3: u64,
-        cpl: u8,
-    ) -> Option<[u8; 16]> {
-        let key = Key { linear_page: linear >> 12, cr3, cpl };
+    fn is(&self, other: &Self) -> bool {
+        self.linear_page == other.linear_page && self.cr3 == other.cr3 && self.cpl == other.cpl
+    }
+}
+
+impl Walk {
+    const NONE: Self = Self {
+        key: Key { linear_page: 0, cr3: 0, cpl: 0 },
+        seq: None,
+        steps: [Step { place: core::ptr::null(), value: 0 }; MAX_LEVELS],
+        len: 0,
+        code: core::ptr::null(),
+    };
+
+    /// Sixteen bytes of code at `linear`, if they lie in the page and the walk would lead there again.
+    #[inline(always)]
+    fn read(&self, shared: &Shared<'_, HostMemory>, linear: u64) -> Option<[u8; 16]> {
         let offset = (linear & 0xfff) as usize;
-        if key != self.key || offset > 0xff0 || self.seq.is_none() || shared.settled() != self.seq {
+        if offset > 0xff0 || self.seq.is_none() || shared.settled() != self.seq {
             return None;
         }
         // Three levels, to a large page, and four are the rule, and unrolled.
@@ -96,8 +105,51 @@ impl FetchCache {
         if !fresh {
             return None;
         }
-        // SAFETY: as above; the sixteen bytes lie inside the page.
+        // SAFETY: as in `Step::is_fresh`; the sixteen bytes lie inside the page.
         Some(unsafe { self.code.add(offset).cast::<[u8; 16]>().read() })
+    }
+}
+
+impl FetchCache {
+    /// Nothing kept.
+    pub(super) const fn new() -> Self {
+        Self { last: Walk::NONE, walks: [Walk::NONE; WALKS] }
+    }
+
+    /// Forgets the walks: the registers make another context now.
+    pub(super) fn clear(&mut self) {
+        self.last.seq = None;
+        for walk in &mut self.walks {
+            walk.seq = None;
+        }
+    }
+
+    /// Sixteen bytes of code at `linear`, if the last walk led there and they lie in one page.
+    #[inline(always)]
+    pub(super) fn read(
+        &self,
+        shared: &Shared<'_, HostMemory>,
+        linear: u64,
+        cr3: u64,
+        cpl: u8,
+    ) -> Option<[u8; 16]> {
+        let key = Key { linear_page: linear >> 12, cr3, cpl };
+        if key.is(&self.last.key) {
+            self.last.read(shared, linear)
+        } else {
+            None
+        }
+    }
+
+    /// Makes the kept walk with this key the last one; whether there is one.
+    pub(super) fn turn_to(&mut self, linear: u64, cr3: u64, cpl: u8) -> bool {
+        let key = Key { linear_page: linear >> 12, cr3, cpl };
+        let walk = &self.walks[key.place()];
+        let kept = key.is(&walk.key);
+        if kept {
+            self.last = *walk;
+        }
+        kept
     }
 
     /// Keeps a walk that `recorder` watched and that led to `page`, if all of it was recorded.
@@ -110,12 +162,14 @@ impl FetchCache {
         cpl: u8,
         page: Gpa,
     ) {
-        self.seq = None;
+        let key = Key { linear_page: linear >> 12, cr3, cpl };
+        let walk = &mut self.walks[key.place()];
+        walk.seq = None;
+        self.last.seq = None;
         let Some((steps, len)) = recorder.steps() else { return };
         let Some(code) = shared.ram(page).and_then(|at| shared.backing().pointer(&at)) else { return };
-        (self.steps, self.len, self.code) = (steps, len, code);
-        self.key = Key { linear_page: linear >> 12, cr3, cpl };
-        self.seq = shared.settled();
+        *walk = Walk { key, seq: shared.settled(), steps, len, code };
+        self.last = *walk;
     }
 }
 

@@ -125,7 +125,6 @@ impl<V: Vendor> Specification<'_, V> {
                 vcpus: config.vcpus as u8,
                 max_phys_bits: self.machine.features.physical_address_bits.min(48),
                 tsc_hz: tsc::khz() * 1000,
-                shadow_paging: shadow,
                 sound_compaction: compaction::is_sound(),
             },
         );

@@ -466,6 +466,20 @@ impl Backing for HostMemory {
         Ok(self.atomic_u64(at)?.load(Ordering::Acquire))
     }
 
+    #[inline]
+    fn load_u64s(&self, at: &RamAddr, words: &mut [u64]) -> Result<(), NoPage> {
+        let first = self.atomic_u64(at)?.as_ptr();
+        let room = (PAGE_SIZE - at.slot_offset % PAGE_SIZE) as usize / 8;
+        if words.len() > room {
+            return Err(NoPage);
+        }
+        for (index, word) in words.iter_mut().enumerate() {
+            // SAFETY: as in `atomic_u64`, inside the page of the first.
+            *word = unsafe { AtomicU64::from_ptr(first.add(index)) }.load(Ordering::Acquire);
+        }
+        Ok(())
+    }
+
     fn compare_exchange_u32(&self, at: &RamAddr, current: u32, new: u32) -> Result<u32, NoPage> {
         let cell = self.atomic_u32(at)?;
         Ok(cell

@@ -8,6 +8,7 @@ pub mod cpuid;
 pub mod emulate;
 pub mod events;
 pub mod exceptions;
+pub mod invlpg;
 pub mod layout;
 pub mod load;
 pub mod mov_cr;

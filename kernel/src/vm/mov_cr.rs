@@ -5,7 +5,16 @@ const MAX_LEN: usize = 15;
 
 /// Number of the general-purpose register that the MOV CRn, r at the start of `bytes` reads, and the instruction's
 /// length. None if it is something else. Which control register it is was said by the exit.
+#[inline]
 pub fn parse(bytes: &[u8], long_mode: bool) -> Option<(usize, usize)> {
+    match *bytes {
+        // Without prefix, as almost always.
+        [0x0f, 0x22, modrm, ..] => Some((usize::from(modrm & 7), 3)),
+        _ => parse_any(bytes, long_mode),
+    }
+}
+
+fn parse_any(bytes: &[u8], long_mode: bool) -> Option<(usize, usize)> {
     let mut rex_b = 0;
     for (at, &byte) in bytes.iter().enumerate().take(MAX_LEN - 2) {
         match byte {

@@ -64,6 +64,7 @@ pub mod index {
     pub const PAT: u32 = 0x277;
     pub const MTRR_DEF_TYPE: u32 = 0x2ff;
     pub const TSC_DEADLINE: u32 = 0x6e0;
+    pub const PKRS: u32 = 0x6e1;
     pub const XSS: u32 = 0xda0;
     /// Umbra's own: exits taken by this vCPU since its reset, the one for this read included. Read-only.
     pub const EXIT_COUNT: u32 = 0x4000_0100;
@@ -104,6 +105,12 @@ pub const PASSTHROUGH: [u32; 10] = [
     msr::GS_BASE,
     msr::KERNEL_GS_BASE,
 ];
+
+/// MSRs that a guest also reads and writes without an exit, where its CPU has what they belong to (`supervisor_keys`:
+/// protection keys of supervisor pages): a change of vCPUs switches them.
+pub fn passthrough(supervisor_keys: bool) -> impl Iterator<Item = u32> {
+    PASSTHROUGH.into_iter().chain(supervisor_keys.then_some(msr::PKRS))
+}
 
 /// PAT after reset (SDM table 12-12; APM table 7-9).
 pub const PAT_RESET: u64 = 0x0007_0406_0007_0406;

@@ -5,14 +5,15 @@ use super::emulate::{Exception, Fault};
 use super::fetch::{FetchCache, Recorder};
 use super::memory::HostMemory;
 use super::ram::{BadGpa, GuestRam};
-use super::shadow::Shadow;
+use super::shadow::{Kind, Shadow};
+use crate::hw::extended;
 use crate::hw::{Exit, FaultCause, HwVcpu, OutOfMemory, SecondStageFault, Translation, Vendor};
 use crate::mm::{self, FrameSize, Zone};
 use mmu::{
-    Access, AccessKind, Agent, CpuId, CpuRole, Cr0, Cr4, DirectMmu, Efer, FaultOutcome, Gfn, GfnRange, Gpa,
-    GuestCpu, GuestWalk, Gva, Invpcid, Level, Mmu, NoShadowRoot, NotRam, PageFaultCode, PageSize,
-    PagingContext, PagingRegs, PagingState, Pfn, PhysTables, RoleFlags, ShadowFault, Shared, TableCache,
-    TablePage, TagFlush, Tags, VmMemory, WalkError, WalkRegs, ZapProgress,
+    Access, AccessKind, Agent, CpuId, CpuRole, Cr0, Cr4, DirectMmu, Efer, Exclusive, FaultOutcome, Gfn,
+    GfnRange, Gpa, GuestCpu, GuestWalk, Gva, Invpcid, Level, Mmu, NearFault, NoShadowRoot, NotRam,
+    PageFaultCode, PageSize, PagingContext, PagingRegs, PagingState, Pfn, PhysTables, RoleFlags, ShadowDone,
+    ShadowFault, Shared, TableCache, TablePage, TagFlush, Tags, VmMemory, WalkError, WalkRegs, ZapProgress,
 };
 use x86_64::PhysAddr;
 
@@ -67,7 +68,7 @@ impl<V: Vendor> GuestMemory<V> {
         shadow: bool,
     ) -> Result<Self, OutOfMemory> {
         let ram_bytes = ram.slots().map(|slot| slot.range.pages() * 4096).sum();
-        let vm = VmMemory::new(ram);
+        let vm = VmMemory::on_cpus(ram, crate::cpu::all().len());
         {
             let mut exclusive = vm.exclusive(this_cpu());
             for slot in vm.backing().slots() {
@@ -270,6 +271,8 @@ pub enum PageFault {
     Mapped,
     /// The guest's own tables forbid the access.
     Guest(Fault),
+    /// The same, with this error code; the `mmu` crate knows.
+    Told(u32),
     /// There is no RAM, or a write met RAM that is read-only.
     Device {
         /// Guest-physical address.
@@ -282,15 +285,22 @@ pub enum PageFault {
         /// Guest-physical address.
         gpa: u64,
     },
+    /// The guest may make the access, but the processor never will: without CR0.WP a protection key does not hold back the
+    /// supervisor's writes, and on shadow tables the processor's CR0.WP is set.
+    DespiteKey,
     /// A table of the guest lies where its writes cannot be followed.
     TableOutsideRam,
     /// The host has no memory for tables.
     NoTableMemory,
 }
 
+/// CR4: protection keys of user pages, and of the supervisor's.
+const CR4_PKE: u64 = 1 << 22;
+const CR4_PKS: u64 = 1 << 24;
 /// #PF error codes: write, user, instruction fetch. Intel SDM vol. 3, 4.7.
 const PF_PRESENT: u32 = 1 << 0;
 const PF_WRITE: u32 = 1 << 1;
+const PF_KEY: u32 = 1 << 5;
 pub(super) const PF_USER: u32 = 1 << 2;
 pub(super) const PF_FETCH: u32 = 1 << 4;
 
@@ -310,8 +320,10 @@ pub struct Paging {
     context: PagingContext<Gva, Gpa>,
     /// CR0, CR4 and EFER that the context was made from.
     registers: (u64, u64, u64),
+    /// The context before: kernels switch CR0.WP and CR4.SMAP back and forth.
+    previous: PagingContext<Gva, Gpa>,
     cpu: GuestCpu,
-    /// The last instruction fetch.
+    /// The last instruction fetches.
     fetches: FetchCache,
     /// RIP and address of a supervisor's access that faulted last though the tables permit it.
     spurious: Option<(u64, u64)>,
@@ -336,6 +348,7 @@ impl Paging {
             cache: TableCache::new(),
             context: PagingContext::new(role),
             registers: (0, 0, 0),
+            previous: PagingContext::new(role),
             cpu,
             fetches: FetchCache::new(),
             spurious: None,
@@ -513,6 +526,18 @@ impl Paging {
         };
         let mut access = Access { kind, agent };
         self.refresh(hw);
+        let regs = rights(hw);
+        let near = shadow.with(&memory.vm, self.host_cpu, |kind, guard| {
+            self.mmu.fault_near(kind, guard, &self.context, &regs, Gva::new(linear), access)
+        });
+        match near.map(|done| done.outcome) {
+            Some(NearFault::Mapped) => {
+                self.spurious = None;
+                return PageFault::Mapped;
+            }
+            Some(NearFault::Guest(code)) => return PageFault::Told(code.bits()),
+            None => {}
+        }
         let regs = walk_regs(hw);
         for _ in 0..FAULT_TRIES {
             if self.mmu.has_work() {
@@ -530,16 +555,22 @@ impl Paging {
             let write = access.kind == AccessKind::Write;
             match done.outcome {
                 ShadowFault::Spurious
-                    if code & PF_PRESENT != 0 && access.agent == Agent::Supervisor && self.heeds_smap() =>
+                    if code & PF_KEY != 0
+                        || code & PF_PRESENT != 0
+                            && access.agent == Agent::Supervisor
+                            && self.heeds_smap() =>
                 {
                     // The tables permit an access by an operand, and yet it faulted. Another vCPU may just have mapped the
-                    // page; if the same access faults again, it is one of the processor's own, which RFLAGS.AC does not
-                    // concern.
+                    // page; if the same access faults again, its key is in the way, or it is one of the processor's own,
+                    // which RFLAGS.AC does not concern.
                     let at = (hw.rip(), linear);
                     if self.spurious.replace(at) != Some(at) {
                         return PageFault::Mapped;
                     }
                     self.spurious = None;
+                    if code & PF_KEY != 0 {
+                        return PageFault::DespiteKey;
+                    }
                     access.agent = Agent::Implicit;
                 }
                 ShadowFault::Mapped | ShadowFault::Spurious | ShadowFault::NoRoot | ShadowFault::Wait => {
@@ -575,23 +606,52 @@ impl Paging {
     }
 
     /// MOV to CR3; `keep` says that the translations of the PCID stay.
-    pub fn cr3_written<H: HwVcpu>(&mut self, hw: &H, keep: bool) {
+    pub fn cr3_written<V: Vendor>(&mut self, memory: &GuestMemory<V>, hw: &V::Vcpu, keep: bool) {
         const NO_FLUSH: u64 = 1 << 63;
-        let order = if keep { NO_FLUSH } else { 0 };
-        // Here and below: the request is remembered, and carried out before the next entry.
-        let _ = self.mmu.mov_to_cr3(hw.cr3() | order, hw.pdptes().unwrap_or_default());
+        let value = hw.cr3() | if keep { NO_FLUSH } else { 0 };
+        if !self.at_once(memory, |mmu, kind, guard| mmu.mov_to_seen_cr3(kind, guard, value)) {
+            // Here and below: the request is remembered, and carried out before the next entry.
+            let _ = self.mmu.mov_to_cr3(value, hw.pdptes().unwrap_or_default());
+        }
     }
 
     /// MOV to CR0, CLTS or LMSW.
-    pub fn cr0_written<H: HwVcpu>(&mut self, hw: &H) {
+    pub fn cr0_written<V: Vendor>(&mut self, memory: &GuestMemory<V>, hw: &V::Vcpu) {
         let (cr0, efer) = (Cr0::from_bits_retain(hw.cr0()), Efer::from_bits_retain(hw.efer()));
-        let _ = self.mmu.mov_to_cr0(cr0, efer, hw.pdptes().unwrap_or_default());
+        if !self.at_once(memory, |mmu, kind, guard| mmu.mov_to_seen_cr0(kind, guard, cr0, efer)) {
+            let _ = self.mmu.mov_to_cr0(cr0, efer, hw.pdptes().unwrap_or_default());
+        }
     }
 
     /// MOV to CR4.
-    pub fn cr4_written<H: HwVcpu>(&mut self, hw: &H) {
+    pub fn cr4_written<V: Vendor>(&mut self, memory: &GuestMemory<V>, hw: &V::Vcpu) {
         let cr4 = Cr4::from_bits_retain(hw.cr4());
-        let _ = self.mmu.mov_to_cr4(cr4, hw.pdptes().unwrap_or_default());
+        if !self.at_once(memory, |mmu, kind, guard| mmu.mov_to_seen_cr4(kind, guard, cr4)) {
+            let _ = self.mmu.mov_to_cr4(cr4, hw.pdptes().unwrap_or_default());
+        }
+    }
+
+    /// A write of a control register in long mode that leads back to a root: `value` is in order, and is nothing but another CR3,
+    /// CR0.WP or CR4.PGE. If it was followed, the register is left to be set.
+    #[inline]
+    pub fn goes_back<V: Vendor>(&mut self, memory: &GuestMemory<V>, cr: u8, value: u64, efer: u64) -> bool {
+        self.at_once(memory, |mmu, kind, guard| match cr {
+            0 => mmu.mov_to_seen_cr0(kind, guard, Cr0::from_bits_retain(value), Efer::from_bits_retain(efer)),
+            3 => mmu.mov_to_seen_cr3(kind, guard, value),
+            _ => mmu.mov_to_seen_cr4(kind, guard, Cr4::from_bits_retain(value)),
+        })
+    }
+
+    /// Tries what is done with an event at once, if it can be; whether it was.
+    #[inline(always)]
+    fn at_once<V: Vendor>(
+        &mut self,
+        memory: &GuestMemory<V>,
+        act: impl FnOnce(&mut Mmu, &mut Kind, &mut Exclusive<'_, HostMemory>) -> Option<ShadowDone<()>>,
+    ) -> bool {
+        let Some(shadow) = memory.shadow() else { return false };
+        // No other CPU runs guests, so there is none to kick.
+        shadow.with(&memory.vm, self.host_cpu, |kind, guard| act(&mut self.mmu, kind, guard)).is_some()
     }
 
     /// WRMSR to EFER.
@@ -611,14 +671,21 @@ impl Paging {
     }
 
     /// The guest gets a page fault with this error code.
-    pub fn guest_faulted(&mut self, linear: u64, code: u32) {
-        let _ = self.mmu.page_fault(Gva::new(linear), PageFaultCode::from_bits_truncate(code));
+    pub fn guest_faulted<V: Vendor>(&mut self, memory: &GuestMemory<V>, linear: u64, code: u32) {
+        let (address, code) = (Gva::new(linear), PageFaultCode::from_bits_truncate(code));
+        if !self.at_once(memory, |mmu, kind, guard| mmu.page_fault_at_once(kind, guard, address, code)) {
+            let _ = self.mmu.page_fault(address, code);
+        }
     }
 
     /// INVLPG.
     #[inline]
-    pub fn invalidate_page(&mut self, linear: u64) {
-        let _ = self.mmu.invlpg(Gva::new(linear));
+    pub fn invalidate_page<V: Vendor>(&mut self, memory: &GuestMemory<V>, linear: u64) {
+        let address = Gva::new(linear);
+        if self.at_once(memory, |mmu, kind, guard| mmu.invlpg_at_once(kind, guard, address)) {
+            return;
+        }
+        let _ = self.mmu.invlpg(address);
     }
 
     /// INVPCID with checked operands.
@@ -676,8 +743,23 @@ impl Paging {
         let shared = memory.vm.shared(self.host_cpu);
         match self.fetches.read(&shared, linear, hw.cr3(), hw.cpl()) {
             Some(bytes) => Ok((bytes, MAX_INSN_BYTES)),
-            None => self.fetch_by_walk(&shared, hw, linear),
+            None => self.fetch_otherwise(&shared, hw, linear),
         }
+    }
+
+    #[inline(never)]
+    fn fetch_otherwise<H: HwVcpu>(
+        &mut self,
+        shared: &Shared<'_, HostMemory>,
+        hw: &H,
+        linear: u64,
+    ) -> Result<([u8; 16], usize), Fault> {
+        if self.fetches.turn_to(linear, hw.cr3(), hw.cpl()) {
+            if let Some(bytes) = self.fetches.read(shared, linear, hw.cr3(), hw.cpl()) {
+                return Ok((bytes, MAX_INSN_BYTES));
+            }
+        }
+        self.fetch_by_walk(shared, hw, linear)
     }
 
     #[cold]
@@ -718,13 +800,26 @@ impl Paging {
     #[cold]
     fn rebuild(&mut self, registers: (u64, u64, u64)) {
         self.registers = registers;
-        self.fetches.clear();
-        let role = CpuRole::new(&to_paging_regs(registers), &self.cpu);
-        if !self.mmu.is_shadow() {
+        let role = if self.mmu.is_shadow() {
+            // It is told of every change.
+            self.mmu.role()
+        } else {
+            let role = CpuRole::new(&to_paging_regs(registers), &self.cpu);
             self.mmu.set_role(role);
+            role
+        };
+        let before = self.context.role();
+        if role == before {
+            return;
         }
+        core::mem::swap(&mut self.context, &mut self.previous);
         if role != self.context.role() {
             self.context = PagingContext::new(role);
+        }
+        // What CR0.WP concerns is no fetch.
+        let fetches = |role: CpuRole| (role.mode(), role.flags().difference(RoleFlags::WP));
+        if fetches(role) != fetches(before) {
+            self.fetches.clear();
         }
     }
 }
@@ -752,17 +847,24 @@ fn paging_regs<H: HwVcpu>(hw: &H) -> PagingRegs {
 
 #[inline]
 fn walk_regs<H: HwVcpu>(hw: &H) -> WalkRegs {
+    WalkRegs { cr3: hw.cr3(), pdptes: hw.pdptes(), ..rights(hw) }
+}
+
+/// Of the registers for a walk, those that say what an access may do.
+#[inline]
+fn rights<H: HwVcpu>(hw: &H) -> WalkRegs {
     const RFLAGS_AC: u64 = 1 << 18;
-    const CR4_PKE: u64 = 1 << 22;
-    // PKRU is in the register while its vCPU is on this CPU.
-    let pkru = if hw.cr4() & CR4_PKE != 0 { crate::hw::extended::pkru() } else { 0 };
-    WalkRegs {
-        cr3: hw.cr3(),
-        pkru,
-        ac: hw.rflags() & RFLAGS_AC != 0,
-        pdptes: hw.pdptes(),
-        ..WalkRegs::default()
-    }
+    let cr4 = hw.cr4();
+    let (pkru, pkrs) = if cr4 & (CR4_PKE | CR4_PKS) != 0 { key_rights(cr4) } else { (0, 0) };
+    WalkRegs { cr3: 0, pkru, pkrs, ac: hw.rflags() & RFLAGS_AC != 0, pdptes: None }
+}
+
+/// PKRU and IA32_PKRS, which are in their registers while the vCPU is on this CPU.
+#[cold]
+fn key_rights(cr4: u64) -> (u32, u32) {
+    let pkru = if cr4 & CR4_PKE != 0 { extended::pkru() } else { 0 };
+    let pkrs = if cr4 & CR4_PKS != 0 { extended::pkrs() } else { 0 };
+    (pkru, pkrs)
 }
 
 #[cold]

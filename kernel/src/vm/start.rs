@@ -4,7 +4,7 @@ use crate::cpu::{self, smp, tsc};
 use crate::hw::{with_vendor, OnVendor, Vendor};
 use crate::machine::Machine;
 use crate::sched::Scheduler;
-use crate::{host_clock, power};
+use crate::{console, host_clock, power, report};
 use alloc::vec::Vec;
 use boot::bundle::manifest::{self, Manifest};
 use boot::bundle::Bundle;
@@ -50,6 +50,8 @@ fn enable_everywhere<V: Vendor>(vendor: &V) {
 }
 
 fn run<V: Vendor>(machine: &Machine, vendor: V) -> ! {
+    report::print(machine, &vendor);
+
     log::info!("boot bundle");
     if machine.ramdisk.is_empty() {
         power::halt_with_error(format_args!(
@@ -67,9 +69,12 @@ fn run<V: Vendor>(machine: &Machine, vendor: V) -> ! {
         Err(error) => power::halt_with_error(format_args!("{error}")),
     };
     power::set_halt_at_end(config.at_end == AtEnd::Halt);
+    if !console::choose(&config.console) {
+        log::warn!("none of the consoles that umbra.toml names exists; going on with what there is");
+    }
 
     log::info!("virtual machines");
-    let wall_clock = (host_clock::read(), tsc::read());
+    let wall_clock = (host_clock::read(machine.acpi.absent().rtc), tsc::read());
     let mut vms: Vec<(Specification<'_, V>, Instance<V>)> = Vec::new();
     for vm in &config.vms {
         log::info!(
@@ -86,7 +91,7 @@ fn run<V: Vendor>(machine: &Machine, vendor: V) -> ! {
         }
     }
     log::info!("running");
-    power::end(Scheduler::new(vms).run())
+    power::end(Scheduler::new(vms, &|| report::print(machine, &vendor)).run())
 }
 
 /// Holds the bundle against its manifest, if it has one.

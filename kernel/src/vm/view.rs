@@ -328,7 +328,7 @@ impl<V: Vendor> Cpu for View<'_, V> {
     }
 
     fn invalidate(&mut self, linear: u64) {
-        self.core.invalidate_page(linear);
+        self.core.invalidate_page(self.guest, linear);
     }
 
     fn invalidate_context(&mut self, kind: u8, pcid: u16, linear: u64) {

@@ -252,7 +252,7 @@ impl EntryFormat for Npt {
         }
     }
 
-    #[inline]
+    #[inline(always)]
     fn make_leaf(&self, leaf: &Leaf) -> u64 {
         let mut entry = MMU_PRESENT | PRESENT | ACCESSED | Self::write_bits(leaf.writability);
         if leaf.user {

@@ -21,9 +21,10 @@ pub use fault::{FaultOutcome, Resolution};
 pub use flush::{Flush, Issued};
 pub use populate::PopulateProgress;
 pub use roots::{DirectRole, NoRoot, Root, MAX_ROOTS};
+pub(crate) use shadow::Near;
 pub use shadow::{
-    NoShadowRoot, Shadow, ShadowBucket, ShadowCheck, ShadowDone, ShadowFault, ShadowMmu, ShadowPage,
-    ShadowStore, WalkMarks, ZapProgress,
+    NearFault, NoShadowRoot, Shadow, ShadowBucket, ShadowCheck, ShadowDone, ShadowFault, ShadowMmu,
+    ShadowPage, ShadowStore, WalkMarks, ZapProgress,
 };
 pub use split::SplitProgress;
 pub use sweep::Sweep;

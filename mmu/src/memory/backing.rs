@@ -45,6 +45,13 @@ pub trait Backing {
     fn load_u32(&self, at: &RamAddr) -> Result<u32, NoPage>;
     /// Reads eight aligned bytes at once.
     fn load_u64(&self, at: &RamAddr) -> Result<u64, NoPage>;
+    /// Reads aligned words of eight bytes that follow each other in one page, each at once.
+    fn load_u64s(&self, at: &RamAddr, words: &mut [u64]) -> Result<(), NoPage> {
+        for (word, place) in words.iter_mut().zip((0u64..).map(|index| at.forward(index * 8))) {
+            *word = self.load_u64(&place)?;
+        }
+        Ok(())
+    }
     /// Replaces four aligned bytes if they are `current`; says what was there.
     fn compare_exchange_u32(&self, at: &RamAddr, current: u32, new: u32) -> Result<u32, NoPage>;
     /// Replaces eight aligned bytes if they are `current`; says what was there.

@@ -2,8 +2,8 @@
 use core::marker::PhantomData;
 
 use super::{
-    Backing, Invalidation, InvalidationSeq, RamAddr, Slot, SlotError, SlotFlags, Space, SpaceGfn, SpaceView,
-    VmMemory,
+    shootdown::Seat, Backing, Invalidation, InvalidationSeq, RamAddr, Slot, SlotError, SlotFlags, Space,
+    SpaceGfn, SpaceView, VmMemory,
 };
 use crate::addr::{GfnRange, Gpa};
 use crate::cpu::CpuId;
@@ -30,6 +30,7 @@ mod sealed {
 pub struct Shared<'m, B> {
     memory: &'m VmMemory<B>,
     cpu: CpuId,
+    seat: &'m Seat,
     /// A guard stays on its CPU.
     _not_send: PhantomData<*const ()>,
 }
@@ -37,8 +38,8 @@ pub struct Shared<'m, B> {
 impl<'m, B> Shared<'m, B> {
     #[inline]
     pub(super) fn take(memory: &'m VmMemory<B>, cpu: CpuId) -> Self {
-        memory.shootdown.begin_walk(cpu);
-        Self { memory, cpu, _not_send: PhantomData }
+        let seat = memory.shootdown.begin_walk(cpu);
+        Self { memory, cpu, seat, _not_send: PhantomData }
     }
 
     /// Guest memory as `space` sees it.
@@ -75,7 +76,7 @@ impl<'m, B> Shared<'m, B> {
 impl<B> Drop for Shared<'_, B> {
     #[inline]
     fn drop(&mut self) {
-        self.memory.shootdown.end_walk(self.cpu);
+        self.seat.end_walk();
     }
 }
 

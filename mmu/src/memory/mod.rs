@@ -19,14 +19,14 @@ pub use dirty::{DirtyLog, LogBy};
 pub use guard::{Exclusive, Held, Shared};
 pub use invalidation::{Invalidation, InvalidationSeq};
 pub use notes::SlotNotes;
-pub(crate) use shootdown::Quiescent;
 pub use shootdown::{Generation, Shootdown};
+pub(crate) use shootdown::{Quiescent, Seat};
 pub use slots::{RamAddr, Slot, SlotError, SlotFlags, MAX_SLOTS};
 pub use space::{Space, SpaceGfn, Spaces};
 pub use view::SpaceView;
 
 use crate::addr::Gpa;
-use crate::cpu::CpuId;
+use crate::cpu::{CpuId, MAX_CPUS};
 use crate::format::MmioGeneration;
 use crate::mutant::{self, Mutant};
 use crate::sync::{AtomicU64, Ordering};
@@ -59,12 +59,18 @@ pub struct VmMemory<B> {
 impl<B> VmMemory<B> {
     /// Memory without slots.
     pub fn new(backing: B) -> Self {
+        Self::on_cpus(backing, MAX_CPUS)
+    }
+
+    /// The same for a VM that runs on CPUs with numbers below `cpus` alone: taking the exclusive guard and waiting for
+    /// flushes take time by their number.
+    pub fn on_cpus(backing: B, cpus: usize) -> Self {
         Self {
             id: VmId::next(),
             backing,
             slots: Slots::new(),
             invalidations: Invalidations::new(),
-            shootdown: Shootdown::new(),
+            shootdown: Shootdown::new(cpus),
             logged: AtomicU64::new(0),
             slot_generation: AtomicU64::new(0),
             root_generation: AtomicU64::new(0),

@@ -35,7 +35,7 @@ const WALK: u64 = 1 << 32;
 /// What one CPU is doing with the VM.
 #[derive(Debug, Default)]
 #[repr(align(64))]
-struct Seat {
+pub(crate) struct Seat {
     /// Walks in bits 63:32, vCPUs in the guest in bits 31:0.
     state: AtomicU64,
     /// Newest generation the CPU has acknowledged.
@@ -43,6 +43,18 @@ struct Seat {
 }
 
 impl Seat {
+    /// The vCPU has exited.
+    #[inline]
+    pub(crate) fn leave_guest(&self) {
+        self.state.fetch_sub(IN_GUEST, Ordering::Release);
+    }
+
+    /// The walk, or the operation, has ended.
+    #[inline]
+    pub(crate) fn end_walk(&self) {
+        self.state.fetch_sub(WALK, Ordering::Release);
+    }
+
     fn new() -> Self {
         Self { state: AtomicU64::new(0), acknowledged: AtomicU64::new(0) }
     }
@@ -53,14 +65,22 @@ impl Seat {
 pub struct Shootdown {
     request: AtomicU64,
     exclusive: AtomicBool,
+    /// Seats in use: nobody looks at the others.
+    count: usize,
+    /// CPUs whose numbers are the same in these bits share a seat, if there are more CPUs than seats.
+    mask: usize,
     seats: [Seat; MAX_CPUS],
 }
 
 impl Shootdown {
-    pub(crate) fn new() -> Self {
+    /// For a VM that runs on CPUs with numbers below `cpus`.
+    pub(crate) fn new(cpus: usize) -> Self {
+        let few = cpus.checked_next_power_of_two().filter(|&count| count < MAX_CPUS);
         Self {
             request: AtomicU64::new(0),
             exclusive: AtomicBool::new(false),
+            count: few.unwrap_or(MAX_CPUS),
+            mask: few.map_or(usize::MAX, |count| count - 1),
             seats: core::array::from_fn(|_| Seat::new()),
         }
     }
@@ -85,7 +105,7 @@ impl Shootdown {
     /// Whether no CPU can still use a translation or a table that was taken away before `generation` was requested.
     pub fn is_acknowledged(&self, generation: Generation) -> bool {
         fence(Ordering::SeqCst);
-        self.seats.iter().all(|seat| {
+        self.seats().all(|seat| {
             let state = seat.state.load(Ordering::Acquire);
             (if mutant::is(Mutant::WalksHoldNothing) { state % WALK } else { state }) == 0
                 || seat.acknowledged.load(Ordering::Acquire) >= generation.0
@@ -96,7 +116,7 @@ impl Shootdown {
     pub fn laggards(&self, generation: Generation) -> CpuSet {
         fence(Ordering::SeqCst);
         let mut set = CpuSet::default();
-        for (number, seat) in self.seats.iter().enumerate() {
+        for (number, seat) in self.seats().enumerate() {
             let in_guest = seat.state.load(Ordering::Acquire) % WALK != 0;
             if let (true, Some(cpu)) = (in_guest && !mutant::is(Mutant::KickNobody), CpuId::new(number)) {
                 if seat.acknowledged.load(Ordering::Acquire) < generation.0 {
@@ -109,12 +129,17 @@ impl Shootdown {
 
     #[inline]
     fn seat(&self, cpu: CpuId) -> &Seat {
-        &self.seats[cpu.number()]
+        &self.seats[cpu.number() & self.mask]
     }
 
-    /// Marks `cpu` as in the guest and acknowledges the newest generation, which it returns.
     #[inline]
-    pub(crate) fn enter_guest(&self, cpu: CpuId) -> Generation {
+    fn seats(&self) -> impl Iterator<Item = &Seat> {
+        self.seats.iter().take(self.count)
+    }
+
+    /// Marks `cpu` as in the guest and acknowledges the newest generation, which it returns, with the seat to leave.
+    #[inline]
+    pub(crate) fn enter_guest(&self, cpu: CpuId) -> (Generation, &Seat) {
         let seat = self.seat(cpu);
         // First visible as in the guest, then looking for requests: a requester that still sees the seat idle is
         // seen here (store buffering; a fence on both sides).
@@ -124,24 +149,19 @@ impl Shootdown {
         if before == 0 || mutant::is(Mutant::AcknowledgesInWalk) {
             seat.acknowledged.store(generation.0, Ordering::Release);
         }
-        generation
+        (generation, seat)
     }
 
+    /// Starts a walk or an operation, waiting while another CPU has the VM for itself; the seat to end it in.
     #[inline]
-    pub(crate) fn leave_guest(&self, cpu: CpuId) {
-        self.seat(cpu).state.fetch_sub(IN_GUEST, Ordering::Release);
-    }
-
-    /// Starts a walk or an operation, waiting while another CPU has the VM for itself.
-    #[inline]
-    pub(crate) fn begin_walk(&self, cpu: CpuId) {
+    pub(crate) fn begin_walk(&self, cpu: CpuId) -> &Seat {
         let seat = self.seat(cpu);
         loop {
             // Store buffering again: whoever takes the VM, or a table, and still sees the seat idle is seen here.
             seat.state.fetch_add(WALK, Ordering::Acquire);
             fence_after_update();
             if !self.exclusive.load(Ordering::Acquire) {
-                return;
+                return seat;
             }
             seat.state.fetch_sub(WALK, Ordering::Release);
             while self.exclusive.load(Ordering::Relaxed) {
@@ -150,18 +170,13 @@ impl Shootdown {
         }
     }
 
-    #[inline]
-    pub(crate) fn end_walk(&self, cpu: CpuId) {
-        self.seat(cpu).state.fetch_sub(WALK, Ordering::Release);
-    }
-
     /// Waits until nobody walks, and keeps it so.
     pub(crate) fn lock(&self) {
         while self.exclusive.swap(true, Ordering::Acquire) {
             spin_loop();
         }
         fence(Ordering::SeqCst);
-        for seat in &self.seats {
+        for seat in self.seats() {
             while seat.state.load(Ordering::Acquire) >= WALK && !mutant::is(Mutant::ExclusiveBesideWalks) {
                 spin_loop();
             }
@@ -181,40 +196,52 @@ mod tests {
 
     #[test]
     fn an_idle_cpu_holds_nothing_back() {
-        let shootdown = Shootdown::new();
+        let shootdown = Shootdown::new(MAX_CPUS);
         assert!(shootdown.is_acknowledged(shootdown.request()));
     }
 
     #[test]
     fn a_walk_holds_back_until_it_ends() {
-        let shootdown = Shootdown::new();
-        shootdown.begin_walk(CPU);
+        let shootdown = Shootdown::new(MAX_CPUS);
+        let walk = shootdown.begin_walk(CPU);
         let generation = shootdown.request();
         assert!(!shootdown.is_acknowledged(generation));
         assert!(shootdown.laggards(generation).is_empty(), "a walk ends by itself, no kick");
-        shootdown.end_walk(CPU);
+        walk.end_walk();
         assert!(shootdown.is_acknowledged(generation));
     }
 
     #[test]
     fn a_guest_holds_back_until_its_next_entry() {
-        let shootdown = Shootdown::new();
-        assert_eq!(shootdown.enter_guest(CPU), Generation(0));
+        let shootdown = Shootdown::new(MAX_CPUS);
+        let (first, guest) = shootdown.enter_guest(CPU);
+        assert_eq!(first, Generation(0));
         let generation = shootdown.request();
         assert!(!shootdown.is_acknowledged(generation));
         assert!(shootdown.laggards(generation).contains(CPU));
-        shootdown.leave_guest(CPU);
-        assert_eq!(shootdown.enter_guest(CPU), generation);
+        guest.leave_guest();
+        assert_eq!(shootdown.enter_guest(CPU).0, generation);
         assert!(shootdown.is_acknowledged(generation));
         assert!(shootdown.laggards(generation).is_empty());
     }
 
     #[test]
-    fn an_entry_inside_a_walk_acknowledges_nothing() {
-        let shootdown = Shootdown::new();
-        shootdown.begin_walk(CPU);
+    fn a_cpu_with_an_unexpected_number_is_not_overlooked() {
+        let shootdown = Shootdown::new(3);
+        let cpu = CpuId::new(5).unwrap();
+        let walk = shootdown.begin_walk(cpu);
         let generation = shootdown.request();
-        shootdown.enter_guest(CPU);
+        assert!(!shootdown.is_acknowledged(generation));
+        walk.end_walk();
+        assert!(shootdown.is_acknowledged(generation));
+    }
+
+    #[test]
+    fn an_entry_inside_a_walk_acknowledges_nothing() {
+        let shootdown = Shootdown::new(MAX_CPUS);
+        let _walk = shootdown.begin_walk(CPU);
+        let generation = shootdown.request();
+        let _guest = shootdown.enter_guest(CPU);
         assert!(!shootdown.is_acknowledged(generation));
     }
 }

@@ -156,6 +156,13 @@ impl RamAddr {
         self.gpa.gfn()
     }
 
+    /// The place `bytes` on; not beyond the page.
+    #[inline]
+    pub(crate) fn forward(&self, bytes: u64) -> Self {
+        let gpa = Gpa::new_truncate(self.gpa.bits() + bytes);
+        Self { gpa, slot_offset: self.slot_offset + bytes, cookie: self.cookie }
+    }
+
     /// Frames from the slot's first one to this one.
     #[inline]
     pub const fn slot_page(&self) -> u64 {
@@ -185,6 +192,13 @@ impl SlotHit<'_> {
     pub(crate) fn at(&self, gpa: Gpa) -> Self {
         let slot_offset = self.slot_offset.wrapping_add(gpa.bits().wrapping_sub(self.gpa.bits()));
         Self { gpa, slot_offset, ..*self }
+    }
+
+    /// The same slot `bytes` on; not beyond the page.
+    #[inline(always)]
+    pub(crate) fn forward(&self, bytes: u64) -> Self {
+        let gpa = Gpa::new_truncate(self.gpa.bits() + bytes);
+        Self { gpa, slot_offset: self.slot_offset + bytes, ..*self }
     }
 
     /// The slot's flags.

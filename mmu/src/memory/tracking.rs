@@ -150,7 +150,7 @@ impl<B: Backing> VmMemory<B> {
     }
 
     /// Whether writes to the page must be emulated.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn is_tracked(&self, hit: &SlotHit<'_>) -> bool {
         let flags = hit.flags();
         flags.contains(SlotFlags::TRACKED)

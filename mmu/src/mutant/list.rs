@@ -441,5 +441,21 @@ mutants! {
         PointersIgnored = "pae_pointers_ignored" by ["any_sequence_with_pae"];
         /// An exit of L2 is always about the final address.
         ExitAlwaysFinal = "exit_always_final" by ["cve_2026_46032_a_root_outside"];
+        /// What was known of a lowest table is used after a link above it went.
+        NearUnlinked = "near_unlinked" by ["shadow", "any_history"];
+        /// A near fault makes a tracked page writable.
+        NearTracked = "near_tracked" by ["shadow", "any_history"];
+        /// A near fault makes a page of a read-only slot writable.
+        NearReadOnly = "near_read_only" by ["shadow", "any_history"];
+        /// A near fault makes a clean page writable.
+        NearClean = "near_clean" by ["shadow", "any_history"];
+        /// A leaf whose entry has changed counts as up to date.
+        SeenChanged = "seen_changed" by ["shadow", "sync", "vcpu"];
+        /// The vCPU goes back to a root that is behind.
+        SeenBehind = "seen_behind" by ["c5_mov_to_cr3", "vcpu", "shadow"];
+        /// The vCPU goes back to a root for another CR3.
+        SeenOtherTable = "seen_other_table" by ["c5_mov_to_cr3", "vcpu", "shadow"];
+        /// The vCPU goes back to a root for other control bits.
+        SeenOtherMode = "seen_other_mode" by ["c5_mov_to_cr0", "vcpu", "shadow"];
     }
 }

@@ -182,6 +182,14 @@ pub struct CpuRole {
 }
 
 impl CpuRole {
+    /// A role without paging, of a CPU with the narrowest addresses: of nobody in particular.
+    pub(crate) const UNPAGED: Self = Self {
+        mode: PagingMode::Unpaged,
+        flags: RoleFlags::empty(),
+        max_phys_addr: clamped(0),
+        types: PatTypes::WRITE_BACK,
+    };
+
     /// The role of a vCPU with these registers.
     ///
     /// Total: combinations that a CPU refuses to enter (long mode without PAE) are read as the mode that the higher bit

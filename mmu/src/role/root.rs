@@ -156,6 +156,13 @@ impl RootRole {
 }
 
 impl PageRole {
+    /// Whether both are equal: what differs most often is looked at first.
+    #[inline]
+    pub(crate) fn is_same(&self, other: &Self) -> bool {
+        (self.level, self.access, self.quadrant) == (other.level, other.access, other.quadrant)
+            && self == other
+    }
+
     /// The role of the page that the entry at `index` refers to, given what the guest's entries down to this page's permit;
     /// `None` below the lowest level. `direct` pages stand in for a guest's large page.
     pub fn child(&self, index: usize, access: Prot, direct: bool) -> Option<Self> {
@@ -204,11 +211,11 @@ const fn all_access(guest: CpuRole) -> Prot {
 ///
 /// With CR0.WP the shadow has the guest's own rights, and the processor applies SMEP, SMAP and protection keys to them.
 /// Without it, a page that a supervisor has written although it is read-only is shadowed as a supervisor's page, to which
-/// those for user pages do not apply: so they become part of the role.
+/// those for user pages do not apply, and those for a supervisor's would: so they become part of the role.
 fn shadowed(guest: CpuRole) -> CpuRole {
-    let mut flags = guest.flags().difference(RoleFlags::PKS | RoleFlags::ADVANCED_INFO);
+    let mut flags = guest.flags().difference(RoleFlags::ADVANCED_INFO);
     if flags.contains(RoleFlags::WP) || flags.contains(RoleFlags::NESTED) {
-        flags.remove(RoleFlags::PKE);
+        flags.remove(RoleFlags::PKE | RoleFlags::PKS);
         if !flags.contains(RoleFlags::NESTED) {
             flags.remove(RoleFlags::SMEP | RoleFlags::SMAP);
         }
@@ -253,7 +260,7 @@ mod tests {
         // Without WP, they differ.
         let no_wp = guest(Cr0::empty(), long, Efer::LMA | Efer::NXE);
         assert_ne!(root(no_wp), root(plain));
-        for cr4 in [Cr4::SMEP, Cr4::SMAP, Cr4::PKE] {
+        for cr4 in [Cr4::SMEP, Cr4::SMAP, Cr4::PKE, Cr4::PKS] {
             assert_ne!(root(guest(Cr0::empty(), long | cr4, Efer::LMA | Efer::NXE)), root(no_wp));
         }
         assert_ne!(root(guest(Cr0::WP, long, Efer::LMA)), root(plain), "EFER.NXE");

@@ -1,9 +1,9 @@
 //! Carrying out what events asked for: roots are taken, synced and given back.
 use super::requests::{Requests, Sync};
-use super::roots::Cached;
-use super::{Mmu, Tag};
+use super::roots::{Cached, ROOTS};
+use super::Mmu;
 use crate::access::Access;
-use crate::addr::{Address, Gfn, Gpa};
+use crate::addr::{Address, Gfn, Gpa, Gva};
 use crate::format::EntryFormat;
 use crate::kind::{DirectMmu, DirectRole, Issued, NoRoot, NoShadowRoot, ShadowDone, ShadowFault, ShadowMmu};
 use crate::memory::{Backing, Exclusive, Held, Space};
@@ -48,9 +48,9 @@ impl Mmu {
                 return ShadowDone { outcome: Err(reason), issued };
             }
         }
-        let mut first = true;
-        for cached in self.roots.iter_mut() {
-            let current = core::mem::take(&mut first);
+        for place in 0..ROOTS {
+            let Some(cached) = self.roots.at_mut(place) else { break };
+            let current = place == 0;
             match cached.behind {
                 // A previous root is synced when it is run on again.
                 Some(Sync::All) if current && mutant::is(Mutant::RootUnsynced) => {}
@@ -97,7 +97,7 @@ impl Mmu {
             }
         };
         let slot = self.roots.free_slot();
-        self.roots.push(Cached { key, root, held: true, behind: None, slot, tag: Tag::UNKNOWN });
+        self.roots.push(Cached::new(key, root, true, slot));
         // Remembered until the entry.
         let _ = self.run_on();
         Ok(())
@@ -154,6 +154,12 @@ impl Mmu {
                     }
                     self.settle_root();
                 }
+                ShadowFault::Mapped => {
+                    let near = kind.near(self.root, Gva::new(address.bits()));
+                    if let (Some(current), Some(near)) = (self.roots.current_mut(), near) {
+                        current.near = [Some(near), current.near[0]];
+                    }
+                }
                 _ => {}
             }
             return ShadowDone { outcome: done.outcome, issued };
@@ -186,7 +192,7 @@ impl Mmu {
             }
             let root = kind.get_root(guard, cache, role)?;
             let slot = self.roots.free_slot();
-            self.roots.push(Cached { key, root, held: true, behind: None, slot, tag: Tag::UNKNOWN });
+            self.roots.push(Cached::new(key, root, true, slot));
             let _ = self.run_on();
         }
         self.settle_root();

@@ -11,7 +11,7 @@ use crate::role::{CpuRole, Cr0, Cr4, Efer, GuestCpu, PagingMode, PagingRegs};
 use crate::walk::PageFaultCode;
 
 /// Bit 63 of the operand of MOV to CR3: keep the translations of the PCID.
-const NO_FLUSH: u64 = 1 << 63;
+pub(super) const NO_FLUSH: u64 = 1 << 63;
 
 /// What INVPCID takes away (Intel SDM vol. 2, INVPCID; AMD APM vol. 3).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,43 +69,94 @@ impl Invpcid {
     }
 }
 
+/// Whose translations an event takes, of the roots of whoever runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Flushed {
+    /// Nobody's.
+    Nothing,
+    /// Those of a PCID.
+    Pcid(u16),
+    /// All.
+    All,
+}
+
+impl Flushed {
+    /// Whether they are those of this PCID.
+    #[inline]
+    pub(super) const fn covers(self, pcid: u16) -> bool {
+        match self {
+            Self::Nothing => false,
+            Self::Pcid(flushed) => flushed == pcid,
+            Self::All => true,
+        }
+    }
+}
+
+/// What a MOV of `value` to CR3 takes while CR4 is `cr4`.
+#[inline]
+pub(super) fn flushed_by_cr3(value: u64, cr4: Cr4) -> Flushed {
+    let pcids = cr4.contains(Cr4::PCIDE);
+    if value & NO_FLUSH != 0 && pcids || mutant::drops(FlushSite::MovToCr3) {
+        Flushed::Nothing
+    } else {
+        Flushed::Pcid(if pcids { value as u16 & 0xfff } else { 0 })
+    }
+}
+
+/// What a MOV to CR0 takes.
+#[inline]
+pub(super) fn flushed_by_cr0(old: Cr0, new: Cr0) -> Flushed {
+    if (old ^ new).contains(Cr0::PG) && !mutant::drops(FlushSite::MovToCr0) {
+        Flushed::All
+    } else {
+        Flushed::Nothing
+    }
+}
+
+/// What a MOV to CR4 takes, in the PCID that is current after it.
+#[inline]
+pub(super) fn flushed_by_cr4(old: Cr4, new: Cr4, pcid: u16) -> Flushed {
+    let (set, cleared) = (new.difference(old), old.difference(new));
+    let all = (set | cleared).intersects(Cr4::PGE.union(Cr4::PAE).union(Cr4::PSE))
+        || cleared.contains(Cr4::PCIDE) && !mutant::is(Mutant::PcideKept)
+        || set.contains(Cr4::PKE);
+    if all && !mutant::drops(FlushSite::MovToCr4) {
+        Flushed::All
+    } else if set.contains(Cr4::SMEP) && !mutant::drops(FlushSite::MovToCr4Smep) {
+        Flushed::Pcid(pcid)
+    } else {
+        Flushed::Nothing
+    }
+}
+
 impl Mmu {
     /// MOV to CR3, or the load of CR3 by a task switch, with the PDPTEs that it loads under PAE.
     ///
     /// The translations of the PCID that is loaded go (without PCIDs: of 000H), unless bit 63 says to keep them, which is
     /// an order only with CR4.PCIDE.
     pub fn mov_to_cr3(&mut self, value: u64, pdptes: [u64; 4]) -> Requests {
-        let keep = value & NO_FLUSH != 0 && self.state.regs.cr4.contains(Cr4::PCIDE);
-        self.change(PagingState { cr3: value & !NO_FLUSH, pdptes, ..self.state });
-        let pcid = self.state.pcid();
-        self.then(Sync::All, |of| !keep && of.pcid == pcid && !mutant::drops(FlushSite::MovToCr3))
+        let flushed = flushed_by_cr3(value, self.state.regs.cr4);
+        (self.state.cr3, self.state.pdptes) = (value & !NO_FLUSH, pdptes);
+        self.then(Sync::All, |of| flushed.covers(of.pcid))
     }
 
     /// MOV to CR0, CLTS or LMSW, with the EFER.LMA that follows and the PDPTEs that it loads. A change of PG takes all
     /// translations; one of WP takes none.
     pub fn mov_to_cr0(&mut self, cr0: Cr0, efer: Efer, pdptes: [u64; 4]) -> Requests {
-        let all = (cr0 ^ self.state.regs.cr0).contains(Cr0::PG);
+        let flushed = flushed_by_cr0(self.state.regs.cr0, cr0);
         let regs = PagingRegs { cr0, efer, ..self.state.regs };
         self.change(PagingState { regs, pdptes, ..self.state });
-        self.then(Sync::All, |_| all && !mutant::drops(FlushSite::MovToCr0))
+        self.then(Sync::All, |of| flushed.covers(of.pcid))
     }
 
     /// MOV to CR4, with the PDPTEs that it loads. A change of PGE, PAE or PSE takes all translations, as do clearing PCIDE
     /// and setting PKE; setting SMEP takes those of the current PCID, setting PCIDE none.
     pub fn mov_to_cr4(&mut self, cr4: Cr4, pdptes: [u64; 4]) -> Requests {
         let old = self.state.regs.cr4;
-        let (set, cleared) = (cr4.difference(old), old.difference(cr4));
-        let all = (set | cleared).intersects(Cr4::PGE | Cr4::PAE | Cr4::PSE)
-            || cleared.contains(Cr4::PCIDE) && !mutant::is(Mutant::PcideKept)
-            || set.contains(Cr4::PKE);
-        let current = set.contains(Cr4::SMEP);
         let regs = PagingRegs { cr4, ..self.state.regs };
         self.change(PagingState { regs, pdptes, ..self.state });
-        let pcid = self.state.pcid();
-        self.then(Sync::All, |of| {
-            all && !mutant::drops(FlushSite::MovToCr4)
-                || current && of.pcid == pcid && !mutant::drops(FlushSite::MovToCr4Smep)
-        })
+        let flushed = flushed_by_cr4(old, cr4, self.state.pcid());
+        self.then(Sync::All, |of| flushed.covers(of.pcid))
     }
 
     /// WRMSR to EFER. It takes no translations; with another NXE the vCPU runs on another root.
@@ -172,6 +223,7 @@ impl Mmu {
     /// flushed, too.
     pub fn set_from_outside(&mut self, state: PagingState, cpu: GuestCpu) -> Requests {
         self.guest_cpu = cpu;
+        self.roots.forget_seen();
         self.change(state);
         let requests = self.and_then(Sync::All, |_| !mutant::is(Mutant::SetFromOutsideKeeps));
         let kept = mutant::is(Mutant::SetFromOutsideKeeps) || mutant::drops(FlushSite::SetFromOutside);
@@ -205,6 +257,7 @@ impl Mmu {
     fn and_then(&mut self, how: Sync, covers: impl Fn(GuestTag) -> bool) -> Requests {
         let key = self.key_of_now();
         let (load, switch) = self.select(key);
+        self.note_seen();
         let (marked, flush) = self.fall_behind(how, |key| covers(key.tag()));
         self.settle_root();
         let sync = (!marked.is_empty()).then_some((how, marked));

@@ -34,6 +34,12 @@ impl PagingState {
     }
 }
 
+/// Whether the PDPTEs are equal.
+#[inline]
+pub(super) fn are_same(some: &[u64; 4], others: &[u64; 4]) -> bool {
+    some.iter().zip(others).fold(0, |differs, (one, other)| differs | (one ^ other)) == 0
+}
+
 /// The guest's own name for what it may flush by itself. Two tags share no translation as far as the guest knows, so a root
 /// is up to date for one of them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -48,11 +54,11 @@ pub struct GuestTag {
 /// The key of a root. What does not decide is zero, so equal keys are equal roots.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct RootKey {
-    role: RootRole,
     /// Where the guest's top table is.
     pointer: u64,
-    pdptes: [u64; 4],
     tag: GuestTag,
+    role: RootRole,
+    pdptes: [u64; 4],
 }
 
 impl RootKey {
@@ -67,6 +73,15 @@ impl RootKey {
         }
         let wide = if guest.mode() == PagingMode::TwoLevel { pointer & 0xffff_ffff } else { pointer };
         Self { role, pointer: Gpa::new_truncate(wide).gfn().gpa().bits(), pdptes: [0; 4], tag }
+    }
+
+    /// Whether both are equal: what differs most often is looked at first.
+    #[inline]
+    pub(super) fn is_same(&self, other: &Self) -> bool {
+        self.pointer == other.pointer
+            && self.tag == other.tag
+            && self.role == other.role
+            && are_same(&self.pdptes, &other.pdptes)
     }
 
     /// The role.

@@ -2,9 +2,11 @@
 mod carry;
 mod events;
 mod key;
+mod near;
 mod nested;
 mod requests;
 mod roots;
+mod seen;
 
 pub use events::{BadInvpcid, Invpcid};
 pub use key::{GuestTag, PagingState, RootKey};
@@ -15,7 +17,7 @@ use crate::addr::Gva;
 use crate::cpu::CpuId;
 use crate::kind::Root;
 use crate::level::Level;
-use crate::memory::{Generation, VmMemory};
+use crate::memory::{Generation, Seat, VmMemory};
 use crate::mutant::{self, FlushSite, Mutant};
 use crate::role::{CpuRole, GuestCpu, RoleFlags, RootRole, VcpuMode};
 use roots::{Cached, RootCache};
@@ -174,7 +176,7 @@ impl Mmu {
             return self.flush();
         }
         let slot = self.roots.free_slot();
-        self.roots.push(Cached { key, root, held: false, behind: None, slot, tag: Tag::UNKNOWN });
+        self.roots.push(Cached::new(key, root, false, slot));
         let flush = self.run_on();
         self.settle_root();
         flush
@@ -209,19 +211,19 @@ impl Mmu {
     ///
     /// From here on whoever takes a translation away finds this CPU in the guest and kicks it.
     #[inline]
-    pub fn enter<'m, B>(&mut self, memory: &'m VmMemory<B>, cpu: CpuId) -> Entered<'m, B> {
-        let generation = memory.shootdown().enter_guest(cpu);
+    pub fn enter<'m, B>(&mut self, memory: &'m VmMemory<B>, cpu: CpuId) -> Entered<'m> {
+        let (generation, seat) = memory.shootdown().enter_guest(cpu);
         // After the seat was taken, as for the flush: either this sees that the roots are obsolete, or whoever made them
         // so sees this CPU in the guest.
         if self.root.generation() != memory.root_generation() && !mutant::is(Mutant::ObsoleteEntered) {
             // The flush stays due: this entry comes to nothing.
-            return Entered { memory, cpu, root: self.root, flush: TagFlush::All, obsolete: true };
+            return Entered { seat, root: self.root, flush: TagFlush::All, obsolete: true };
         }
         let same = self.tag.cpu == Some(cpu) || self.tag.cpu.is_some() && mutant::is(Mutant::TagOfOtherCpu);
         let current = same && (self.tag.flushed >= generation || mutant::is(Mutant::FlushOnlyRunning));
         let flush = if current { TagFlush::None } else { self.due(cpu, generation) };
         self.tag = Tag { flushed: generation, cpu: Some(cpu) };
-        Entered { memory, cpu, root: self.root, flush, obsolete: false }
+        Entered { seat, root: self.root, flush, obsolete: false }
     }
 
     #[cold]
@@ -261,7 +263,7 @@ impl Mmu {
 
     /// Makes the root for `key` the current one: whether it has to be loaded, and what has to be flushed.
     fn select(&mut self, key: RootKey) -> (bool, TagFlush) {
-        if self.roots.current().is_some_and(|current| current.key == key) {
+        if self.roots.current().is_some_and(|current| current.key.is_same(&key)) {
             return (false, TagFlush::None);
         }
         self.park_tag();
@@ -330,15 +332,14 @@ impl Mmu {
 /// A vCPU is in the guest, or on its way in or out; dropping this says that it has exited.
 #[derive(Debug)]
 #[must_use = "keep it until the vCPU has exited"]
-pub struct Entered<'m, B> {
-    memory: &'m VmMemory<B>,
-    cpu: CpuId,
+pub struct Entered<'m> {
+    seat: &'m Seat,
     root: Root,
     flush: TagFlush,
     obsolete: bool,
 }
 
-impl<B> Entered<'_, B> {
+impl Entered<'_> {
     /// Whether the root must not be run on: all were made obsolete
     /// ([`invalidate_all`](crate::DirectMmu::invalidate_all)). Drop this,
     /// [set](Mmu::set_root) a root of now or [carry out](Mmu::carry_out) what is due, and enter anew.
@@ -360,10 +361,10 @@ impl<B> Entered<'_, B> {
     }
 }
 
-impl<B> Drop for Entered<'_, B> {
+impl Drop for Entered<'_> {
     #[inline]
     fn drop(&mut self) {
-        self.memory.shootdown().leave_guest(self.cpu);
+        self.seat.leave_guest();
     }
 }
 

@@ -73,10 +73,20 @@ pub struct Translation<Out> {
     pub prot: Prot,
 }
 
+/// What makes an entry its positive form, and what is permitted whatever entries say.
+#[inline]
+pub(super) const fn positive_form(role: &CpuRole) -> (u64, Prot) {
+    if role.flags().contains(RoleFlags::NX) {
+        (walker::PRESENT | walker::NO_EXECUTE, Prot::READ)
+    } else {
+        (walker::PRESENT, Prot::READ.union(Prot::EXECUTE))
+    }
+}
+
 impl<In: Address, Out: Address> PagingContext<In, Out> {
     /// The context of a role.
     pub const fn new(role: CpuRole) -> Self {
-        let no_execute = role.flags().contains(RoleFlags::NX);
+        let (flip, implied) = positive_form(&role);
         let mut wrong = reserved(&role);
         if matches!(role.mode(), PagingMode::Pae | PagingMode::FourLevel | PagingMode::FiveLevel) {
             // The walk meets large pages where it meets what is wrong with a link.
@@ -85,14 +95,7 @@ impl<In: Address, Out: Address> PagingContext<In, Out> {
                 wrong[Level::L3.ordinal()][0] |= walker::LARGE;
             }
         }
-        Self {
-            role,
-            permissions: permissions(&role),
-            wrong,
-            flip: walker::PRESENT | if no_execute { walker::NO_EXECUTE } else { 0 },
-            implied: if no_execute { Prot::READ } else { Prot::READ.union(Prot::EXECUTE) },
-            stages: PhantomData,
-        }
+        Self { role, permissions: permissions(&role), wrong, flip, implied, stages: PhantomData }
     }
 
     /// The role the context was made for: while it stays the same, so does the context.
@@ -130,6 +133,23 @@ impl<In: Address, Out: Address> PagingContext<In, Out> {
     /// The same walk, with all that a shadow of the tables is made from.
     #[inline]
     pub fn walk<S: TableSource<Out>>(
+        &self,
+        tables: &S,
+        regs: &WalkRegs,
+        address: In,
+        access: Access,
+    ) -> Result<GuestWalk<Out>, WalkError> {
+        if self.role.mode() == PagingMode::FourLevel && matches!(In::STAGE, Stage::Gva) {
+            if let Some(walk) = self.quick_walk(tables, regs, address, access) {
+                return Ok(walk);
+            }
+        }
+        self.whole_walk(tables, regs, address, access)
+    }
+
+    /// The same in any mode, from the start.
+    #[inline(never)]
+    fn whole_walk<S: TableSource<Out>>(
         &self,
         tables: &S,
         regs: &WalkRegs,
@@ -251,11 +271,11 @@ impl<In: Address, Out: Address> PagingContext<In, Out> {
                 PagingMode::TwoLevel => tables.update_u32(at, step.entry as u32, marked as u32),
                 _ => tables.update_u64(at, step.entry, marked),
             };
-            let failed = self.fault_at(address, access, level, Prot::empty());
+            let failed = || self.fault_at(address, access, level, Prot::empty());
             if update.is_err() && mutant::is(Mutant::MarkGoneMemory) {
                 continue;
             }
-            match update.map_err(|error| error.into_walk(failed))? {
+            match update.map_err(|error| error.into_walk(failed()))? {
                 Update::Done => step.entry = marked,
                 Update::ReadOnly => {}
                 Update::Changed if mutant::is(Mutant::GuestStoreIgnored) => {}

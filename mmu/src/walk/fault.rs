@@ -97,20 +97,29 @@ bitflags! {
     }
 }
 
+impl PageFaultCode {
+    /// What a code says of the access, in tables that are read in `role`.
+    #[inline]
+    pub(super) fn of(access: Access, role: CpuRole) -> Self {
+        let mut code = Self::empty();
+        code.set(Self::WRITE, access.kind == AccessKind::Write);
+        code.set(Self::USER, access.agent == Agent::User);
+        code.set(
+            Self::FETCH,
+            access.kind == AccessKind::Execute
+                && (role.reports_fetches() || mutant::is(Mutant::FetchAlwaysReported)),
+        );
+        code
+    }
+}
+
 impl FaultInfo {
     /// The fault as a #PF error code.
     pub fn page_fault_code(&self) -> PageFaultCode {
-        let mut code = PageFaultCode::empty();
+        let mut code = PageFaultCode::of(self.access, self.role);
         let present = matches!(self.cause, Cause::Reserved | Cause::Protection);
         code.set(PageFaultCode::PRESENT, present);
-        code.set(PageFaultCode::WRITE, self.access.kind == AccessKind::Write);
-        code.set(PageFaultCode::USER, self.access.agent == Agent::User);
         code.set(PageFaultCode::RESERVED, self.cause == Cause::Reserved);
-        code.set(
-            PageFaultCode::FETCH,
-            self.access.kind == AccessKind::Execute
-                && (self.role.reports_fetches() || mutant::is(Mutant::FetchAlwaysReported)),
-        );
         code.set(PageFaultCode::KEY, self.key_denied);
         code
     }

@@ -36,6 +36,19 @@ pub(super) const fn reserved(role: &CpuRole) -> Reserved {
     masks
 }
 
+/// The same of entries in lowest tables alone.
+#[inline]
+pub(super) const fn lowest_reserved(role: &CpuRole) -> u64 {
+    let address = bits(MAX_PHYSICAL_BITS - 1, role.max_phys_addr());
+    let no_execute = if role.flags().contains(RoleFlags::NX) { 0 } else { NO_EXECUTE };
+    match role.mode() {
+        PagingMode::Unpaged | PagingMode::TwoLevel => 1,
+        PagingMode::Pae => address | bits(62, MAX_PHYSICAL_BITS) | no_execute | 1,
+        PagingMode::FourLevel | PagingMode::FiveLevel => address | no_execute | 1,
+        PagingMode::EptFourLevel | PagingMode::EptFiveLevel => address,
+    }
+}
+
 const fn role_bits(role: &CpuRole) -> Reserved {
     let address = bits(MAX_PHYSICAL_BITS - 1, role.max_phys_addr());
     let no_execute = if role.flags().contains(RoleFlags::NX) { 0 } else { NO_EXECUTE };
@@ -77,3 +90,37 @@ const fn role_bits(role: &CpuRole) -> Reserved {
 }
 
 const _: () = assert!(bits(20, 13) >> PAGE_SHIFT == 0x1fe && bits(4, 5) == 0);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::role::{Cr0, Cr4, Efer, GuestCpu, GuestEpt, PagingRegs};
+
+    #[test]
+    fn lowest_tables_have_the_bits_of_all_tables() {
+        let cpu = GuestCpu { max_phys_addr: 40, gib_pages: true, pse36: true, amd: true };
+        let role = |cr0, cr4, efer| CpuRole::new(&PagingRegs { cr0, cr4, efer }, &cpu);
+        let ept = GuestEpt {
+            max_phys_addr: 40,
+            execute_only: false,
+            five_level: false,
+            mib_pages: true,
+            gib_pages: true,
+            accessed_dirty: true,
+            advanced_info: false,
+            mode_based_execute: false,
+        };
+        let mut roles = vec![CpuRole::ept(0x1e, &ept).unwrap()];
+        for (cr4, efer) in [
+            (Cr4::PSE, Efer::empty()),
+            (Cr4::PAE, Efer::empty()),
+            (Cr4::PAE, Efer::LMA),
+            (Cr4::PAE | Cr4::LA57, Efer::LMA),
+        ] {
+            roles.extend([efer, efer | Efer::NXE].map(|efer| role(Cr0::PG, cr4, efer)));
+        }
+        for role in roles {
+            assert_eq!(lowest_reserved(&role), reserved(&role)[0][0], "{role:?}");
+        }
+    }
+}

@@ -8,7 +8,7 @@ use crate::mutant::{self, Mutant};
 use crate::role::PagingMode;
 
 /// Entries that a walk has at most.
-const MAX_STEPS: usize = 5;
+pub(super) const MAX_STEPS: usize = 5;
 
 /// An entry that a walk has used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,8 +40,8 @@ pub struct GuestWalk<Out> {
     pub dirty: bool,
     /// PAE: the page-directory pointer, which is no step, for it restricts nothing and may be a register.
     pub pdpte: Option<u64>,
-    steps: [WalkStep<Out>; MAX_STEPS],
-    len: usize,
+    pub(super) steps: [WalkStep<Out>; MAX_STEPS],
+    pub(super) len: usize,
 }
 
 impl<Out: Address> GuestWalk<Out> {
@@ -58,11 +58,14 @@ impl<Out: Address> GuestWalk<Out> {
             WalkStep { level: Level::L1, at: Out::from_bits_truncate(0), entry: 0, parents: Prot::empty() };
         let (mut steps, mut len) = ([none; MAX_STEPS], 0);
         let mut all = u64::MAX;
-        for ((level, step), place) in trail.steps().zip(&mut steps) {
+        let mut level = trail.leaf.ordinal() + trail.len;
+        for (step, place) in trail.steps.iter().take(trail.len).zip(&mut steps) {
+            level -= 1;
             let raw = if ept { step.entry } else { step.entry ^ context.flip };
             let above = if mutant::is(Mutant::StepRightsOfItself) { all & raw } else { all };
             let parents = if ept { context.prot_by_ept(above) } else { context.prot(above) };
-            *place = WalkStep { level, at: Out::from_bits_truncate(step.at), entry: step.entry, parents };
+            let at = Out::from_bits_truncate(step.at);
+            *place = WalkStep { level: Level::ALL[level % Level::ALL.len()], at, entry: step.entry, parents };
             all = if mutant::is(Mutant::StepRightsOfOneParent) { raw } else { all & raw };
             len += 1;
         }
@@ -148,10 +151,6 @@ impl Trail {
     fn levels(&self) -> impl Iterator<Item = Level> {
         let highest = (self.leaf.ordinal() + self.len).min(Level::ALL.len());
         Level::ALL.into_iter().take(highest).rev()
-    }
-
-    fn steps(&self) -> impl Iterator<Item = (Level, &Step)> {
-        self.levels().zip(self.steps.iter().take(self.len))
     }
 
     pub(super) fn steps_mut(&mut self) -> impl Iterator<Item = (Level, &mut Step)> {

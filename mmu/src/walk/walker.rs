@@ -8,7 +8,7 @@ use crate::access::{Access, AccessKind, Prot};
 use crate::addr::{Address, Stage, MAX_PHYSICAL_BITS, PAGE_SHIFT};
 use crate::level::Level;
 use crate::mutant::{self, Mutant};
-use crate::role::{PagingMode, RoleFlags};
+use crate::role::{CpuRole, PagingMode, RoleFlags};
 
 /// P: present.
 pub(super) const PRESENT: u64 = 1 << 0;
@@ -27,7 +27,7 @@ pub(super) const GLOBAL: u64 = 1 << 8;
 /// NX: no execute.
 pub(super) const NO_EXECUTE: u64 = 1 << 63;
 /// Frame number field of an 8-byte entry.
-const FRAME: u64 = ((1 << MAX_PHYSICAL_BITS) - 1) & !((1 << PAGE_SHIFT) - 1);
+pub(super) const FRAME: u64 = ((1 << MAX_PHYSICAL_BITS) - 1) & !((1 << PAGE_SHIFT) - 1);
 /// Lowest bit of the protection key in a leaf.
 pub(super) const KEY_SHIFT: u32 = 59;
 
@@ -450,23 +450,33 @@ where
     }
 }
 
+/// What entries permit, given the AND of their positive forms and what is permitted whatever they say.
+#[inline(always)]
+pub(super) fn prot(all: u64, implied: Prot) -> Prot {
+    let rights = all & (WRITE | USER | NO_EXECUTE);
+    Prot::from_bits_retain(rights.rotate_left(2) as u8 | implied.bits())
+}
+
+/// What entries of EPT permit, given their AND.
+pub(super) fn prot_by_ept(role: &CpuRole, all: u64) -> Prot {
+    let read = all & EPT_READ | u64::from(mutant::is(Mutant::FetchableIsReadable) && all & EPT_EXECUTE != 0);
+    let write = (all & EPT_WRITE) << 2;
+    let execute = (all & EPT_EXECUTE) >> 1;
+    let mode_based = role.flags().contains(RoleFlags::MODE_BASED_EXECUTE);
+    let by_user = if mode_based { (all & EPT_EXECUTE_USER) >> 8 } else { 0 };
+    Prot::from_bits_truncate((read | write | execute | by_user) as u8)
+}
+
 impl<In: Address, Out: Address> PagingContext<In, Out> {
     /// What entries permit, given the AND of their positive forms.
     #[inline(always)]
     pub(super) fn prot(&self, all: u64) -> Prot {
-        let rights = all & (WRITE | USER | NO_EXECUTE);
-        Prot::from_bits_retain(rights.rotate_left(2) as u8 | self.implied.bits())
+        prot(all, self.implied)
     }
 
     /// What entries of EPT permit, given their AND.
     pub(super) fn prot_by_ept(&self, all: u64) -> Prot {
-        let read =
-            all & EPT_READ | u64::from(mutant::is(Mutant::FetchableIsReadable) && all & EPT_EXECUTE != 0);
-        let write = (all & EPT_WRITE) << 2;
-        let execute = (all & EPT_EXECUTE) >> 1;
-        let mode_based = self.role().flags().contains(RoleFlags::MODE_BASED_EXECUTE);
-        let by_user = if mode_based { (all & EPT_EXECUTE_USER) >> 8 } else { 0 };
-        Prot::from_bits_truncate((read | write | execute | by_user) as u8)
+        prot_by_ept(&self.role(), all)
     }
 
     #[cold]

@@ -7,9 +7,10 @@ mod tlb;
 use std::collections::HashMap;
 
 use mmu::{
-    CpuId, CpuRole, Cr4, Entered, Gfn, GfnRange, Gpa, Gva, Invpcid, Issued, Level, Mmu, NoShadowRoot, Npt,
-    NptHost, Pae, PaeHost, PageFaultCode, PageSize, PagingContext, PagingState, Requests, Root, ShadowFault,
-    ShadowMmu, SlotFlags, TableCache, TagFlush, Tags, VmMemory, WalkError, WalkRegs, ZapProgress,
+    Access, CpuId, CpuRole, Cr4, Entered, Exclusive, Gfn, GfnRange, Gpa, Gva, Invpcid, Issued, Level, Mmu,
+    NearFault, NoShadowRoot, Npt, NptHost, Pae, PaeHost, PageFaultCode, PageSize, PagingContext, PagingState,
+    Requests, Root, ShadowDone, ShadowFault, ShadowMmu, SlotFlags, TableCache, TagFlush, Tags, VmMemory,
+    WalkError, WalkRegs, ZapProgress,
 };
 
 pub use memory::{memory, memory_of, slot, store, NotedRam, MOVED, ONE_SLOT, PAGES, SLOTS};
@@ -37,7 +38,7 @@ pub struct Vcpu {
     pub cr4: u64,
     pdptes: [u64; 4],
     on: CpuId,
-    entered: Option<Entered<'static, NotedRam>>,
+    entered: Option<Entered<'static>>,
     seen: Remembered,
 }
 
@@ -72,6 +73,11 @@ pub struct World {
     pub vcpus: Vec<Vcpu>,
     pub addresses: Vec<u64>,
     pub emulated: usize,
+    /// Faults and invalidations that took no walk.
+    pub done_near: usize,
+    /// Faults always take a walk, as after something changed by nobody who says so.
+    pub walks: bool,
+    tries: usize,
     /// By CPU, vCPU and the number of the vCPU's tag.
     tlbs: HashMap<(usize, usize, u8), Tlb>,
     /// Whether the second slot is there, and read-only.
@@ -146,6 +152,9 @@ impl World {
             vcpus: vec![],
             addresses,
             emulated: 0,
+            done_near: 0,
+            tries: 0,
+            walks: false,
             tlbs: HashMap::new(),
             slot: Some(false),
             hidden: 0..0,
@@ -324,12 +333,13 @@ impl World {
         let keep = no_flush && cr4 & PCIDE != 0;
         let pcid = if cr4 & PCIDE != 0 { cr3 as u16 & 0xfff } else { 0 };
         let value = cr3 | u64::from(no_flush) << 63;
+        let seen = self.near(vcpu, |mmu, kind, guard| mmu.mov_to_seen_cr3(kind, guard, value));
         self.event(
             vcpu,
             Machine { cr3, ..m },
             cr4,
             true,
-            |mmu, state| mmu.mov_to_cr3(value, state.pdptes),
+            |mmu, state| if seen { Requests::NONE } else { mmu.mov_to_cr3(value, state.pdptes) },
             if keep { Loses::Nothing } else { Loses::Pcid(pcid) },
         );
     }
@@ -338,12 +348,18 @@ impl World {
     pub fn mov_to_cr0(&mut self, vcpu: usize, pg: bool, wp: bool, long: bool) {
         let Vcpu { m, cr4, .. } = self.vcpus[vcpu];
         let all = pg != m.pg;
+        let new = Machine { pg, wp, lma: long && pg, ..m };
+        let regs = self.state(&new, cr4).regs;
+        let seen = self.near(vcpu, |mmu, kind, guard| mmu.mov_to_seen_cr0(kind, guard, regs.cr0, regs.efer));
         self.event(
             vcpu,
-            Machine { pg, wp, lma: long && pg, ..m },
+            new,
             cr4,
             all,
-            |mmu, state| mmu.mov_to_cr0(state.regs.cr0, state.regs.efer, state.pdptes),
+            |mmu, state| match seen {
+                true => Requests::NONE,
+                false => mmu.mov_to_cr0(state.regs.cr0, state.regs.efer, state.pdptes),
+            },
             if all { Loses::All } else { Loses::Nothing },
         );
     }
@@ -358,12 +374,14 @@ impl World {
             || old.0.pse != new.pse
             || !old.0.pke && new.pke;
         let current = !old.0.smep && new.smep;
+        let regs = self.state(&new, cr4).regs;
+        let seen = self.near(vcpu, |mmu, kind, guard| mmu.mov_to_seen_cr4(kind, guard, regs.cr4));
         self.event(
             vcpu,
             new,
             cr4,
             all || current,
-            |mmu, state| mmu.mov_to_cr4(state.regs.cr4, state.pdptes),
+            |mmu, state| if seen { Requests::NONE } else { mmu.mov_to_cr4(state.regs.cr4, state.pdptes) },
             if all {
                 Loses::All
             } else if current {
@@ -385,7 +403,12 @@ impl World {
         let Vcpu { m, cr4, .. } = self.vcpus[vcpu];
         let pcid = self.vcpus[vcpu].pcid();
         let at = page(&m, va);
-        self.event(vcpu, m, cr4, false, |mmu, _| mmu.invlpg(Gva::new(va)), Loses::Page(pcid, at));
+        let near = self.near(vcpu, |mmu, kind, guard| mmu.invlpg_at_once(kind, guard, Gva::new(va)));
+        let act = |mmu: &mut Mmu, _: &PagingState| match near {
+            true => Requests::NONE,
+            false => mmu.invlpg(Gva::new(va)),
+        };
+        self.event(vcpu, m, cr4, false, act, Loses::Page(pcid, at));
     }
 
     pub fn invpcid(&mut self, vcpu: usize, what: Invpcid) {
@@ -398,12 +421,18 @@ impl World {
         self.event(vcpu, m, cr4, false, |mmu, _| mmu.invpcid(what), loses);
     }
 
-    /// A page fault is delivered.
-    fn page_fault(&mut self, vcpu: usize, va: u64, code: PageFaultCode) {
+    /// A page fault is delivered, of which the crate is told if it does not know.
+    fn page_fault(&mut self, vcpu: usize, va: u64, code: PageFaultCode, told: bool) {
         let Vcpu { m, cr4, .. } = self.vcpus[vcpu];
         let lost = Loses::Page(self.vcpus[vcpu].pcid(), page(&m, va));
         let loses = if code.bits() & 9 == 1 { lost } else { Loses::Nothing };
-        self.event(vcpu, m, cr4, false, |mmu, _| mmu.page_fault(Gva::new(va), code), loses);
+        let told = told
+            || self.near(vcpu, |mmu, kind, guard| mmu.page_fault_at_once(kind, guard, Gva::new(va), code));
+        let act = |mmu: &mut Mmu, _: &PagingState| match told {
+            true => Requests::NONE,
+            false => mmu.page_fault(Gva::new(va), code),
+        };
+        self.event(vcpu, m, cr4, false, act, loses);
     }
 
     /// INIT: CR0.PG is clear, and so is everything else.
@@ -600,6 +629,20 @@ impl World {
             let (paging, cpu) = registers(&m);
             let context = PagingContext::<Gva, Gpa>::new(CpuRole::new(&paging, &cpu));
             let expected = self.guest_walk(vcpu, va, what, who);
+            match (self.fault_near(vcpu, &context, va, access(what, who)), &expected) {
+                (None, _) => {}
+                (Some(NearFault::Mapped), Ok(_)) => {
+                    self.remember();
+                    self.check();
+                    continue;
+                }
+                (Some(NearFault::Guest(delivered)), &Err(code)) => {
+                    assert_eq!(delivered.bits(), code, "A2");
+                    self.page_fault(vcpu, va, delivered, true);
+                    return Ended::Fault(code);
+                }
+                (Some(found), expected) => panic!("A2: {found:?} where {expected:x?} is expected"),
+            }
             let walk_regs = WalkRegs { pdptes: Some(self.vcpus[vcpu].pdptes), ..regs(&m) };
             let found = context.walk(&self.memory.shared(CPU), &walk_regs, Gva::new(va), access(what, who));
             let walked = match (found, expected) {
@@ -610,7 +653,7 @@ impl World {
                 (Err(WalkError::Fault(fault)), Err(code)) => {
                     let delivered = fault.page_fault_code();
                     assert_eq!(delivered.bits(), code, "A2");
-                    self.page_fault(vcpu, va, delivered);
+                    self.page_fault(vcpu, va, delivered, false);
                     return Ended::Fault(code);
                 }
                 (found, expected) => panic!("A2: {found:?} where {expected:x?} is expected"),
@@ -663,6 +706,46 @@ impl World {
     pub fn is_seen(&self, vcpu: usize, va: u64, what: What, who: Who, gfn: u64) -> bool {
         let Vcpu { m, seen, .. } = &self.vcpus[vcpu];
         seen.permit(m, self.vcpus[vcpu].pcid(), page(m, va), gfn, what, who)
+    }
+
+    /// Whether the fault was handled near the last one, without a walk.
+    fn fault_near(
+        &mut self,
+        vcpu: usize,
+        context: &PagingContext<Gva, Gpa>,
+        va: u64,
+        access: Access,
+    ) -> Option<NearFault> {
+        let regs = WalkRegs { pdptes: Some(self.vcpus[vcpu].pdptes), ..regs(&self.vcpus[vcpu].m) };
+        let mut outcome = None;
+        self.near(vcpu, |mmu, kind, guard| {
+            let done = mmu.fault_near(kind, guard, context, &regs, Gva::new(va), access)?;
+            outcome = Some(done.outcome);
+            Some(ShadowDone { outcome: (), issued: done.issued })
+        });
+        outcome
+    }
+
+    /// What is tried before the whole way, two times of three, unless a test says otherwise; whether it was done.
+    fn near(
+        &mut self,
+        vcpu: usize,
+        act: impl FnOnce(&mut Mmu, &mut Kind, &mut Exclusive<'static, NotedRam>) -> Option<ShadowDone<()>>,
+    ) -> bool {
+        let Self { kind, vcpus, memory, .. } = self;
+        let vcpu = &mut vcpus[vcpu];
+        vcpu.entered = None;
+        self.tries += 1;
+        if self.walks || self.tries.is_multiple_of(3) {
+            return false;
+        }
+        let mut guard = memory.exclusive(vcpu.on);
+        let done = act(&mut vcpu.mmu, kind, &mut guard);
+        drop(guard);
+        let Some(done) = done else { return false };
+        self.done_near += 1;
+        self.kick(done.issued);
+        true
     }
 
     /// A guest's store of an entry through its own map of memory at `va`.

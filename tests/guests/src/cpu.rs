@@ -28,6 +28,8 @@ pub const CR4_SMEP: u64 = 1 << 20;
 pub const CR4_SMAP: u64 = 1 << 21;
 /// Protection keys for user pages.
 pub const CR4_PKE: u64 = 1 << 22;
+/// Protection keys for supervisor pages.
+pub const CR4_PKS: u64 = 1 << 24;
 
 /// IA32_APIC_BASE.
 pub const MSR_APIC_BASE: u32 = 0x1b;
@@ -39,6 +41,8 @@ pub const MSR_TSC_ADJUST: u32 = 0x3b;
 pub const MSR_PAT: u32 = 0x277;
 /// IA32_TSC_DEADLINE.
 pub const MSR_TSC_DEADLINE: u32 = 0x6e0;
+/// IA32_PKRS: rights of the keys of supervisor pages.
+pub const MSR_PKRS: u32 = 0x6e1;
 /// EFER.
 pub const MSR_EFER: u32 = 0xc000_0080;
 /// SYSCALL selectors.

@@ -2,7 +2,8 @@
 //!
 //! TCG departs from the architecture in a few places. They show through Umbra too, since Umbra does not emulate
 //! what the processor executes; a case about one of them asks [`tcg`] and says what is wrong. Bochs departs in others,
-//! nearly all of them in its SVM: the command line names it with `bochs-svm` or `bochs-vmx`.
+//! nearly all of them in its SVM: the command line names it with `bochs-svm` or `bochs-vmx`, and a processor without
+//! VMX-preemption timer with `no-preemption-timer`.
 use crate::cpu::{cpuid, peek};
 use crate::multiboot;
 use crate::paging::{Space, E_P, E_RSVD, P, PLAYGROUND, W};
@@ -52,6 +53,11 @@ pub fn bochs_svm() -> bool {
 /// Whether Bochs executes the instructions, under a hypervisor that uses its VMX.
 pub fn bochs_vmx() -> bool {
     multiboot::boot().word("bochs-vmx")
+}
+
+/// Whether the processor has no VMX-preemption timer, so that a hypervisor depends on interrupts.
+pub fn no_preemption_timer() -> bool {
+    multiboot::boot().word("no-preemption-timer")
 }
 
 /// Whether a hypervisor translates by shadow tables: then it, and not the processor, reads the guest's own tables, and it

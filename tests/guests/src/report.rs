@@ -149,6 +149,17 @@ impl Case {
         platform::bochs_svm()
     }
 
+    /// Skips on Bochs under a hypervisor that uses its VMX without a preemption timer, with what that does wrong. True when
+    /// skipped.
+    pub fn skip_on_bochs_without_timer(&mut self, wrong: &str) -> bool {
+        let here = platform::bochs_vmx() && platform::no_preemption_timer();
+        if here {
+            self.skip("Bochs's VMX is known wrong here: ");
+            let _ = self.note.write_str(wrong);
+        }
+        here
+    }
+
     /// Skips on Bochs under a hypervisor that uses its VMX, with what that does wrong. True when skipped.
     pub fn skip_on_bochs_vmx(&mut self, wrong: &str) -> bool {
         if platform::bochs_vmx() {

@@ -40,7 +40,7 @@ pub(super) fn all() -> Vec<Scenario> {
 }
 
 /// A bundle with the demo guest.
-fn demo_bundle(ctx: &Ctx, umbra: &str) -> Result<Bundle> {
+pub(super) fn demo_bundle(ctx: &Ctx, umbra: &str) -> Result<Bundle> {
     let config = format!("{umbra}\n[[vm]]\nname = \"demo\"\nmemory = \"32M\"\nkernel = \"demo\"\n");
     Bundle::new(config).file_from("demo", &ctx.images.guest("demo"))
 }
@@ -63,7 +63,7 @@ fn vmx(ctx: &Ctx) -> Result<Cases> {
 }
 
 /// Boots the demo guest, talks to it and has it switch off; the whole log.
-fn demo_log(ctx: &Ctx, machine: &Machine) -> Result<String> {
+pub(super) fn demo_log(ctx: &Ctx, machine: &Machine) -> Result<String> {
     let mut vm = ctx.boot(machine, &demo_bundle(ctx, "")?)?;
     // GRUB leaves the cursor anywhere, so Umbra's first words need not begin a line.
     vm.expect("umbra: ")?;

@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use anyhow::{bail, ensure, Result};
+use anyhow::{bail, ensure, Context, Result};
 use xtask::bundle::Bundle;
 use xtask::emulator::{BochsCpu, Machine};
 use xtask::paths;
@@ -23,11 +23,11 @@ const IN_BOCHS: [(&str, BochsCpu); 3] =
     [("ryzen", BochsCpu::Ryzen), ("skylake", BochsCpu::SkylakeX), ("lynnfield", BochsCpu::Lynnfield)];
 
 /// Those on which guests also run on shadow tables: SVM; VMX; VMX without EPT. Each with the guests that do not get through
-/// there: `tasks` takes too long on SVM, `smp` is not done within its time, and `events` fails there and without EPT.
+/// there: `tasks` takes too long on SVM, and `smp` is not done within its time.
 const SHADOWED_IN_BOCHS: [(&str, BochsCpu, &[&str]); 3] = [
-    ("ryzen", BochsCpu::Ryzen, &["events", "smp", "tasks"]),
+    ("ryzen", BochsCpu::Ryzen, &["smp", "tasks"]),
     ("skylake", BochsCpu::SkylakeX, &["smp"]),
-    ("penryn", BochsCpu::Penryn, &["events", "smp"]),
+    ("penryn", BochsCpu::Penryn, &["smp"]),
 ];
 
 /// QEMU's TCG does not intercept task switches, and loads CR3 itself: with shadow tables a guest must not switch tasks there.
@@ -55,6 +55,13 @@ const MISDEEDS: [(&str, &str); 8] = [
     ("flood", "flood"),
     ("hostile_npt", "hostile-npt"),
 ];
+
+/// Those that are also tried on shadow tables in QEMU, and in Bochs.
+const SHADOWED_MISDEEDS: [&str; 5] = ["jump", "wild_1", "wild_2", "flood", "hostile_npt"];
+const SHADOWED_MISDEED_IN_BOCHS: &str = "jump";
+
+/// Places for a page-map level 4 that is none, which leave a guest no way to handle its fault.
+const BAD_ROOTS: [&str; 5] = ["cr3-in-mmio", "cr3-in-lapic", "cr3-in-hole", "cr3-beyond-ram", "cr3-in-rom"];
 
 /// One scenario for each guest with cases and each largest page that may back its memory, one for each guest and each
 /// of Bochs's processors, one for each misdeed.
@@ -84,7 +91,8 @@ pub(super) fn all() -> Vec<Scenario> {
     for (model, cpu, without) in SHADOWED_IN_BOCHS {
         for name in with_cases.iter().filter(|name| !without.contains(&name.as_str())) {
             let guest = name.clone();
-            let scenario = move |ctx: &Ctx| report(ctx, &ctx.bochs(cpu), &guest, SHADOW, "");
+            let words = if cpu == BochsCpu::Penryn { "no-preemption-timer" } else { "" };
+            let scenario = move |ctx: &Ctx| report(ctx, &ctx.bochs(cpu), &guest, SHADOW, words);
             let scenario = Scenario::new(format!("bochs_{model}_{name}_shadow"), scenario);
             all.push(scenario.needs(&[Need::Grub, Need::Bochs]).limit(240));
         }
@@ -107,10 +115,31 @@ pub(super) fn all() -> Vec<Scenario> {
             all.push(scenario.needs(&[Need::Grub, Need::Bochs]).limit(240));
         }
     }
+    all.push(Scenario::new("direct_paging_takes_no_exits", |ctx| no_exits(ctx, &ctx.machine())).limit(240));
+    let in_bochs = Scenario::new("bochs_skylake_direct_paging_takes_no_exits", |ctx| {
+        no_exits(ctx, &ctx.bochs(BochsCpu::SkylakeX))
+    });
+    all.push(in_bochs.needs(&[Need::Grub, Need::Bochs]).limit(240));
     all.push(Scenario::new("other_vms_go_on", other_vms_go_on).limit(240));
     for (name, cmdline) in MISDEEDS {
-        all.push(Scenario::new(format!("garbage_{name}"), move |ctx| misdeed(ctx, cmdline)).limit(240));
+        let scenario = move |ctx: &Ctx| misdeed(ctx, &ctx.machine(), cmdline, "");
+        all.push(Scenario::new(format!("garbage_{name}"), scenario).limit(240));
+        if SHADOWED_MISDEEDS.contains(&name) {
+            let scenario = move |ctx: &Ctx| misdeed(ctx, &ctx.machine(), cmdline, SHADOW);
+            all.push(Scenario::new(format!("garbage_{name}_shadow"), scenario).limit(240));
+        }
+        if name == SHADOWED_MISDEED_IN_BOCHS {
+            let scenario = move |ctx: &Ctx| misdeed(ctx, &ctx.bochs(BochsCpu::SkylakeX), cmdline, SHADOW);
+            let scenario = Scenario::new(format!("bochs_skylake_garbage_{name}_shadow"), scenario);
+            all.push(scenario.needs(&[Need::Grub, Need::Bochs]).limit(240));
+        }
     }
+    all.push(Scenario::new("bad_roots_shadow", bad_roots).limit(240));
+    let reserved = Scenario::new("bochs_penryn_root_in_reserved_pages", |ctx| {
+        let reason = "the guest's page tables begin outside its RAM";
+        bad_root(ctx, &ctx.bochs(BochsCpu::Penryn), "cr3-in-reserved-pages", reason)
+    });
+    all.push(reserved.needs(&[Need::Grub, Need::Bochs]).limit(240));
     all
 }
 
@@ -158,6 +187,16 @@ fn report(ctx: &Ctx, machine: &Machine, guest: &str, config: &str, more_words: &
     Ok(cases)
 }
 
+/// With nested paging a guest's own paging is the processor's affair: nothing that `bench mmu` counts exits.
+fn no_exits(ctx: &Ctx, machine: &Machine) -> Result<Cases> {
+    let bundle = bundle(ctx, "bench_mmu", platform_word(machine), "mmu = \"direct\"\n")?;
+    let log = ctx.boot(machine, &bundle)?.end()?.log;
+    if let Some(why) = xtask::bench::mmu::exits_in_log(&log)? {
+        bail!("{why}");
+    }
+    Ok(Cases::passed())
+}
+
 /// Beside a VM that triple-faults, one that never stops computing and one that resets itself again and again, a guest
 /// passes its cases as if it were alone.
 fn other_vms_go_on(ctx: &Ctx) -> Result<Cases> {
@@ -195,10 +234,10 @@ pub(super) fn bundle(ctx: &Ctx, guest: &str, cmdline: &str, more: &str) -> Resul
 }
 
 /// Whatever the guest does and however it ends, Umbra lives to say so.
-fn misdeed(ctx: &Ctx, cmdline: &str) -> Result<Cases> {
-    let machine = ctx.machine();
-    let words = format!("{} {cmdline}", platform_word(&machine));
-    let outcome = ctx.boot(&machine, &bundle(ctx, "garbage", &words, "")?)?.end()?;
+fn misdeed(ctx: &Ctx, machine: &Machine, cmdline: &str, config: &str) -> Result<Cases> {
+    let shadow = if config == SHADOW { "shadow" } else { "" };
+    let words = format!("{} {shadow} {cmdline}", platform_word(machine));
+    let outcome = ctx.boot(machine, &bundle(ctx, "garbage", &words, &format!("{config}\n"))?)?.end()?;
     ensure!(!outcome.log.contains("umbra: panic"), "Umbra itself panicked");
     let ended = outcome.log.lines().any(|line| line.starts_with("umbra: vm \"garbage\": "));
     ensure!(ended, "Umbra does not say how the guest ended");
@@ -207,6 +246,27 @@ fn misdeed(ctx: &Ctx, cmdline: &str) -> Result<Cases> {
         Some(status) => bail!("Umbra ended with status {status}"),
         None => bail!("the machine died with the guest"),
     }
+}
+
+/// A root where no table can be is one whose every walk faults: with the first fetch that is a triple fault, and the VM's end
+/// alone.
+fn bad_roots(ctx: &Ctx) -> Result<Cases> {
+    for variant in BAD_ROOTS {
+        let machine = Machine { dir: ctx.dir.join(variant), ..ctx.machine() };
+        bad_root(ctx, &machine, variant, "triple fault")?;
+    }
+    Ok(Cases::passed())
+}
+
+/// On shadow tables a guest with a root in this place is stopped for this reason.
+fn bad_root(ctx: &Ctx, machine: &Machine, variant: &str, reason: &str) -> Result<Cases> {
+    let words = format!("{} shadow hostile-npt variant={variant}", platform_word(machine));
+    let vm = ctx.boot(machine, &bundle(ctx, "garbage", &words, &format!("{SHADOW}\n"))?)?;
+    let log = vm.end_with(64)?.log;
+    let ended = log.lines().find(|line| line.starts_with("umbra: vm \"garbage\": stopped: "));
+    let ended = ended.with_context(|| format!("{variant}: Umbra does not say how the guest ended"))?;
+    ensure!(ended.contains(reason), "{variant}: `{ended}` is not for \"{reason}\"");
+    Ok(Cases::passed())
 }
 
 #[cfg(test)]

@@ -2,12 +2,14 @@
 
 mod bad_input;
 mod boot;
+mod consoles;
 mod guests;
 mod image;
 mod linux;
 mod paging_digest;
 mod pxe;
 mod refused_entries;
+mod unusual;
 
 use crate::scenario::Scenario;
 
@@ -15,6 +17,8 @@ use crate::scenario::Scenario;
 pub(crate) fn all() -> Vec<Scenario> {
     let folders = [
         boot::all(),
+        consoles::all(),
+        unusual::all(),
         bad_input::all(),
         guests::all(),
         paging_digest::all(),

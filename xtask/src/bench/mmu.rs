@@ -75,7 +75,25 @@ pub(super) fn bench(options: &Options) -> Result<ExitCode> {
             emulator.name()
         );
     }
+    if let Some(why) = exits_in(&rows) {
+        say!("{why}");
+        return Ok(ExitCode::FAILURE);
+    }
     Ok(ExitCode::SUCCESS)
+}
+
+/// What a guest's paging must not do: exit where there is a second stage.
+fn exits_in(rows: &[[Cost; 2]]) -> Option<String> {
+    let exiting = OPERATIONS.iter().zip(rows).filter(|(_, [direct, _])| direct.exits != 0);
+    let keys: Vec<_> = exiting.map(|(operation, _)| operation.key).collect();
+    (!keys.is_empty()).then(|| format!("with nested paging nothing may exit, but {} did", keys.join(", ")))
+}
+
+/// The same of the log of the guest `bench_mmu`, run with nested paging.
+pub fn exits_in_log(log: &str) -> Result<Option<String>> {
+    let costs = guest::costs_in(log, &OPERATIONS.map(|operation| operation.key))?;
+    let rows: Vec<_> = costs.into_iter().map(|cost| [cost, cost]).collect();
+    Ok(exits_in(&rows))
 }
 
 /// One line, its keys in the table's order.
@@ -135,6 +153,20 @@ mod tests {
             json!({ "direct": { "instructions": 2, "exits": 0 }, "shadow": { "instructions": 1002, "exits": 1 } })
         );
         assert_eq!(value.as_object().unwrap().len(), OPERATIONS.len());
+    }
+
+    #[test]
+    fn an_exit_with_nested_paging_is_an_error() {
+        let mut rows = rows();
+        assert_eq!(exits_in(&rows), None);
+        rows[10][0].exits = 2;
+        assert!(exits_in(&rows).unwrap().contains("cr4_pge_toggle"));
+        let line = |(n, operation): (usize, &Operation)| {
+            format!("bench {} instructions=3 exits={}\n", operation.key, u8::from(n == 2))
+        };
+        let log: String = OPERATIONS.iter().enumerate().map(line).collect();
+        assert!(exits_in_log(&log).unwrap().unwrap().contains("but invlpg did"));
+        assert!(exits_in_log("").is_err());
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 mod exits;
 mod guest;
-mod mmu;
+pub mod mmu;
 mod mmu_host;
 
 use std::process::ExitCode;

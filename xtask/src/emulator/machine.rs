@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use anyhow::{bail, Context, Result};
 
 use super::accel::Acceleration;
+use super::hardware::Hardware;
 use super::network::Network;
 use super::{bochs, firmware, qemu};
 use crate::build::Images;
@@ -86,9 +87,10 @@ pub enum Vmx {
 }
 
 impl Vmx {
-    fn grub_command(self) -> &'static str {
+    /// The command that GRUB executes first: what does this, or else the `usual` one.
+    fn grub_command(self, usual: &'static str) -> &'static str {
         match self {
-            Self::Usual => "",
+            Self::Usual => usual,
             // IA32_FEATURE_CONTROL: the lock bit, and no other.
             Self::LockedOff => "wrmsr 0x3a 0x1",
         }
@@ -122,6 +124,8 @@ pub struct Machine {
     pub cpu: Option<String>,
     /// What the firmware has done with VMX.
     pub vmx: Vmx,
+    /// What is unusual about the rest of it.
+    pub hardware: Hardware,
     /// Repeatable time.
     pub icount: Icount,
     /// The machine waits for a debugger on TCP port 1234.
@@ -147,6 +151,7 @@ impl Machine {
             acceleration: Acceleration::Tcg,
             cpu: None,
             vmx: Vmx::Usual,
+            hardware: Hardware::default(),
             icount: Icount::Off,
             gdb: false,
             dir: dir.into(),
@@ -180,7 +185,7 @@ impl Machine {
             image::write_iso(
                 &self.umbra,
                 &self.bundle_file(),
-                self.vmx.grub_command(),
+                self.vmx.grub_command(self.hardware.grub_command),
                 &work,
                 &self.iso_file(),
             )?;
@@ -213,6 +218,9 @@ impl Machine {
             bail!("only in Bochs can VMX be locked off");
         }
         if self.kind == Kind::Bochs {
+            if (Hardware { grub_command: "", ..self.hardware }) != Hardware::default() {
+                bail!("only QEMU has other hardware than the usual");
+            }
             if self.boot != Boot::Iso {
                 bail!("Bochs starts Umbra from a BIOS image only; leave out --uefi or use QEMU");
             }

@@ -26,10 +26,10 @@ pub(super) fn command_line(machine: &Machine) -> Result<CommandLine> {
 /// The parts that do not depend on a choice: no device and no setting that we did not name, and the serial line on
 /// standard input and output.
 fn base(line: CommandLine, machine: &Machine) -> CommandLine {
-    line.args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-vga", "none"])
-        .args(["-machine", "q35", "-smp", &machine.cpus.to_string()])
+    line.args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"])
+        .args(["-machine", machine.hardware.board, "-smp", &machine.hardware.smp(machine.cpus)])
         .args(["-m", &format!("{}M", machine.memory.whole_mib())])
-        .args(["-serial", "stdio"])
+        .args(machine.hardware.devices())
 }
 
 fn acceleration(line: CommandLine, machine: &Machine) -> CommandLine {
@@ -121,8 +121,8 @@ mod tests {
         let line = command_line(&machine()).unwrap();
         assert_eq!(
             line.to_string(),
-            "qemu-system-x86_64 -nodefaults -no-user-config -no-reboot -display none -vga none -machine q35 -smp 1 \
-             -m 2048M -serial stdio -accel tcg -cpu max,+svm,+npt -kernel /t/umbra -initrd /t/run/bundle.cpio"
+            "qemu-system-x86_64 -nodefaults -no-user-config -no-reboot -display none -machine q35 -smp 1 -m 2048M \
+             -vga none -serial stdio -accel tcg -cpu max,+svm,+npt -kernel /t/umbra -initrd /t/run/bundle.cpio"
         );
     }
 

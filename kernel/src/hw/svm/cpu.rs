@@ -1,14 +1,17 @@
 //! SVM on one physical CPU: detection, enabling, host state, ASIDs.
 #![allow(unsafe_code)] // MSR writes that turn the extension on, and the per-CPU cells.
 
+use super::capabilities::{self, vm_cr, VmCr};
 use super::permission_map::{allow_msr, IOPM_BYTES, MSRPM_BYTES};
 use super::vcpu::SvmVcpu;
-use crate::cpu::features::Features;
+use crate::cpu::features::{self, Features};
+use crate::cpu::msr;
+use crate::hw::cr4;
 use crate::hw::shadowed::ShadowFormat;
 use crate::hw::tag::TagAllocator;
-use crate::hw::{OutOfMemory, Refusal, Translation, Vendor};
+use crate::hw::{Capabilities, OutOfMemory, Refusal, Translation, Vendor};
 use crate::mm::{self, FrameSize, Zone};
-use crate::vm::msr::PASSTHROUGH;
+use crate::vm::msr::passthrough;
 use core::arch::asm;
 use core::cell::UnsafeCell;
 use core::fmt;
@@ -19,8 +22,6 @@ use x86_64::PhysAddr;
 
 /// VM_CR. APM 15.30.1.
 const MSR_VM_CR: u32 = 0xc001_0114;
-/// SVMDIS: EFER.SVME cannot be set.
-const VM_CR_SVMDIS: u64 = 1 << 4;
 /// VM_HSAVE_PA. APM 15.30.4.
 const MSR_VM_HSAVE_PA: u32 = 0xc001_0117;
 
@@ -47,6 +48,8 @@ pub struct Svm {
     /// A guest may have five levels.
     la57: bool,
     asid_count: u32,
+    /// All that CPUID tells.
+    offered: features::Svm,
     host: NptHost,
     cr4_bits: u64,
 }
@@ -91,7 +94,7 @@ pub(super) unsafe fn with_this_cpu<R>(index: usize, f: impl FnOnce(&mut SvmCpu) 
 }
 
 /// Builds the maps that all guests share: every port exits, every MSR but the switched ones exits.
-fn permission_maps() -> (PhysAddr, PhysAddr) {
+fn permission_maps(supervisor_keys: bool) -> (PhysAddr, PhysAddr) {
     let allocate = |bytes: usize| {
         let frames = mm::alloc_contiguous(bytes as u64).expect("memory for permission maps at boot");
         // SAFETY: the frames are ours alone, contiguous, and `bytes` long.
@@ -102,10 +105,16 @@ fn permission_maps() -> (PhysAddr, PhysAddr) {
     let (iopm, _) = allocate(IOPM_BYTES);
     let (msrpm, map) = allocate(MSRPM_BYTES);
     let map: &mut [u8; MSRPM_BYTES] = map.try_into().expect("a slice of that length");
-    for msr in PASSTHROUGH {
+    for msr in passthrough(supervisor_keys) {
         allow_msr(map, msr, true, true);
     }
     (iopm, msrpm)
+}
+
+/// What this CPU's VM_CR allows.
+fn read_vm_cr() -> VmCr {
+    // SAFETY: VM_CR exists on every CPU with SVM; reading it has no effect.
+    vm_cr(unsafe { Msr::new(MSR_VM_CR).read() })
 }
 
 impl Vendor for Svm {
@@ -116,13 +125,12 @@ impl Vendor for Svm {
         let Some(svm) = &features.svm else {
             return Err(Refusal::NoVirtualization);
         };
-        // SAFETY: VM_CR exists on every CPU with SVM; reading it has no effect.
-        let vm_cr = unsafe { Msr::new(MSR_VM_CR).read() };
-        if vm_cr & VM_CR_SVMDIS != 0 {
+        if read_vm_cr() == VmCr::LockedOff {
             return Err(Refusal::SvmDisabledByFirmware);
         }
+        let cr4_bits = cr4::of_this_cpu();
         static MAPS: Once<(PhysAddr, PhysAddr)> = Once::new();
-        let &(iopm, msrpm) = MAPS.call_once(permission_maps);
+        let &(iopm, msrpm) = MAPS.call_once(|| permission_maps(cr4_bits & cr4::PKS != 0));
         Ok(Self {
             npt: svm.npt,
             nrips: svm.nrips,
@@ -133,7 +141,8 @@ impl Vendor for Svm {
             invpcid: features.invpcid,
             la57: features.la57,
             asid_count: svm.asids.max(2),
-            cr4_bits: crate::hw::cr4::of_this_cpu(),
+            offered: *svm,
+            cr4_bits,
             host: NptHost {
                 // Umbra's own tables have four levels, and the depth of nested tables is that of the host's.
                 five_level: false,
@@ -145,6 +154,13 @@ impl Vendor for Svm {
     }
 
     fn enable_on_this_cpu(&self) -> Result<(), Refusal> {
+        if let VmCr::MustWrite(value) = read_vm_cr() {
+            // SAFETY: clears SVMDIS, which is not locked, and changes nothing else.
+            unsafe { msr::try_write(MSR_VM_CR, value) };
+        }
+        if read_vm_cr() != VmCr::Usable {
+            return Err(Refusal::SvmDisabledByFirmware);
+        }
         let page = || mm::alloc(FrameSize::Size4K, Zone::Any).expect("memory for host state at boot");
         let (host_save, host_state) = (page(), page());
         // SAFETY: the pages are ours and stay so. Setting SVME on a CPU with SVM changes nothing that runs; VMSAVE
@@ -171,6 +187,14 @@ impl Vendor for Svm {
         } else {
             "SVM without nested paging"
         }
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        capabilities::list(&self.offered)
+    }
+
+    fn tlb_tags(&self) -> u32 {
+        self.asid_count
     }
 
     fn two_stages(&self) -> Result<(), Refusal> {

@@ -1,5 +1,6 @@
 //! AMD SVM with nested paging. AMD APM vol. 2, chapter 15.
 
+pub mod capabilities;
 pub mod exit;
 #[cfg(any(test, target_os = "none"))]
 mod nmi;

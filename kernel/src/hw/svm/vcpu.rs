@@ -379,7 +379,9 @@ impl HwVcpu for SvmVcpu {
     }
     fn set_cr3(&mut self, cr3: u64) {
         match self.shadowed {
-            Some(_) => self.change_controls(|guest| guest.cr3 = cr3),
+            // The processor is given another, whatever this one is.
+            // SAFETY: as in `change_controls`.
+            Some(_) => unsafe { self.own.as_mut() }.set_cr3(cr3),
             None => self.vmcb_mut().set_cr3(cr3),
         }
     }
@@ -423,6 +425,11 @@ impl HwVcpu for SvmVcpu {
     #[inline]
     fn cpl(&self) -> u8 {
         self.vmcb().cpl()
+    }
+
+    #[inline]
+    fn tr_attributes(&self) -> u16 {
+        from_vmcb(self.vmcb().save.tr).attributes
     }
 
     #[inline]

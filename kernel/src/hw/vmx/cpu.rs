@@ -8,13 +8,14 @@ use super::capabilities::{
 use super::choice::{examine, Controls, Mode, Unsuitable};
 use super::controls::{Primary, Secondary};
 use super::instructions::vmxon;
-use super::msr_bitmap;
 use super::vcpu::VmxVcpu;
+use super::{listing, msr_bitmap};
 use crate::cpu::features::Features;
 use crate::cpu::{self, compaction, msr};
+use crate::hw::cr4;
 use crate::hw::shadowed::ShadowFormat;
 use crate::hw::tag::TagAllocator;
-use crate::hw::{GuestPage, OutOfMemory, Refusal, Translation, Vendor};
+use crate::hw::{Capabilities, GuestPage, OutOfMemory, Refusal, Translation, Vendor};
 use crate::mm::{self, FrameSize, Zone};
 use core::cell::UnsafeCell;
 use core::fmt;
@@ -199,13 +200,14 @@ impl Vendor for Vmx {
             execute_only: ept.contains(EptVpid::EXECUTE_ONLY),
             mode_based_execute: has(Secondary::MODE_BASED_EXECUTE),
         });
+        let supervisor_keys = cr4::of_this_cpu() & cr4::PKS != 0;
         static MACHINE: Once<Machine> = Once::new();
         let shared = MACHINE.call_once(|| Machine {
             capabilities,
             two_stages,
             shadow,
-            msr_bitmap: msr_bitmap::for_all_guests(false),
-            apic_msr_bitmap: msr_bitmap::for_all_guests(true),
+            msr_bitmap: msr_bitmap::for_all_guests(false, supervisor_keys),
+            apic_msr_bitmap: msr_bitmap::for_all_guests(true, supervisor_keys),
             io_bitmaps: io_bitmaps(),
             host_cr4: Cr4::read_raw(),
             timer_is_reliable: !has_faulty_preemption_timer(signature),
@@ -276,6 +278,20 @@ impl Vendor for Vmx {
             "VMX with EPT"
         } else {
             "VMX without EPT"
+        }
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        let Machine { capabilities, two_stages, shadow, accessed_dirty, .. } = self.shared;
+        listing::list(capabilities, two_stages.as_ref().unwrap_or(shadow), *accessed_dirty)
+    }
+
+    fn tlb_tags(&self) -> u32 {
+        let controls = self.shared.two_stages.as_ref().unwrap_or(&self.shared.shadow);
+        if controls.secondary.contains(Secondary::VPID) {
+            VPID_COUNT
+        } else {
+            1
         }
     }
 

@@ -9,6 +9,7 @@ pub mod dirty_log;
 pub mod event;
 pub mod exit;
 pub mod instruction_error;
+pub mod listing;
 pub mod msr_bitmap;
 pub mod real_mode;
 pub mod vmcs;

@@ -43,11 +43,11 @@ const APIC_READS: [RangeInclusive<u32>; 5] =
 /// x2APIC registers whose writes the processor carries out by itself: TPR, EOI, self-IPI.
 const APIC_WRITES: [u32; 3] = [0x808, 0x80b, 0x83f];
 
-/// Bitmaps that all guests share: every MSR exits but those that the hardware or a change of vCPUs switches; with
-/// `virtual_apic`, those of the local APIC that the processor knows do not exit either.
-pub fn bitmaps(virtual_apic: bool) -> [u8; BYTES] {
+/// Bitmaps that all guests share: every MSR exits but those that the hardware or a change of vCPUs switches, IA32_PKRS with
+/// `supervisor_keys` among them; with `virtual_apic`, those of the local APIC that the processor knows do not exit either.
+pub fn bitmaps(virtual_apic: bool, supervisor_keys: bool) -> [u8; BYTES] {
     let mut bitmaps = [0xff; BYTES];
-    for msr in crate::vm::msr::PASSTHROUGH {
+    for msr in crate::vm::msr::passthrough(supervisor_keys) {
         allow(&mut bitmaps, msr);
     }
     if virtual_apic {
@@ -59,11 +59,11 @@ pub fn bitmaps(virtual_apic: bool) -> [u8; BYTES] {
 
 /// [`bitmaps`] where the processor finds them.
 #[cfg(target_os = "none")]
-pub(super) fn for_all_guests(virtual_apic: bool) -> x86_64::PhysAddr {
+pub(super) fn for_all_guests(virtual_apic: bool, supervisor_keys: bool) -> x86_64::PhysAddr {
     use crate::mm::{self, FrameSize, Zone};
 
     let frame = mm::alloc(FrameSize::Size4K, Zone::Any).expect("memory for the MSR bitmaps at boot");
-    write(frame, &bitmaps(virtual_apic));
+    write(frame, &bitmaps(virtual_apic, supervisor_keys));
     frame
 }
 
@@ -89,7 +89,7 @@ mod tests {
 
     #[test]
     fn a_virtual_apic_opens_its_own_registers_alone() {
-        let (closed, open) = (bitmaps(false), bitmaps(true));
+        let (closed, open) = (bitmaps(false, false), bitmaps(true, false));
         let exits = |bitmaps: &[u8; BYTES], msr: u32, write: usize| {
             let (byte, bit) = position(msr).unwrap();
             bitmaps[byte + write * 0x800] >> bit & 1 != 0
@@ -106,6 +106,16 @@ mod tests {
         for msr in (0x828..=0x83e).chain([0x1b, 0x6e0]) {
             assert!(exits(&open, msr, 0) && exits(&open, msr, 1), "{msr:#x}");
         }
+    }
+
+    #[test]
+    fn supervisor_keys_open_their_register_alone() {
+        let mut with = bitmaps(false, true);
+        assert_ne!(with, bitmaps(false, false));
+        // IA32_PKRS is 6E1h.
+        with[0x6e1 / 8] |= 1 << 1;
+        with[0x800 + 0x6e1 / 8] |= 1 << 1;
+        assert_eq!(with, bitmaps(false, false));
     }
 
     #[test]

@@ -15,8 +15,9 @@ const DIRTY: u64 = 1 << 6;
 const LARGE: u64 = 1 << 7;
 const NO_EXECUTE: u64 = 1 << 63;
 const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
-/// The PAT bit of a large page lies where the address begins.
+/// The PAT bit of a large page lies where the address begins, that of a small page where PS is otherwise.
 const LARGE_PAT: u64 = 1 << 12;
+const SMALL_PAT: u64 = 1 << 7;
 
 /// What may be done with a mapping. There is no value that is both writable and executable.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,14 +30,16 @@ pub enum Access {
     ReadExecute,
 }
 
-/// How a mapping is cached. The values index the PAT as it is after reset, which Umbra restores
-/// (AMD APM vol. 2 section 7.8.2).
+/// How a mapping is cached. The values index the PAT as `cpu::control` sets it: as it is after reset
+/// (AMD APM vol. 2 section 7.8.2), but for entry 5.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Caching {
     /// PAT entry 0, write-back.
     WriteBack,
     /// PAT entry 3, uncacheable, whatever the MTRRs say.
     Uncached,
+    /// PAT entry 5, write-combining: writes are gathered, reads are uncached. For framebuffers.
+    WriteCombining,
 }
 
 /// Access and caching of a mapping.
@@ -56,6 +59,9 @@ impl Attributes {
 
     /// Device registers.
     pub const DEVICE: Self = Self { access: Access::ReadWrite, caching: Caching::Uncached };
+
+    /// A framebuffer.
+    pub const FRAMEBUFFER: Self = Self { access: Access::ReadWrite, caching: Caching::WriteCombining };
 }
 
 /// One entry.
@@ -76,6 +82,8 @@ impl Entry {
         let caching = match attributes.caching {
             Caching::WriteBack => 0,
             Caching::Uncached => CACHE_DISABLE | WRITE_THROUGH,
+            Caching::WriteCombining if level == 1 => SMALL_PAT | WRITE_THROUGH,
+            Caching::WriteCombining => LARGE_PAT | WRITE_THROUGH,
         };
         let size = if level == 1 { 0 } else { LARGE };
         Entry(phys & ADDRESS | PRESENT | ACCESSED | DIRTY | access | caching | size)
@@ -124,8 +132,12 @@ impl Entry {
             (false, true) => Access::ReadExecute,
             (false, false) => Access::Read,
         };
-        let uncached = self.0 & CACHE_DISABLE != 0;
-        Attributes { access, caching: if uncached { Caching::Uncached } else { Caching::WriteBack } }
+        let caching = match (self.0 & CACHE_DISABLE != 0, self.0 & WRITE_THROUGH != 0) {
+            (true, _) => Caching::Uncached,
+            (false, true) => Caching::WriteCombining,
+            (false, false) => Caching::WriteBack,
+        };
+        Attributes { access, caching }
     }
 }
 
@@ -137,7 +149,7 @@ mod tests {
     fn pages_say_what_they_were_made_for() {
         for level in 1..=3 {
             for access in [Access::Read, Access::ReadWrite, Access::ReadExecute] {
-                for caching in [Caching::WriteBack, Caching::Uncached] {
+                for caching in [Caching::WriteBack, Caching::Uncached, Caching::WriteCombining] {
                     let attributes = Attributes { access, caching };
                     let entry = Entry::page(0x40_0000_0000, level, attributes);
                     assert!(entry.is_present() && entry.is_page(level) && !entry.allows_user());
@@ -146,6 +158,15 @@ mod tests {
                     assert!(!(entry.allows_write() && entry.allows_execute()));
                 }
             }
+        }
+    }
+
+    /// PAT, PCD and PWT make the index of the PAT's entry (AMD APM vol. 2 section 7.8.3).
+    #[test]
+    fn write_combining_is_entry_5() {
+        for (level, pat) in [(1, 7), (2, 12), (3, 12)] {
+            let Entry(entry) = Entry::page(0x4000_0000, level, Attributes::FRAMEBUFFER);
+            assert_eq!((entry >> pat & 1) << 2 | (entry >> 4 & 1) << 1 | entry >> 3 & 1, 5);
         }
     }
 

@@ -2,7 +2,7 @@
 //! tomorrow's host never reaches a guest before Umbra knows what it needs.
 //!
 //! Hidden on purpose, because the MSRs or exits behind them are not modelled: MONITOR and MWAITX, SVM and VMX, SMX
-//! and SKINIT, TSX, MPX, SGX, CET, AMX, PKS, WAITPKG, ENQCMD, key locker, uintr, FRED, LAM; performance counters,
+//! and SKINIT, TSX, MPX, SGX, CET, AMX, WAITPKG, ENQCMD, key locker, uintr, FRED, LAM; performance counters,
 //! LBR, PT, IBS, LWP, DS and 64-bit DS, PDCM, SDBG; RDT and QoS; thermal, EIST, turbo, HWP; OSVW, node ID, TCE;
 //! SEV and SME. MCE and MCA are offered with no banks (MCG_CAP = 0), as kernels insist on the bits.
 //!
@@ -78,6 +78,7 @@ const VAES: u32 = 1 << 9; // 7.ECX
 const VPCLMULQDQ: u32 = 1 << 10; // 7.ECX
 const LA57: u32 = 1 << 16; // 7.ECX
 const RDPID: u32 = 1 << 22; // 7.ECX
+const PKS: u32 = 1 << 31; // 7.ECX
 const XSAVEC: u32 = 1 << 1; // D.1.EAX
 const XSAVES: u32 = 1 << 3; // D.1.EAX
 const LAHF: u32 = 1 << 0; // 8000_0001.ECX
@@ -110,8 +111,8 @@ const LEAF_1_EDX: u32 =
 const LEAF_7_EBX: u32 =
     bits(&[0, 3, 5, 6, 7, 8, 9, 10, 13, 16, 17, 18, 19, 20, 21, 23, 24, 26, 27, 28, 29, 30, 31]);
 /// AVX512VBMI, UMIP, PKU, AVX512VBMI2, GFNI, VAES, VPCLMULQDQ, AVX512VNNI/BITALG/VPOPCNTDQ, LA57, RDPID, CLDEMOTE,
-/// MOVDIRI, MOVDIR64B.
-const LEAF_7_ECX: u32 = bits(&[1, 2, 3, 6, 8, 9, 10, 11, 12, 14, 16, 22, 25, 27, 28]);
+/// MOVDIRI, MOVDIR64B, PKS.
+const LEAF_7_ECX: u32 = bits(&[1, 2, 3, 6, 8, 9, 10, 11, 12, 14, 16, 22, 25, 27, 28, 31]);
 /// AVX512 4VNNIW and 4FMAPS, FSRM, AVX512 VP2INTERSECT, MD_CLEAR, SERIALIZE, AVX512FP16.
 const LEAF_7_EDX: u32 = bits(&[2, 3, 4, 8, 10, 14, 23]);
 /// AVX-VNNI, AVX512BF16, CMPccXADD, fast zero-length and short REPs, AVX-IFMA.
@@ -230,7 +231,7 @@ const NEEDS: &[(Word, u32, Word, u32)] = {
         (Ext1Ecx, LAHF, Ext1Edx, LONG_MODE),
         (Leaf1Ecx, CMPXCHG16B | PCID, Ext1Edx, LONG_MODE),
         (Leaf7Ebx, FSGSBASE, Ext1Edx, LONG_MODE),
-        (Leaf7Ecx, LA57 | PKU, Ext1Edx, LONG_MODE),
+        (Leaf7Ecx, LA57 | PKU | PKS, Ext1Edx, LONG_MODE),
         (Leaf7Ebx, INVPCID, Leaf1Ecx, PCID),
         // XSAVE and the states that XCR0 enables.
         (Leaf1Ecx, XSAVE, Leaf1Edx, FXSR),
@@ -305,11 +306,6 @@ impl Features {
         if !shape.sound_compaction {
             features.xsave_eax &= !(XSAVEC | XSAVES);
         }
-        if shape.shadow_paging {
-            features.leaf1_ecx &= !PCID;
-            features.leaf7_ebx &= !INVPCID;
-            features.leaf7_ecx &= !PKU;
-        }
         let has_amd_leaves = host.vendor == Vendor::Amd && host.max_extended >= EXTENDED + 0x1e;
         if !has_amd_leaves || caches(host, EXTENDED + 0x1d).next().is_none() {
             features.ext1_ecx &= !TOPOEXT;
@@ -364,6 +360,7 @@ impl Features {
             (self.leaf7_ebx & SMEP, 20),
             (self.leaf7_ebx & SMAP, 21),
             (self.leaf7_ecx & PKU, 22),
+            (self.leaf7_ecx & PKS, 24),
         ]
         .into_iter()
         .filter(|(feature, _)| *feature != 0)

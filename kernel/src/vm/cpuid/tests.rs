@@ -38,7 +38,7 @@ const EMULATED_AMD: Table = Table(&[
     (4, 0, [0x0c00_0121, 0x01c0_003f, 0x3f, 1]),
     (5, 0, [0, 0, 3, 0]),
     (6, 0, [4, 0, 0, 0]),
-    (7, 0, [0, 0x219c_47ab, 0x0041_801c, 0x0000_0010]),
+    (7, 0, [0, 0x219c_47ab, 0x8041_801c, 0x0000_0010]),
     (0xd, 0, [0x21f, 0x240, 0xa88, 0]),
     (0xd, 1, [0x1, 0, 0, 0]),
     (0xd, 2, [0x100, 0x240, 0, 0]),
@@ -135,7 +135,7 @@ const HOSTS: [&Table; 6] =
     [&EMULATED_AMD, &ZEN, &SKYLAKE, &OLD_INTEL, &coherence::NEHALEM, &coherence::ICELAKE];
 
 fn shape(vcpus: u8) -> VmShape {
-    VmShape { vcpus, max_phys_bits: 48, tsc_hz: 1_000_000_000, shadow_paging: false, sound_compaction: true }
+    VmShape { vcpus, max_phys_bits: 48, tsc_hz: 1_000_000_000, sound_compaction: true }
 }
 
 fn cpu(apic_id: u8) -> CpuState {
@@ -179,13 +179,13 @@ fn hidden() -> Vec<(u32, u32, [u32; 4])> {
         ),
         // Automatic IBRS and the rest.
         (0x8000_0021, !0x45, !0, !0, !0),
-        // SGX, HLE, RTM, PQM, MPX, PQE, PT; WAITPKG, CET, TME, keys, enclaves, PKS; hybrid, RTM abort, PCONFIG, LBR, IBT,
+        // SGX, HLE, RTM, PQM, MPX, PQE, PT; WAITPKG, CET, TME, keys, enclaves; hybrid, RTM abort, PCONFIG, LBR, IBT,
         // AMX, speculation control.
         (
             7,
             0,
             bits(&[2, 4, 11, 12, 14, 15, 22, 25]),
-            bits(&[5, 7, 13, 15, 23, 24, 29, 30, 31]),
+            bits(&[5, 7, 13, 15, 23, 24, 29, 30]),
             bits(&[5, 9, 11, 13, 15, 16, 18, 19, 20, 22, 24, 25, 26, 27, 28, 29, 30, 31]),
         ),
     ]
@@ -245,9 +245,6 @@ fn check(host: &impl HostCpuid, shape: &VmShape) {
     assert_eq!(xsave, caps.xcr0 != 0);
     assert!(!xsave || caps.xcr0_is_valid(caps.xcr0));
     needs(leaf7.eax == 0, leaf71 == CpuidLeaf::ZERO, "7.1");
-    if shape.shadow_paging {
-        assert!(!bit(leaf1.ecx, 17) && !bit(leaf7.ebx, 10) && !bit(leaf7.ecx, 3));
-    }
 
     // Control registers follow the bits.
     for (cr4, feature) in [
@@ -263,7 +260,7 @@ fn check(host: &impl HostCpuid, shape: &VmShape) {
         (21, bit(leaf7.ebx, 20)),
         (22, bit(leaf7.ecx, 3)),
         (23, false),
-        (24, false),
+        (24, bit(leaf7.ecx, 31)),
     ] {
         assert_eq!(caps.cr4 >> cr4 & 1 != 0, feature, "CR4 bit {cr4}");
     }
@@ -357,7 +354,7 @@ fn every_host_gives_a_coherent_guest() {
     for host in HOSTS {
         for vcpus in [1, 2, 3, 4, 5, 8, 33, 64] {
             check(host, &shape(vcpus));
-            check(host, &VmShape { shadow_paging: true, max_phys_bits: 40, ..shape(vcpus) });
+            check(host, &VmShape { max_phys_bits: 40, ..shape(vcpus) });
         }
     }
 }
@@ -376,10 +373,7 @@ fn absurd_hosts_are_survived() {
     for fill in [0, 1, 0x8000_0000, !0] {
         let host = Function(|_, _| CpuidLeaf::new(fill, fill, fill, fill));
         check(&host, &shape(3));
-        check(
-            &host,
-            &VmShape { vcpus: 7, max_phys_bits: 255, tsc_hz: u64::MAX, shadow_paging: true, ..shape(1) },
-        );
+        check(&host, &VmShape { vcpus: 7, max_phys_bits: 255, tsc_hz: u64::MAX, ..shape(1) });
     }
     let table = CpuidTable::new(&ZEN, &VmShape { vcpus: 0, ..shape(1) });
     assert_eq!(table.lookup(0xb, 1, &cpu(0)).ebx, 1);
@@ -527,7 +521,6 @@ proptest! {
         max_basic in 0u32..0x30,
         max_extended in 0u32..0x30,
         vcpus in 1u8..=64,
-        shadow_paging: bool,
         tsc_hz: u64,
     ) {
         let host = Function(|leaf: u32, subleaf: u32| {
@@ -545,7 +538,7 @@ proptest! {
                 _ => CpuidLeaf::new(random(1), random(2), random(3), random(4)),
             }
         });
-        check(&host, &VmShape { vcpus, max_phys_bits: 52, tsc_hz, shadow_paging, ..shape(1) });
+        check(&host, &VmShape { vcpus, max_phys_bits: 52, tsc_hz, ..shape(1) });
     }
 
     #[test]

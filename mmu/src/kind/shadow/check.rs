@@ -2,14 +2,14 @@
 use super::compose::caching;
 use super::{guest_entry, is_above, number, read_guest, shadows, space, split, Kept, ShadowMmu, NONE};
 use crate::access::{AccessKind, Prot};
-use crate::addr::{Gfn, Gpa, Gva};
+use crate::addr::{Gfn, Gpa};
 use crate::format::{Entry, EntryFormat};
 use crate::level::{Level, PageSize, ENTRIES};
 use crate::memory::{Backing, Exclusive, Held, LogBy, Resolved, SlotFlags, VmMemory};
 use crate::role::PageRole;
 use crate::sync::Ordering;
 use crate::tables::TableMemory;
-use crate::walk::PagingContext;
+use crate::walk::LowestEntries;
 
 /// What a check found to be in use.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -270,8 +270,8 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         };
         let Some(guest) = role.base.guest() else { return Ok(()) };
         let raw = read_guest(memory, guest_entry(page, &role, at), &role);
-        let context = PagingContext::<Gva, Gpa>::new(guest);
-        let found = raw.and_then(|raw| context.lowest_entry(raw)).ok_or("A3: a leaf for an absent entry")?;
+        let entries = LowestEntries::new(&guest);
+        let found = raw.and_then(|raw| entries.read(raw)).ok_or("A3: a leaf for an absent entry")?;
         let leaf = self.format.leaf(value, Level::L1).ok_or("B1")?;
         let prot = role.access & found.prot;
         let caching = caching(Some(&guest), raw.unwrap_or(0), Level::L1);

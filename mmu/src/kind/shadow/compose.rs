@@ -15,6 +15,7 @@ use crate::tables::TableMemory;
 
 impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
     /// A leaf with the rights `prot` of `guest`'s entries. Rights that the format cannot tell apart are rounded down.
+    #[inline(always)]
     pub(super) fn compose(
         &self,
         guest: Option<&CpuRole>,
@@ -54,6 +55,7 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
 /// How the leaf `entry` of `guest`'s tables at `level` wants its page cached, and its protection key. A guest's own tables
 /// have their say on caching by the processor, and none here; their keys the processor finds in the shadow (the role does not
 /// tell whether it heeds them).
+#[inline(always)]
 pub(super) fn caching(guest: Option<&CpuRole>, entry: u64, level: Level) -> Caching {
     const EPT_IGNORE_PAT: u64 = 1 << 6;
     const KEY_SHIFT: u32 = 59;

@@ -1,9 +1,13 @@
 //! Faults: a walk of the guest's tables goes in, its shadow comes out.
 use super::compose::caching;
+use super::lowest::{Lowest, LowestTable};
 use super::sites::FlushSite;
-use super::{guest_entry, is_above, is_nested, number, read_guest, space, Kept, ShadowDone, ShadowMmu, Stop};
+use super::{
+    guest_entry, is_above, is_nested, number, read_guest, shadows, space, Kept, ShadowDone, ShadowMmu, Stop,
+    NONE,
+};
 use crate::access::{Access, AccessKind, Agent, Prot};
-use crate::addr::{Address, Gfn, Gpa, Gva, Pfn};
+use crate::addr::{Address, Gfn, Gpa, Pfn};
 use crate::format::{EntryFormat, Writability};
 use crate::kind::Root;
 use crate::level::{Level, PageSize};
@@ -11,7 +15,7 @@ use crate::memory::{Backing, Exclusive, Held, Resolved, SlotFlags, VmMemory};
 use crate::mutant::{self, Mutant};
 use crate::role::{Caching, CpuRole, PageRole, RoleFlags};
 use crate::tables::{TableCache, TableMemory};
-use crate::walk::{GuestWalk, PagingContext};
+use crate::walk::GuestWalk;
 
 /// What became of a fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -81,6 +85,7 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         access: Access,
     ) -> ShadowDone<ShadowFault> {
         self.begin(guard);
+        self.ops.last = NONE;
         let outcome = self.try_fault(guard, cache, root, walk, address, access).unwrap_or_else(|stop| stop);
         self.done(guard, outcome)
     }
@@ -104,6 +109,7 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         let prot = shadow_prot(&root_role, walk, access);
         let frame = address.bits() >> 12;
         self.touch(page);
+        page = self.follow(page, walk, frame);
         // Shadowing a table takes huge pages and writes away, so the tables come first.
         while let Some(role) = self.role(page) {
             let step = walk.step(role.level);
@@ -115,6 +121,7 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
             let (gfn, access) = self.child_table(page, &role, walk, index)?;
             let child = role.child(index, access, false).ok_or(ShadowFault::Retry)?;
             page = self.descend_to(guard, cache, walk, page, index, gfn, &child)?;
+            page = self.follow(page, walk, frame);
         }
         if cannot_be_shadowed(&root_role, walk, access) {
             let ram = Held::<B>::memory(guard).find_slot(space(&root_role), gpa).is_some();
@@ -142,6 +149,36 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
             }
         }
         self.install(guard, walk, page, frame, &goal)
+    }
+
+    /// Follows the links below `page` as far as they lead where the walk went.
+    ///
+    /// Writes to the tables above the lowest are tracked, so a link says what the guest's entry does: unless that is being
+    /// changed right now, on the hypervisor's side, and the change is reported only after this. Nothing else of the page
+    /// that a link leads to can differ from what would be linked now: all but these follows from the page above.
+    fn follow(&mut self, mut page: u32, walk: &GuestWalk<Gpa>, frame: u64) -> u32 {
+        let now = self.ops.now;
+        for pair in walk.steps().windows(2) {
+            let [step, below] = pair else { break };
+            let this = self.page(page);
+            let Some(role) = this.role.as_ref().filter(|role| role.level == step.level && !role.direct)
+            else {
+                continue;
+            };
+            let Kept::Link(there) = this.notes[role.level.index(frame)].kept else { break };
+            if this.gfn != step.at.gfn() {
+                break;
+            }
+            let child = self.page_mut(there);
+            let same = child.gfn == below.at.gfn()
+                && child.role.as_ref().is_some_and(|role| role.access == below.parents && !role.direct);
+            if !same {
+                break;
+            }
+            (child.used, child.writes) = (now, 0);
+            page = there;
+        }
+        page
     }
 
     /// Goes down through the entry at `index` to the direct page for the part of the guest's huge page with `gfn`.
@@ -300,14 +337,13 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
             return Err(ShadowFault::ReadOnly(gpa));
         }
         let mut tracked = memory.is_tracked(&hit);
+        // The slot's flags and counts are read where they are, so what changes here is seen below.
         if write && tracked {
             tracked = !self.try_unsync(guard, gpa.gfn());
             if tracked {
                 return Err(ShadowFault::WriteTracked(gpa));
             }
         }
-        // The counts may have changed, and the slot's flags with them.
-        let hit = memory.find_slot(space, gpa).ok_or(ShadowFault::Mmio(gpa))?;
         let sequence = memory.invalidations().sequence();
         let fits = |size: PageSize| {
             size.bytes() <= walk.translation.page_bytes
@@ -410,6 +446,10 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
             memory.note_write(space(&role), goal.gfn);
         }
         if level == Level::L1 {
+            if let Some(step) = walk.step(Level::L1).filter(|_| shadows(&role)) {
+                self.note_seen(entry, step.entry);
+            }
+            self.ops.last = page;
             self.prefetch(memory, page, index);
         }
         Ok(ShadowFault::Mapped)
@@ -417,31 +457,64 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
 
     /// Maps what the guest has used before of the entries around the one at `index`.
     fn prefetch<B: Backing>(&mut self, memory: &VmMemory<B>, page: u32, index: usize) {
+        if memory.invalidations().any_in_progress() {
+            return;
+        }
+        let Some(lowest) = self.lowest(page) else { return };
+        self.prefetch_around(&lowest.find(memory), index);
+    }
+
+    /// The same while no invalidation is in progress.
+    #[inline(always)]
+    fn prefetch_around<B: Backing>(&mut self, table: &LowestTable<'_, '_, B>, index: usize) {
         let first = index & !(AROUND - 1);
-        for at in (first..first + AROUND).filter(|&at| at != index) {
-            self.prefetch_entry(memory, page, at);
+        self.prefetch_some(table, first, &table.read_some(first));
+    }
+
+    /// Maps what the guest has used before of `entries`, which are behind those of the shadow from `first` on, while no
+    /// invalidation is in progress.
+    #[inline(always)]
+    pub(super) fn prefetch_some<B: Backing>(
+        &mut self,
+        table: &LowestTable<'_, '_, B>,
+        first: usize,
+        entries: &[u64; AROUND],
+    ) {
+        for (at, &raw) in entries.iter().enumerate() {
+            self.prefetch_from(table, first + at, raw);
         }
     }
 
     /// Maps what the guest's entry at `index` of a lowest table leads to, as not accessed, if the guest has used it before and
     /// nothing is there. In a logged slot, the first write is still to come.
     pub(super) fn prefetch_entry<B: Backing>(&mut self, memory: &VmMemory<B>, page: u32, index: usize) {
-        let Some(role) = self.role(page).filter(|role| role.level == Level::L1 && !role.direct) else {
-            return;
-        };
-        let (Some(guest), Some(_)) = (role.base.guest(), memory.invalidations().settled()) else { return };
-        let entry = number(page, index);
-        if self.note(entry).kept != Kept::Nothing {
+        if memory.invalidations().any_in_progress() {
             return;
         }
-        let context = PagingContext::<Gva, Gpa>::new(guest);
-        let raw = read_guest(memory, guest_entry(self.page(page), &role, index), &role);
-        let Some(found) = raw.and_then(|raw| context.lowest_entry(raw)) else { return };
+        if let Some(lowest) = self.lowest(page) {
+            let table = lowest.find(memory);
+            if let Some(raw) = table.read(index) {
+                self.prefetch_from(&table, index, raw);
+            }
+        }
+    }
+
+    /// The same with the entry `raw`, while no invalidation is in progress.
+    #[inline(always)]
+    fn prefetch_from<B: Backing>(&mut self, table: &LowestTable<'_, '_, B>, index: usize, raw: u64) {
+        let used = table.lowest.entries.is_accessed(raw) || mutant::is(Mutant::PrefetchUnused);
+        if used && self.note(number(table.lowest.page, index)).kept == Kept::Nothing {
+            self.map_used(table, index, raw);
+        }
+    }
+
+    /// Maps what the entry `raw` leads to, which the guest has used.
+    #[inline(never)]
+    fn map_used<B: Backing>(&mut self, table: &LowestTable<'_, '_, B>, index: usize, raw: u64) {
+        let (memory, Lowest { page, role, guest, entries, .. }) = (table.memory, table.lowest);
+        let Some(found) = entries.read(raw) else { return };
         let prot = role.access & found.prot;
-        let Some(hit) = memory
-            .find_slot(space(&role), found.page)
-            .filter(|_| (found.accessed || mutant::is(Mutant::PrefetchUnused)) && !prot.is_empty())
-        else {
+        let Some(hit) = memory.find_slot(space(role), found.page).filter(|_| !prot.is_empty()) else {
             return;
         };
         let resolved = memory.backing().resolve(&hit.ram(), PageSize::Size4K, AccessKind::Read);
@@ -456,14 +529,16 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         } else {
             Writability::Tracked
         };
-        let says = (prot, caching(Some(&guest), raw.unwrap_or(0), Level::L1));
-        let leaf = self.compose(Some(&guest), says, (pfn, PageSize::Size4K), writability);
+        let says = (prot, caching(Some(guest), raw, Level::L1));
+        let leaf = self.compose(Some(guest), says, (pfn, PageSize::Size4K), writability);
         if !self.can_say(&leaf) {
             return;
         }
         let gfn = found.page.gfn();
-        let value = self.armed(memory, &role, gfn, self.format.make_leaf(&leaf));
-        self.map(entry, gfn, self.aged(&role, value));
+        let value = self.armed(memory, role, gfn, self.format.make_leaf(&leaf));
+        let entry = number(*page, index);
+        self.map(entry, gfn, self.aged(role, value));
+        self.note_seen(entry, raw);
     }
 }
 
@@ -473,18 +548,18 @@ fn walk_caching(guest: Option<&CpuRole>, walk: &GuestWalk<Gpa>) -> Caching {
 }
 
 /// Entries of which a fault maps those that the guest has used.
-const AROUND: usize = 8;
+pub(super) const AROUND: usize = 8;
 
 /// Whether the access is one that no entry can permit without permitting too much: a supervisor's write, with CR0.WP clear, to
-/// a read-only page of the user. As a supervisor's page it would be out of reach for SMAP, which was suspended, and for its
-/// protection key.
+/// a read-only page of the user. As a supervisor's page it would be out of reach for SMAP, which was suspended, and for PKRU,
+/// and within that of IA32_PKRS.
 fn cannot_be_shadowed(root: &PageRole, walk: &GuestWalk<Gpa>, access: Access) -> bool {
     let flags = root.base.guest().map_or(RoleFlags::empty(), |guest| guest.flags());
     let forced = access.kind == AccessKind::Write && access.agent != Agent::User;
     forced
         && !mutant::is(Mutant::SmapHole)
         && !flags.contains(RoleFlags::WP)
-        && flags.intersects(RoleFlags::SMAP | RoleFlags::PKE)
+        && flags.intersects(RoleFlags::SMAP | RoleFlags::PKE | RoleFlags::PKS)
         && walk.shadow_prot.contains(Prot::USER)
         && !walk.shadow_prot.contains(Prot::WRITE)
 }

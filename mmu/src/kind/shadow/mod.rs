@@ -8,7 +8,9 @@ mod compose;
 mod fault;
 mod huge;
 mod log;
+mod lowest;
 mod mmio;
+mod near;
 mod nested;
 mod pages;
 mod roots;
@@ -19,6 +21,8 @@ mod zap;
 
 pub use check::ShadowCheck;
 pub use fault::ShadowFault;
+pub(crate) use near::Near;
+pub use near::NearFault;
 pub use roots::NoShadowRoot;
 pub use write::WalkMarks;
 pub use zap::ZapProgress;
@@ -30,7 +34,7 @@ use crate::addr::{Gfn, Gpa, Pfn};
 use crate::cpu::CpuId;
 use crate::format::{EntryFormat, Pae};
 use crate::level::{Level, ENTRIES};
-use crate::memory::{Backing, Exclusive, Generation, Held, Quiescent, Space, VmMemory};
+use crate::memory::{Backing, Exclusive, Generation, Held, Quiescent, Shootdown, Space, VmMemory};
 use crate::mutant::FlushSite;
 use crate::role::{PageRole, PagingMode, RoleFlags};
 use crate::tables::{TableFrame, TableMemory, TablePage};
@@ -56,10 +60,12 @@ struct Note {
     kept: Kept,
     next: u32,
     previous: u32,
+    /// The guest's entry that a leaf of a lowest table says no more than; zero, which says nothing, if that is not known.
+    seen: u64,
 }
 
 impl Note {
-    const EMPTY: Self = Self { kept: Kept::Nothing, next: NONE, previous: NONE };
+    const EMPTY: Self = Self { kept: Kept::Nothing, next: NONE, previous: NONE, seen: 0 };
 }
 
 /// What is known of a shadow page beside its table: memory for one page of the quota.
@@ -92,10 +98,24 @@ pub struct ShadowPage {
     stale: [u64; 8],
     /// Emulated writes since it was last used.
     writes: u8,
+    /// The operation that was the first of those.
+    since: u64,
     notes: [Note; ENTRIES],
 }
 
 impl ShadowPage {
+    /// Whether something below the page, or its own table, may be unsync.
+    #[inline]
+    fn is_stale(&self) -> bool {
+        self.unsync || self.stale.iter().fold(0, |all, word| all | word) != 0
+    }
+
+    /// Whether these are the PDPTEs that it stands for.
+    #[inline]
+    fn has_pdptes(&self, pdptes: &[u64; 4]) -> bool {
+        self.pdptes.iter().zip(pdptes).fold(0, |differs, (ours, theirs)| differs | (ours ^ theirs)) == 0
+    }
+
     /// A page that is not in use.
     pub const UNUSED: Self = Self {
         frame: Pfn::new_truncate(0),
@@ -112,6 +132,7 @@ impl ShadowPage {
         split: false,
         stale: [0; 8],
         writes: 0,
+        since: 0,
         notes: [Note::EMPTY; ENTRIES],
     };
 }
@@ -159,8 +180,16 @@ pub struct Shadow<'s> {
     issued: Option<Issued>,
     /// Until this is acknowledged, some TLB may permit writes to a page that is shadowed.
     barrier: Generation,
+    /// The newest barrier that is known to be acknowledged.
+    acknowledged: Generation,
     /// Counts operations.
     now: u64,
+    /// The lowest page that a near fault has used last, and the operation that was: of the pages above nothing is noted.
+    last_near: (u32, u64),
+    /// Counts links that went: while it stays the same, an address is translated by the same lowest page.
+    unlinked: u64,
+    /// The lowest page that the last fault has mapped something in, if it has.
+    last: u32,
     cpu: CpuId,
 }
 
@@ -220,7 +249,11 @@ impl<'s, F: EntryFormat, M: TableMemory> ShadowMmu<'s, F, M> {
             pending: false,
             issued: None,
             barrier: Generation(0),
+            acknowledged: Generation(0),
             now: 0,
+            last_near: (NONE, 0),
+            unlinked: 0,
+            last: NONE,
             cpu: CpuId::BOOT,
         };
         Some(Self { vm: memory.id(), format, tables, freed: Freed::new(), counters: Counters::new(), ops })
@@ -265,8 +298,24 @@ impl<'s, F: EntryFormat, M: TableMemory> ShadowMmu<'s, F, M> {
     }
 
     /// Requests the flush of all that was taken away; whether every CPU has acknowledged it.
+    #[inline]
     fn settle<'m, B: Backing + 'm>(&mut self, guard: &Exclusive<'m, B>) -> bool {
         let shootdown = Held::<B>::memory(guard).shootdown();
+        if self.ops.pending || self.ops.dying != NONE {
+            self.request_flush(shootdown);
+        }
+        // What was acknowledged once stays so.
+        if self.ops.acknowledged < self.ops.barrier {
+            if !shootdown.is_acknowledged(self.ops.barrier) {
+                return false;
+            }
+            self.ops.acknowledged = self.ops.barrier;
+        }
+        true
+    }
+
+    #[inline(never)]
+    fn request_flush(&mut self, shootdown: &Shootdown) {
         let mut flush = Flush::new(&self.format, &self.tables, &self.freed, shootdown);
         flush.note_if(core::mem::take(&mut self.ops.pending));
         while let Some(page) = self.ops.store.pages.get_mut(self.ops.dying as usize) {
@@ -278,7 +327,6 @@ impl<'s, F: EntryFormat, M: TableMemory> ShadowMmu<'s, F, M> {
             self.ops.barrier = issued.generation;
             self.ops.issued = Some(issued);
         }
-        shootdown.is_acknowledged(self.ops.barrier)
     }
 
     fn page(&self, index: u32) -> &ShadowPage {

@@ -78,17 +78,18 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
     }
 
     /// Puts an empty entry into the chain of what it becomes.
+    #[inline(always)]
     fn enter_chain(&mut self, entry: u32, kept: Kept) {
         let Some(head) = self.head_mut(kept) else { return };
         let next = core::mem::replace(head, entry);
         if next != NONE {
             self.note_mut(next).previous = entry;
         }
-        *self.note_mut(entry) = Note { kept, next, previous: NONE };
+        *self.note_mut(entry) = Note { kept, next, previous: NONE, seen: 0 };
     }
 
     fn leave_chain(&mut self, entry: u32) {
-        let Note { kept, next, previous } = core::mem::replace(self.note_mut(entry), Note::EMPTY);
+        let Note { kept, next, previous, .. } = core::mem::replace(self.note_mut(entry), Note::EMPTY);
         if next != NONE {
             self.note_mut(next).previous = previous;
         }
@@ -117,7 +118,10 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
                 }
                 self.took_away(FlushSite::ShadowDropLeaf);
             }
-            Kept::Link(_) => self.page_mut(page).stale[index / 64] &= !(1 << (index % 64)),
+            Kept::Link(_) => {
+                self.page_mut(page).stale[index / 64] &= !(1 << (index % 64));
+                self.ops.unlinked += 1;
+            }
         }
     }
 
@@ -125,7 +129,7 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
     pub(super) fn link(&mut self, entry: u32, child: u32) {
         let (page, _) = split(entry);
         let (frame, below) = (self.page(child).frame, self.page(child));
-        let unsync = below.unsync || below.stale != [0; 8];
+        let unsync = below.is_stale();
         let Some((role, top)) = self.role(page).map(|role| (role, self.is_legacy_root(page))) else { return };
         let value = if top {
             self.ops.pae.make_table(frame, role.level)
@@ -149,10 +153,11 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
     }
 
     /// Makes an empty entry the leaf `value` for the page at `gfn`.
+    #[inline(always)]
     pub(super) fn map(&mut self, entry: u32, gfn: Gfn, value: u64) {
         self.enter_chain(entry, Kept::Leaf(gfn));
         self.write(entry, value);
-        if let Some(role) = self.role(split(entry).0) {
+        if let Some(role) = &self.page(split(entry).0).role {
             self.counters.leaves(self.ops.cpu, role.level, 1);
         }
     }
@@ -166,6 +171,12 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         if self.format.may_be_cached_writable(old) && !self.format.permits(value, AccessKind::Write) {
             self.took_away(site);
         }
+    }
+
+    /// Notes what a leaf of a lowest table was made from, or compared with.
+    #[inline]
+    pub(super) fn note_seen(&mut self, entry: u32, raw: u64) {
+        self.note_mut(entry).seen = raw;
     }
 
     /// Notes that an empty entry is for device memory.
@@ -252,9 +263,9 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
     ) -> bool {
         let page = self.page(index);
         page.gfn == gfn
-            && page.role == Some(*role)
             && (page.generation == generation || mutant::is(Mutant::ObsoleteReused))
-            && (page.pdptes == *pdptes || mutant::is(Mutant::PointersIgnored))
+            && page.role.as_ref().is_some_and(|found| found.is_same(role))
+            && (page.has_pdptes(pdptes) || mutant::is(Mutant::PointersIgnored))
     }
 
     /// Marks a page as in use by this operation.
@@ -314,7 +325,7 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
     /// Whether nobody notices writes to the table of this page: a root whose slot was taken away.
     pub(super) fn is_lost(&self, index: u32) -> bool {
         let page = self.page(index);
-        page.role.is_some_and(|role| shadows(&role)) && !page.tracked && !page.unsync
+        !page.tracked && !page.unsync && page.role.as_ref().is_some_and(shadows)
     }
 
     /// Has the writes to a table emulated, whatever kind the guest runs on.

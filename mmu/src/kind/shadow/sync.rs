@@ -1,16 +1,17 @@
 //! Unsync pages: lowest tables that the guest writes to without exits, and how their shadows catch up.
 use super::compose::caching;
+use super::lowest::{Lowest, LowestTable};
 use super::sites::FlushSite;
-use super::{guest_entry, number, read_guest, shadows, space, Kept, ShadowDone, ShadowMmu, NONE};
+use super::{number, shadows, space, Kept, Note, ShadowDone, ShadowMmu, NONE};
 use crate::access::Prot;
-use crate::addr::{Address, Gfn, Gpa, Gva};
+use crate::addr::{Address, Gfn};
 use crate::format::{EntryFormat, Writability};
 use crate::kind::Root;
 use crate::level::{Level, ENTRIES};
 use crate::memory::{Backing, Exclusive, Held};
 use crate::mutant::{self, Mutant};
 use crate::tables::TableMemory;
-use crate::walk::{LowestEntry, PagingContext};
+use crate::walk::LowestEntry;
 
 /// Pages that may be unsync at a time: it bounds the work of a sync.
 const MAX_UNSYNC: usize = 256;
@@ -39,19 +40,25 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         address: impl Address,
     ) -> ShadowDone<()> {
         self.begin(guard);
-        let mut at = self.root_page(guard, root);
-        while let Some((page, role)) = at.and_then(|page| Some((page, self.role(page)?))) {
-            let index = role.level.index(address.bits() >> 12);
-            at = match self.note(number(page, index)).kept {
-                Kept::Link(child) => Some(child),
-                Kept::Leaf(_) | Kept::Device(_) if self.page(page).unsync => {
-                    self.sync_entry(guard, page, index);
-                    None
-                }
-                _ => None,
-            };
+        let at = self.root_page(guard, root).and_then(|page| self.unsync_at(page, address));
+        if let Some((page, index)) = at {
+            self.sync_entry(guard, page, index);
         }
         self.done(guard, ())
+    }
+
+    /// The entry of an unsync page that translates the address below `page`. Ancestors know where there may be one.
+    fn unsync_at(&self, mut page: u32, address: impl Address) -> Option<(u32, usize)> {
+        let frame = address.bits() >> 12;
+        loop {
+            let this = self.page(page);
+            let index = this.role.as_ref()?.level.index(frame);
+            match this.notes[index].kept {
+                Kept::Link(child) if this.stale[index / 64] >> (index % 64) & 1 != 0 => page = child,
+                Kept::Leaf(_) | Kept::Device(_) if this.unsync => return Some((page, index)),
+                _ => return None,
+            }
+        }
     }
 
     /// Lets the guest write to `gfn` without exits, if the kind shadows it as nothing but lowest tables; `false` if writes
@@ -93,6 +100,9 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
 
     /// Syncs what is unsync below `page`, and it itself. Goes down one level each time.
     pub(super) fn sync_tree<'m, B: Backing + 'm>(&mut self, guard: &mut Exclusive<'m, B>, page: u32) {
+        if !self.page(page).is_stale() {
+            return;
+        }
         if self.page(page).unsync {
             self.sync_page(guard, page);
         }
@@ -105,7 +115,7 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
                 let clean = match self.note(number(page, index)).kept {
                     Kept::Link(child) => {
                         self.sync_tree(guard, child);
-                        !self.page(child).unsync && self.page(child).stale == [0; 8]
+                        !self.page(child).is_stale()
                     }
                     _ => true,
                 };
@@ -129,36 +139,49 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
                 self.untrack_page(guard, page);
             }
         }
-        for index in 0..ENTRIES {
-            self.sync_entry(guard, page, index);
+        if let Some(lowest) = self.lowest(page) {
+            let table = lowest.find(Held::<B>::memory(guard));
+            for index in 0..ENTRIES {
+                self.sync_from(&table, index);
+            }
         }
     }
 
-    /// Makes a leaf of a lowest page say no more than the guest's entry does: permissions only ever shrink here. A note about
-    /// device memory says afterwards what the entry does.
+    /// Makes a leaf of a lowest page say no more than the guest's entry does.
     pub(super) fn sync_entry<'m, B: Backing + 'm>(
         &mut self,
         guard: &Exclusive<'m, B>,
         page: u32,
         index: usize,
     ) {
-        let entry = number(page, index);
-        let (Kept::Leaf(gfn) | Kept::Device(gfn), Some(role)) = (self.note(entry).kept, self.role(page))
-        else {
-            return;
-        };
-        let Some(guest) = role.base.guest().filter(|_| role.level == Level::L1 && !role.direct) else {
-            return;
-        };
-        let memory = Held::<B>::memory(guard);
-        let at = guest_entry(self.page(page), &role, index);
-        let context = PagingContext::<Gva, Gpa>::new(guest);
-        let raw = read_guest(memory, at, &role);
+        if let Some(lowest) = self.lowest(page) {
+            self.sync_from(&lowest.find(Held::<B>::memory(guard)), index);
+        }
+    }
+
+    /// Makes a leaf of a lowest page say no more than the guest's entry does: permissions only ever shrink here. A note about
+    /// device memory says afterwards what the entry does.
+    #[inline(always)]
+    pub(super) fn sync_from<B: Backing>(&mut self, table: &LowestTable<'_, '_, B>, index: usize) {
+        let Note { kept, seen, .. } = *self.note(number(table.lowest.page, index));
+        if let Kept::Leaf(gfn) | Kept::Device(gfn) = kept {
+            let raw = table.read(index).unwrap_or(0);
+            if (raw != seen || raw == 0) && !mutant::is(Mutant::SeenChanged) {
+                self.sync_changed(table, index, gfn, raw);
+            }
+        }
+    }
+
+    /// The same where the guest's entry is `raw`, which may be another than before.
+    #[inline(never)]
+    fn sync_changed<B: Backing>(&mut self, table: &LowestTable<'_, '_, B>, index: usize, gfn: Gfn, raw: u64) {
+        let (memory, Lowest { page, role, guest, entries, .. }) = (table.memory, table.lowest);
+        let entry = number(*page, index);
         let same = |found: &LowestEntry| {
             (found.accessed || mutant::is(Mutant::SyncUnused))
                 && (found.page.gfn() == gfn || mutant::is(Mutant::SyncOtherFrame))
         };
-        let Some(found) = raw.and_then(|raw| context.lowest_entry(raw)).filter(same) else {
+        let Some(found) = entries.read(raw).filter(same) else {
             return self.drop_entry(memory, entry);
         };
         let mut prot = role.access & found.prot;
@@ -166,7 +189,7 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
             prot.remove(Prot::WRITE);
         }
         if matches!(self.note(entry).kept, Kept::Device(_)) {
-            return match memory.find_slot(space(&role), gfn.gpa()) {
+            return match memory.find_slot(space(role), gfn.gpa()) {
                 Some(_) => self.drop_entry(memory, entry),
                 None => self.note_mmio(memory, entry, gfn, prot),
             };
@@ -174,8 +197,8 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         let value = self.value(entry);
         let Some(old) = self.format.leaf(value, Level::L1) else { return self.drop_entry(memory, entry) };
         let mut leaf = old;
-        let says = (prot, caching(Some(&guest), raw.unwrap_or(0), Level::L1));
-        let now = self.compose(Some(&guest), says, (leaf.pfn, leaf.size), leaf.writability);
+        let says = (prot, caching(Some(guest), raw, Level::L1));
+        let now = self.compose(Some(guest), says, (leaf.pfn, leaf.size), leaf.writability);
         leaf.user &= now.user;
         leaf.execute &= now.execute;
         leaf.execute_user &= now.execute_user;
@@ -187,10 +210,15 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         if !prot.contains(Prot::WRITE) && leaf.writability != Writability::ReadOnly {
             leaf.writability = Writability::Tracked;
         }
-        if leaf != old {
+        let restricted = (old.user ^ leaf.user)
+            | (old.execute ^ leaf.execute)
+            | (old.execute_user ^ leaf.execute_user)
+            | (old.read ^ leaf.read);
+        if restricted || old.key != leaf.key || old.writability != leaf.writability {
             let new = self.marked_like(value, self.format.make_leaf(&leaf));
             self.replace(memory, entry, gfn, new, FlushSite::ShadowSync);
         }
+        self.note_seen(entry, raw);
     }
 
     /// The leaf `new` with no more marks than `old` has.

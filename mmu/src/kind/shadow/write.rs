@@ -2,7 +2,7 @@
 use core::cell::Cell;
 
 use super::sites::FlushSite;
-use super::{is_short, number, shadows, ShadowDone, ShadowMmu, NONE};
+use super::{is_short, number, shadows, split, ShadowDone, ShadowMmu, NONE};
 use crate::addr::{Gpa, PAGE_SIZE};
 use crate::format::EntryFormat;
 use crate::level::{Level, ENTRIES};
@@ -14,6 +14,8 @@ use crate::walk::MarkObserver;
 
 /// Writes to a table, without a use of it in between, after which it is no longer taken for one.
 const FLOOD: u8 = 3;
+/// Links that are looked at for whether a table is in use.
+const LOOKS_ABOVE: u32 = 32;
 
 impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
     /// `len` bytes at `gpa` were written on the hypervisor's side: by emulation, by a device, by whoever else has no entry of
@@ -84,10 +86,9 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
                 let crosses = first != (at.bits() + len - 1) & !(entry_bytes - 1);
                 // One byte at the start of an entry is how some guests set flags.
                 let partial = len < 4 && !(len == 1 && at.bits() == first);
-                let page = self.page_mut(index);
-                page.writes = page.writes.saturating_add(1);
-                let flooded =
-                    role.level != Level::L1 && page.writes >= FLOOD && !mutant::is(Mutant::FloodIgnored);
+                let flooded = self.count_write(index) >= FLOOD
+                    && role.level != Level::L1
+                    && !mutant::is(Mutant::FloodIgnored);
                 let partial = partial && !mutant::is(Mutant::PartialIgnored);
                 let crosses = crosses && !mutant::is(Mutant::StraddleIgnored);
                 let len = if mutant::is(Mutant::StraddleIgnored) { 1 } else { len };
@@ -108,6 +109,36 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
             }
             index = next;
         }
+    }
+
+    /// Counts an emulated write to the table of a page; how many that makes since the table was last used.
+    fn count_write(&mut self, index: u32) -> u8 {
+        let now = self.ops.now;
+        let (last, when) = self.ops.last_near;
+        let page = self.page(index);
+        let used = page.writes != 0 && when > page.since && self.is_below(last, index, &mut { LOOKS_ABOVE });
+        let page = self.page_mut(index);
+        if page.writes == 0 || used {
+            (page.writes, page.since) = (0, now);
+        }
+        page.writes = page.writes.saturating_add(1);
+        page.writes
+    }
+
+    /// Whether a link below the page at `above` leads to the one at `page`, as far as that is found out by so many looks.
+    fn is_below(&self, page: u32, above: u32, looks: &mut u32) -> bool {
+        let Some(page) = self.ops.store.pages.get(page as usize) else { return false };
+        let mut link = page.parents;
+        while link != NONE && *looks != 0 {
+            *looks -= 1;
+            let (parent, _) = split(link);
+            // One level up each time, five at most.
+            if parent == above || self.is_below(parent, above, looks) {
+                return true;
+            }
+            link = self.note(link).next;
+        }
+        false
     }
 
     /// The entries of a page that stand for what is in `len` bytes at `at`. An entry of four bytes stands for two in the shadow

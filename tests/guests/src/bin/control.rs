@@ -284,6 +284,25 @@ fn long() {
             t.eq("CR0", cr0(), before);
         }
     });
+    case("long.cr4_keys_and_contexts", |t| {
+        // Leaf 7 ECX has PKU and PKS, leaf 1 ECX PCID. Bits that are not offered are tried elsewhere.
+        let mut tried = 0;
+        for (leaf, number, bit) in [(7, 3, CR4_PKE), (7, 31, CR4_PKS), (1, 17, CR4_PCIDE)] {
+            if has(leaf, 0, |leaf| leaf.ecx, number) {
+                tried += 1;
+                let before = cr4();
+                (0..10).for_each(|_| {
+                    set_cr4(before ^ bit);
+                    t.eq("CR4", cr4(), before ^ bit);
+                    set_cr4(before);
+                    t.eq("CR4 restored", cr4(), before);
+                });
+            }
+        }
+        if tried == 0 {
+            t.skip("CPUID offers none of them");
+        }
+    });
     case("long.cr4_refused", |t| {
         if t.skip_on_tcg("CR4 is not checked") {
             return;

@@ -212,6 +212,8 @@ fn deadly(variant: &str) -> bool {
         "cr3-in-hole" => set_cr3(hole),
         "cr3-beyond-ram" => set_cr3(beyond),
         "cr3-in-rom" => set_cr3(0xf_0000),
+        // Where Umbra keeps what old Intel processors need.
+        "cr3-in-reserved-pages" => set_cr3(0xfffb_c000),
         "idt-in-mmio" => {
             trap::load_idt(ioapic::BASE, 4095);
             exec!("ud2");

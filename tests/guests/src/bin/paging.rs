@@ -9,7 +9,7 @@ use guests::multiboot::boot;
 use guests::paging::{has_1g, Space, A, D, E_I, E_P, E_PK, E_U, E_W, G, NX, P, PLAYGROUND, PS, U, W};
 use guests::prelude::*;
 use guests::report::{case, Case};
-use guests::trap::{self, catch, Eoi, PF, UD};
+use guests::trap::{self, catch, Eoi, GP, PF, UD};
 use guests::user::{self, Start};
 use guests::{exec, machine, main};
 
@@ -26,6 +26,7 @@ fn run() {
     permissions();
     accessed_and_dirty();
     features();
+    contexts();
     translations();
     large_pages();
     memory();
@@ -415,6 +416,80 @@ fn features() {
         exec!("wrpkru", in("eax") 0, in("ecx") 0, in("edx") 0);
         t.eq("PKRU", value, 0x5555_5550u32);
     });
+    case("pks.access_and_write_disable", |t| {
+        if !offered(t, |r| r.ecx, 31, "no protection keys of supervisor pages") {
+            return;
+        }
+        let (address, users) = (area(11) + 0x10_0000, area(11) + 0x20_0000);
+        for (at, user) in [(address, 0), (users, U)] {
+            let frame = space.map_new(at, P | W);
+            space.map(at, frame, 1, P | W | user | 5 << 59);
+        }
+        set_cr4(cr4() | CR4_PKS);
+        t.works("a write with PKRS 0", catch(|| poke(address, 1u8)));
+        wrmsr(MSR_PKRS, 2 << 10);
+        t.works("a read with WD", catch(|| peek::<u8>(address)));
+        t.faults("a write with WD", catch(|| poke(address, 1u8)), PF, Some(E_P | E_W | E_PK));
+        t.works("a write to a user page", catch(|| poke(users, 1u8)));
+        wrmsr(MSR_PKRS, 1 << 10);
+        t.faults("a read with AD", catch(|| peek::<u8>(address)), PF, Some(E_P | E_PK));
+        t.works("a read of a user page", catch(|| peek::<u8>(users)));
+        set_cr0(cr0() & !CR0_WP);
+        t.faults("a read with AD and WP clear", catch(|| peek::<u8>(address)), PF, Some(E_P | E_PK));
+        wrmsr(MSR_PKRS, 2 << 10);
+        t.works("a write with WD and WP clear", catch(|| poke(address, 1u8)));
+        wrmsr(MSR_PKRS, 0);
+    });
+    case("pks.register", |t| {
+        if !offered(t, |r| r.ecx, 31, "no protection keys of supervisor pages") {
+            return;
+        }
+        // With CR4.PKS clear the register is there all the same.
+        for value in [0x5555_5550u64, 0xffff_fffc, 0] {
+            wrmsr(MSR_PKRS, value);
+            for _ in 0..50 {
+                cpuid(0, 0);
+                inb(0x21);
+            }
+            t.eq("PKRS", rdmsr(MSR_PKRS), value);
+        }
+        t.faults("a high bit", try_wrmsr(MSR_PKRS, 1 << 32), GP, Some(0));
+    });
+    case("keys.hold_for_emulated_accesses", |t| {
+        // From a device to a page: what a hypervisor emulates is a read that a key has no part in, and the write.
+        let move_to = |address: u64| {
+            exec!("movsd", inout("rsi") 0xfec0_0000u64 => _, inout("rdi") address => _);
+        };
+        let (user, supervisor) = (area(11) + 0x30_0000, area(11) + 0x40_0000);
+        for (at, flags) in [(user, U), (supervisor, 0)] {
+            let frame = space.map_new(at, P | W);
+            space.map(at, frame, 1, P | W | flags | 5 << 59);
+            t.works("a write without keys", catch(|| move_to(at)));
+        }
+        let mut tried = 0;
+        if has(7, 0, |r| r.ecx, 3) {
+            tried += 1;
+            set_cr4(cr4() | CR4_PKE);
+            let pkru = |value: u32| exec!("wrpkru", in("eax") value, in("ecx") 0, in("edx") 0);
+            pkru(2 << 10);
+            let (kept, other) = (catch(|| move_to(user)), catch(|| move_to(supervisor)));
+            pkru(0);
+            t.faults("a write with PKRU's WD", kept, PF, Some(E_P | E_W | E_PK));
+            t.works("a write to a supervisor page", other);
+        }
+        if has(7, 0, |r| r.ecx, 31) {
+            tried += 1;
+            set_cr4(cr4() | CR4_PKS);
+            wrmsr(MSR_PKRS, 2 << 10);
+            let (kept, other) = (catch(|| move_to(supervisor)), catch(|| move_to(user)));
+            wrmsr(MSR_PKRS, 0);
+            t.faults("a write with PKRS's WD", kept, PF, Some(E_P | E_W | E_PK));
+            t.works("a write to a user page", other);
+        }
+        if tried == 0 {
+            t.skip("no protection keys");
+        }
+    });
     case("global.pge_toggle_flushes", |t| {
         let address = area(12);
         let (first, second) = (frames::page(), frames::page());
@@ -430,6 +505,172 @@ fn features() {
         poke(space.entry(address, 1), first | P | W | G);
         invlpg(address);
         t.eq("the first frame after INVLPG", peek::<u8>(address), 1u8);
+    });
+}
+
+/// INVPCID of `kind`.
+fn invpcid(kind: u64, pcid: u64, address: u64) {
+    let descriptor = [pcid, address];
+    exec!("invpcid {}, [{}]", in(reg) kind, in(reg) &descriptor);
+}
+
+/// MOV to CR3: keep the translations of the PCID.
+const KEEP: u64 = 1 << 63;
+
+/// Process-context identifiers and INVPCID.
+fn contexts() {
+    let space = Space::current();
+    let pcids = |t: &mut Case, too_invpcid: bool| {
+        let offered = has(1, 0, |r| r.ecx, 17) && (!too_invpcid || has(7, 0, |r| r.ebx, 10));
+        if offered {
+            set_cr3(space.root);
+            set_cr4(cr4() | CR4_PCIDE);
+        } else {
+            t.skip("not offered");
+        }
+        offered
+    };
+    let done = || {
+        set_cr3(space.root);
+        set_cr4(cr4() & !CR4_PCIDE);
+    };
+    case("pcid.register", |t| {
+        if !pcids(t, false) {
+            return;
+        }
+        for pcid in [0u64, 1, 0x123, 0xfff] {
+            for keep in [0, KEEP] {
+                set_cr3(space.root | pcid | keep);
+                t.eq("CR3, without the order", cr3(), space.root | pcid);
+            }
+        }
+        t.faults("clearing PG", catch(|| set_cr0(cr0() & !(1 << 31))), GP, Some(0));
+        set_cr3(space.root | 5);
+        t.works("clearing PCIDE with a PCID", catch(|| set_cr4(cr4() & !CR4_PCIDE)));
+        t.eq("CR3 keeps it, as flags", cr3(), space.root | 5);
+        t.faults("setting PCIDE with one", catch(|| set_cr4(cr4() | CR4_PCIDE)), GP, Some(0));
+        t.faults("the order without PCIDE", catch(|| set_cr3(space.root | KEEP)), GP, Some(0));
+        done();
+    });
+    case("pcid.spaces_apart", |t| {
+        if !pcids(t, false) {
+            return;
+        }
+        // Two spaces, each with its PCID, are never flushed and never mixed up.
+        let address = 0x1100_0000_0000;
+        let spaces = [Space::fork(), Space::fork()];
+        for (index, each) in spaces.iter().enumerate() {
+            let frame = each.map_new(address, P | W);
+            poke(frame, index as u64 + 7);
+        }
+        for _ in 0..200 {
+            for (index, each) in spaces.iter().enumerate() {
+                set_cr3(each.root | (index as u64 + 1) | KEEP);
+                t.eq("the space's own word", peek::<u64>(address), index as u64 + 7);
+            }
+        }
+        done();
+    });
+    case("pcid.kept_translations", |t| {
+        if !pcids(t, false) {
+            return;
+        }
+        let address = area(23);
+        let frames = [1u64, 2].map(|word| {
+            let frame = frames::page();
+            poke(frame, word);
+            frame
+        });
+        for round in 0..100 {
+            let (old, new) = (frames[round % 2], frames[1 - round % 2]);
+            set_cr3(space.root | 1);
+            space.map(address, old, 1, P | W);
+            peek::<u64>(address);
+            poke(space.entry(address, 1), new | P | W);
+            // Another PCID and back: what was cached may be there still, or not.
+            set_cr3(space.root | 2);
+            t.eq("under a PCID that is new", peek::<u64>(address), 2 - round as u64 % 2);
+            set_cr3(space.root | 1 | KEEP);
+            t.within("the old word or the new", peek::<u64>(address), 1, 2);
+            set_cr3(space.root | 1);
+            t.eq("after a flush", peek::<u64>(address), 2 - round as u64 % 2);
+        }
+        done();
+    });
+    case("invpcid.types", |t| {
+        if !pcids(t, true) {
+            return;
+        }
+        let address = area(24);
+        let frames = [1u64, 2].map(|word| {
+            let frame = frames::page();
+            poke(frame, word);
+            frame
+        });
+        // An entry changes, and its old translation goes by INVPCID: of this PCID and of another one, which comes back
+        // with all that it had.
+        for (kind, of) in [(0, 1u64), (1, 1), (2, 0), (3, 0), (0, 2), (1, 2), (2, 0), (3, 0)] {
+            for round in 0..40 {
+                let (old, new) = (frames[round % 2], frames[1 - round % 2]);
+                for pcid in [1, 2] {
+                    set_cr3(space.root | pcid);
+                    space.map(address, old, 1, P | W);
+                    t.eq("the word", peek::<u64>(address), 1 + round as u64 % 2);
+                }
+                set_cr3(space.root | 1 | KEEP);
+                poke(space.entry(address, 1), new | P | W);
+                invpcid(kind, of, address);
+                if of != 1 {
+                    set_cr3(space.root | 2 | KEEP);
+                }
+                t.eq("the word after INVPCID", peek::<u64>(address), 2 - round as u64 % 2);
+            }
+        }
+        done();
+    });
+    case("invpcid.all_takes_global_pages", |t| {
+        if !pcids(t, true) {
+            return;
+        }
+        let address = area(24) + 0x10_0000;
+        let (first, second) = (frames::page(), frames::page());
+        poke(second, 2u64);
+        set_cr4(cr4() | CR4_PGE);
+        for _ in 0..20 {
+            space.map(address, first, 1, P | W | G);
+            t.eq("the first word", peek::<u64>(address), 0u64);
+            poke(space.entry(address, 1), second | P | W | G);
+            invpcid(2, 0, 0);
+            t.eq("the second word", peek::<u64>(address), 2u64);
+        }
+        done();
+    });
+    case("invpcid.refused", |t| {
+        if !pcids(t, true) {
+            return;
+        }
+        for kind in [4u64, 5, !0] {
+            t.faults("a type that is none", catch(|| invpcid(kind, 0, 0)), GP, Some(0));
+        }
+        for kind in 0..4 {
+            t.faults("a reserved bit", catch(|| invpcid(kind, 1 << 12, 0)), GP, Some(0));
+            t.faults("the highest bit", catch(|| invpcid(kind, 1 << 63, 0)), GP, Some(0));
+            t.works("any PCID", catch(|| invpcid(kind, 0xfff, 0)));
+        }
+        t.faults("an address that is none", catch(|| invpcid(0, 0, 1 << 63)), GP, Some(0));
+        t.works("which counts for type 0 alone", catch(|| invpcid(1, 0, 1 << 63)));
+        let missing = area(24) + 0x20_0000;
+        space.entry(missing, 1);
+        let got = catch(|| exec!("invpcid {}, [{}]", in(reg) 2u64, in(reg) missing));
+        t.faults("a descriptor on no page", got, PF, Some(0));
+        // invpcid rax, [rbx]
+        let user = user::run(&[0x66, 0x0f, 0x38, 0x82, 0x03], Start::default()).0;
+        t.faults("in ring 3", Err::<(), _>(user), GP, Some(0));
+        done();
+        for kind in [0, 1] {
+            t.faults("a PCID without PCIDE", catch(|| invpcid(kind, 1, 0)), GP, Some(0));
+            t.works("PCID 0 without PCIDE", catch(|| invpcid(kind, 0, 0)));
+        }
     });
 }
 

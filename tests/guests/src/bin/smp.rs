@@ -333,6 +333,28 @@ fn memory(with: With<'_>) {
         wait_all(t, others);
         t.eq("sum", peek::<u64>(PLAIN.addr()), 5_000 * (others as u64 + 1));
     });
+    with("memory.rights_of_keys_are_each_cpus", &|t, others| {
+        if !has(7, 0, |leaf| leaf.ecx, 31) {
+            return t.skip("no protection keys of supervisor pages");
+        }
+        // The processors take turns while each has rights of its own; keys are off, so they keep nothing back.
+        fn work(index: usize) {
+            let rights = 0x1111_1110 * (index as u64 + 1);
+            wrmsr(MSR_PKRS, rights);
+            for _ in 0..500 {
+                if rdmsr(MSR_PKRS) != rights {
+                    SHARED.fetch_add(1, SeqCst);
+                }
+                exec!("pause");
+                cpuid(0, 0);
+            }
+            wrmsr(MSR_PKRS, 0);
+        }
+        all(others, work);
+        work(0);
+        wait_all(t, others);
+        t.eq("wrong rights", SHARED.load(SeqCst), 0u64);
+    });
     with("memory.same_untouched_pages", &|t, others| {
         // All processors fault on the same pages at once; no increment may be lost.
         const PAGES: u64 = 512;

@@ -113,6 +113,7 @@ const NEEDS: &[(Bit, Bit)] = &[
     ((7, 0, B, 0), (EXT1, 0, D, 29)),       // FSGSBASE: long mode
     ((7, 0, C, 16), (EXT1, 0, D, 29)),      // LA57: long mode
     ((7, 0, C, 3), (EXT1, 0, D, 29)),       // PKU: long mode
+    ((7, 0, C, 31), (EXT1, 0, D, 29)),      // PKS: long mode
     ((7, 0, C, 3), (0xd, 0, A, 9)),         // PKU: its state
     ((0xd, 0, A, 9), (7, 0, C, 3)),         // and back
     ((1, 0, C, 26), (1, 0, D, 24)),         // XSAVE: FXSR
@@ -290,9 +291,7 @@ fn check_rates(look: &impl Fn(u32, u32) -> [u32; 4], tsc_hz: u64) {
 fn every_host_obeys_the_manuals() {
     for host in HOSTS {
         for tsc_hz in [1_000_000_000, 2_903_998_000, 65_535_499_999, 70_000_000_000, 0, u64::MAX] {
-            for shadow_paging in [false, true] {
-                obeys(host, &VmShape { tsc_hz, shadow_paging, ..shape(4) });
-            }
+            obeys(host, &VmShape { tsc_hz, ..shape(4) });
         }
     }
 }
@@ -351,7 +350,6 @@ proptest! {
         dense: bool,
         max_basic in 0u32..0x30,
         max_extended in 0u32..0x30,
-        shadow_paging: bool,
         tsc_khz in 0u64..80_000_000,
     ) {
         let host = Function(|leaf: u32, subleaf: u32| {
@@ -369,6 +367,6 @@ proptest! {
                 _ => CpuidLeaf::new(random(), random(), random(), random()),
             }
         });
-        obeys(&host, &VmShape { shadow_paging, tsc_hz: tsc_khz * 1000, ..shape(3) });
+        obeys(&host, &VmShape { tsc_hz: tsc_khz * 1000, ..shape(3) });
     }
 }

@@ -116,6 +116,21 @@ pub(crate) fn run() {
             pkru(0);
         }
     });
+    case("memory.pks", |t| {
+        let address = AREA + (7 << 30);
+        let frame = space.map_new(address, P | W);
+        space.map(address, frame, 1, P | W | 3 << 59);
+        t.works("a read of a supervisor page with a key, which is ignored", catch(|| peek::<u8>(address)));
+        if bit((7, 0, C, 31)) {
+            set_cr4(cr4() | CR4_PKS);
+            // The translation that is cached may have been made without its key.
+            invlpg(address);
+            wrmsr(MSR_PKRS, 1 << 6);
+            let got = catch(|| peek::<u8>(address));
+            wrmsr(MSR_PKRS, 0);
+            t.faults("the same with PKS and AD", got, PF, Some(E_P | E_PK));
+        }
+    });
     case("memory.pcid", |t| {
         if !bit((1, 0, C, 17)) {
             if platform::bad_cr_write_hangs() {

@@ -165,6 +165,7 @@ fn cr4_cases() {
             (21, 7, seven_b, 20),
             (22, 7, seven_c, 3),
             (23, 7, seven_c, 7),
+            (24, 7, seven_c, 31),
         ] {
             if !has(leaf, 0, register, cpuid_bit) {
                 tried += 1;

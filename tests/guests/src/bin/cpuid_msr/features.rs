@@ -74,6 +74,7 @@ const FEATURES: &[Feature] = &[
     feature!("sha", 7 [0] EBX[29], cr4 CR4_SSE, xcr0 0, "sha1nexte xmm0, xmm0"),
     feature!("umip", 7 [0] ECX[2], cr4 CR4_UMIP, xcr0 0, "smsw eax", out("eax") _),
     feature!("pku", 7 [0] ECX[3], cr4 CR4_PKE, xcr0 0, "rdpkru", "wrpkru", in("ecx") 0, out("eax") _, out("edx") _),
+    feature!("pks", 7 [0] ECX[31], cr4 CR4_PKS, xcr0 0, "rdmsr", "wrmsr", in("ecx") MSR_PKRS, out("eax") _, out("edx") _),
     feature!("rdpid", 7 [0] ECX[22], cr4 0, xcr0 0, "rdpid rax", out("rax") _),
     feature!("lahf", 0x8000_0001 [0] ECX[0], cr4 0, xcr0 0, "lahf", "sahf", out("eax") _),
     feature!("lzcnt", 0x8000_0001 [0] ECX[5], cr4 0, xcr0 0, "lzcnt eax, ecx", out("eax") _),

@@ -3,6 +3,7 @@
 use core::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering::SeqCst};
 use guests::dev::lapic;
 use guests::exec;
+use guests::platform;
 use guests::prelude::*;
 use guests::report::{case, Case};
 use guests::trap::{self, catch, Eoi, DB, GP, NMI, UD};
@@ -95,6 +96,9 @@ fn steps() {
         t.eq("RIP behind CPUID", AT.load(SeqCst), after);
     });
     case("shadow.interrupt_after_popf_mov_ss_cpuid", |t| {
+        if platform::shadow() && t.skip_on_bochs_svm("a window that is open at VMRUN is not always noticed") {
+            return;
+        }
         trap::expect(VECTOR, Eoi::Lapic);
         lapic::self_ipi(VECTOR);
         exec!("mov r8, rbx", "mov r9d, ss", "sti", "mov ss, r9d", "cpuid", "nop", "cli", "mov rbx, r8",

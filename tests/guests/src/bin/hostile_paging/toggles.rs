@@ -72,6 +72,45 @@ pub(crate) fn run() {
             check(t, "a read", catch(|| read(address)), on, E_P | E_PK);
         });
     });
+    case("toggle.pks", |t| {
+        if !has(7, 0, |leaf| leaf.ecx, 31) {
+            return t.skip("no protection keys of supervisor pages");
+        }
+        let address = area(37);
+        Space::current().map(address, page_with(1), 1, P | W | 5 << 59);
+        // Access to key 5 is disabled.
+        wrmsr(MSR_PKRS, 1 << 10);
+        rounds(cr4, set_cr4, CR4_PKS, |on| {
+            // What is cached of before may have no key.
+            invlpg(address);
+            check(t, "a read", catch(|| read(address)), on, E_P | E_PK);
+        });
+        wrmsr(MSR_PKRS, 0);
+    });
+    case("toggle.wp_under_keys", |t| {
+        if !has(7, 0, |leaf| leaf.ecx, 3) {
+            return t.skip("no protection keys");
+        }
+        // Without CR0.WP neither W nor a key's WD holds a supervisor's write back, but AD does.
+        let (space, address) = (Space::current(), area(38));
+        let frame = page_with(1);
+        set_cr4(cr4() | CR4_PKE);
+        let pkru = |value: u32| exec!("wrpkru", in("eax") value, in("ecx") 0, in("edx") 0);
+        for (writable, flags) in [(false, P | U), (true, P | W | U)] {
+            space.map(address, frame, 1, flags | 5 << 59);
+            for (rights, with_wp, always) in
+                [(0, false, false), (2 << 10, true, false), (1 << 10, true, true)]
+            {
+                pkru(rights);
+                rounds(cr0, set_cr0, CR0_WP, |on| {
+                    let by_key = always || with_wp && on;
+                    let error = E_P | E_W | if by_key { E_PK } else { 0 };
+                    check(t, "a write", catch(|| poke(address, 1u64)), by_key || on && !writable, error);
+                });
+                pkru(0);
+            }
+        }
+    });
     case("toggle.pge", |t| {
         let space = Space::current();
         let address = area(35);

@@ -1,7 +1,7 @@
 //! Where cases come from and where their outcomes go.
 use core::fmt;
 use guests::multiboot::boot;
-use guests::paging::{E_P, E_RSVD, E_W};
+use guests::paging::{E_P, E_PK, E_RSVD, E_U, E_W};
 use guests::println;
 use guests::trap::{Fault, PF};
 
@@ -45,20 +45,37 @@ impl Random {
     }
 }
 
+/// What of a page fault's error code does not count in a masked digest: P with RSVD, W of exchanges, and perhaps PK of a
+/// user's accesses.
+#[derive(Clone, Copy)]
+pub(crate) struct Mask {
+    /// As it is printed.
+    pub(crate) name: &'static str,
+    user_key: bool,
+}
+
+impl Mask {
+    /// For groups without keys of supervisor pages.
+    pub(crate) const USUAL: Mask = Mask { name: "reserved.p,exchange.w", user_key: false };
+    /// For groups with them.
+    pub(crate) const SUPERVISOR_KEYS: Mask = Mask { name: "reserved.p,exchange.w,user.pk", user_key: true };
+}
+
 /// The digests of a group's part so far.
 pub(crate) struct Digest {
     /// Of everything.
     pub(crate) exact: u64,
-    /// Without P in the error codes of page faults with RSVD, and without W in those of exchanges.
+    /// Without what the mask names.
     pub(crate) masked: u64,
+    mask: Mask,
     good: u64,
     all: u64,
 }
 
 impl Digest {
     /// Of nothing.
-    pub(crate) fn new() -> Digest {
-        Digest { exact: FNV.0, masked: FNV.0, good: 0, all: 0 }
+    pub(crate) fn new(mask: Mask) -> Digest {
+        Digest { exact: FNV.0, masked: FNV.0, mask, good: 0, all: 0 }
     }
 
     /// Adds a number.
@@ -81,7 +98,12 @@ impl Digest {
             Err(fault) => {
                 self.add(0x100 | u64::from(fault.vector));
                 let mask = match fault.vector {
-                    PF => (u64::from(fault.error & E_RSVD != 0) * E_P) | (u64::from(exchange) * E_W),
+                    PF => {
+                        let by_user = self.mask.user_key && fault.error & E_U != 0;
+                        (u64::from(fault.error & E_RSVD != 0) * E_P)
+                            | (u64::from(exchange) * E_W)
+                            | (u64::from(by_user) * E_PK)
+                    }
                     _ => 0,
                 };
                 self.exact = fold(self.exact, fault.error);

@@ -1,5 +1,5 @@
 //! Cases in 64-bit mode with four levels.
-use super::digest::{Digest, Random};
+use super::digest::{Digest, Mask, Random};
 use guests::frames::{self, PAGE, PAGE_2M};
 use guests::paging::{has_1g, Space, A, ADDRESS, D, G, NX, P, PCD, PS, PWT, U, W};
 use guests::prelude::*;
@@ -16,9 +16,11 @@ pub(crate) struct Group {
     cr4: u64,
     /// 1 GiB pages.
     huge: bool,
+    pub(crate) mask: Mask,
 }
 
-const PLAIN: Group = Group { names: ["long", "long.long"], offered: || true, cr4: CR4_PGE, huge: false };
+const PLAIN: Group =
+    Group { names: ["long", "long.long"], offered: || true, cr4: CR4_PGE, huge: false, mask: Mask::USUAL };
 
 /// All groups of this file. CPUID leaves: Intel SDM vol. 2, CPUID.
 pub(crate) fn groups() -> &'static [Group] {
@@ -35,6 +37,13 @@ pub(crate) fn groups() -> &'static [Group] {
             names: ["long.keys", "long.keys.long"],
             offered: || has(7, 0, |leaf| leaf.ecx, 3),
             cr4: CR4_PGE | CR4_PKE,
+            ..PLAIN
+        },
+        Group {
+            names: ["long.supervisor_keys", "long.supervisor_keys.long"],
+            offered: || has(7, 0, |leaf| leaf.ecx, 31),
+            cr4: CR4_PGE | CR4_PKE | CR4_PKS,
+            mask: Mask::SUPERVISOR_KEYS,
             ..PLAIN
         },
         Group {
@@ -176,6 +185,10 @@ impl World {
             // Key 0 stays free: it is that of the user's own code and stack.
             exec!("wrpkru", in("eax") keys as u32, in("ecx") 0, in("edx") 0);
         }
+        if self.group.cr4 & CR4_PKS != 0 {
+            // Key 0 is that of everything of the supervisor's own.
+            wrmsr(MSR_PKRS, random.bits(0xffff_fffc));
+        }
     }
 
     /// Drops the translation of `address` in one of the ways there are.
@@ -216,7 +229,7 @@ fn flags(random: &mut Random, level: u32, leaf: u32, group: &Group) -> u64 {
     let which = random.next();
     if level == leaf {
         flags |= random.bits(G);
-        if group.cr4 & CR4_PKE != 0 {
+        if group.cr4 & (CR4_PKE | CR4_PKS) != 0 {
             flags |= random.below(16) << 59;
         }
     }

@@ -1,0 +1,120 @@
+//! What is done at once, with nothing to be remembered; near the last faults without a walk.
+use super::requests::Sync;
+use super::Mmu;
+use crate::access::Access;
+use crate::addr::{Gpa, Gva};
+use crate::format::EntryFormat;
+use crate::kind::{Near, NearFault, ShadowDone, ShadowMmu};
+use crate::memory::{Backing, Exclusive};
+use crate::mutant::{self, FlushSite};
+use crate::tables::TableMemory;
+use crate::walk::{PageFaultCode, PagingContext, WalkRegs};
+
+impl Mmu {
+    /// What is known about the table that translates `address`, if a fault was in it lately.
+    #[inline(always)]
+    fn near(&self, address: Gva) -> Option<&Near> {
+        let [last, before] = &self.roots.current()?.near;
+        let is_for = |near: &&Near| near.is_for(self.root, address);
+        last.as_ref().filter(is_for).or_else(|| before.as_ref().filter(is_for))
+    }
+
+    /// A fault of an access near the last one: the walk and what follows from it, if that is a leaf to be made or a fault of the
+    /// guest's. `None` if it takes more: then nothing has happened that the walk would not do anyway.
+    ///
+    /// `context` and `regs` are those of the vCPU's registers. The fault is [told](Self::page_fault) already.
+    #[inline]
+    pub fn fault_near<'m, F: EntryFormat, M: TableMemory, B: Backing + 'm>(
+        &mut self,
+        kind: &mut ShadowMmu<'_, F, M>,
+        guard: &mut Exclusive<'m, B>,
+        context: &PagingContext<Gva, Gpa>,
+        regs: &WalkRegs,
+        address: Gva,
+        access: Access,
+    ) -> Option<ShadowDone<NearFault>> {
+        let near = self.near(address)?;
+        let done = kind.fault_near(guard, near, context, regs, address, access)?;
+        match done.outcome {
+            NearFault::Guest(code) if code.contains(PageFaultCode::PRESENT) => {
+                let issued = self.page_fault_at_once(kind, guard, address, code)?.issued;
+                Some(ShadowDone { issued, ..done })
+            }
+            _ => Some(done),
+        }
+    }
+
+    /// [`invlpg`](Self::invlpg), together with what it asks for; the entry flushes the address. `None` if there is more to be done
+    /// first: then nothing has happened.
+    #[inline]
+    pub fn invlpg_at_once<'m, F: EntryFormat, M: TableMemory, B: Backing + 'm>(
+        &mut self,
+        kind: &mut ShadowMmu<'_, F, M>,
+        guard: &mut Exclusive<'m, B>,
+        address: Gva,
+    ) -> Option<ShadowDone<()>> {
+        match self.near(address) {
+            Some(near) if kind.sync_near(guard, near, address) => {}
+            _ => return self.invlpg_afar(kind, guard, address),
+        }
+        if !mutant::drops(FlushSite::Invlpg) {
+            self.forget(address);
+        }
+        Some(ShadowDone { outcome: (), issued: kind.issue(guard) })
+    }
+
+    #[inline(never)]
+    fn invlpg_afar<'m, F: EntryFormat, M: TableMemory, B: Backing + 'm>(
+        &mut self,
+        kind: &mut ShadowMmu<'_, F, M>,
+        guard: &mut Exclusive<'m, B>,
+        address: Gva,
+    ) -> Option<ShadowDone<()>> {
+        if self.has_work() {
+            return None;
+        }
+        let flushes = self.role.check_canonical(address).is_ok() && !mutant::drops(FlushSite::Invlpg);
+        if !flushes {
+            return Some(ShadowDone { outcome: (), issued: None });
+        }
+        let done = kind.sync_address(guard, self.root, address);
+        self.forget(address);
+        Some(done)
+    }
+
+    /// [`page_fault`](Self::page_fault), in the same way.
+    #[inline(never)]
+    pub fn page_fault_at_once<'m, F: EntryFormat, M: TableMemory, B: Backing + 'm>(
+        &mut self,
+        kind: &mut ShadowMmu<'_, F, M>,
+        guard: &mut Exclusive<'m, B>,
+        address: Gva,
+        code: PageFaultCode,
+    ) -> Option<ShadowDone<()>> {
+        if self.has_work() {
+            return None;
+        }
+        let cached = code.contains(PageFaultCode::PRESENT) && !code.contains(PageFaultCode::RESERVED);
+        if !cached || mutant::drops(FlushSite::PageFault) {
+            return Some(ShadowDone { outcome: (), issued: None });
+        }
+        let done = match self.near(address) {
+            Some(near) if kind.sync_near(guard, near, address) => {
+                ShadowDone { outcome: (), issued: kind.issue(guard) }
+            }
+            _ => kind.sync_address(guard, self.root, address),
+        };
+        self.forget(address);
+        Some(done)
+    }
+
+    /// The current root is up to date for `address`, which the guest has flushed: the others are behind, and so is the tag.
+    #[inline]
+    fn forget(&mut self, address: Gva) {
+        let context = self.context;
+        self.roots.mark_from(1, Sync::Address(address), |key| key.tag().context == context);
+        if !mutant::drops(FlushSite::BehindAddress) {
+            let _ = self.flush_address(address);
+        }
+    }
+}
