@@ -7,7 +7,7 @@ use clap::{Parser, Subcommand};
 
 use crate::bench::Bench;
 use crate::setup::{self, Component};
-use crate::{bench, build, bundle, check, fuzz, image, miri, run, test};
+use crate::{bench, build, bundle, check, fuzz, image, miri, pxe, run, test};
 
 /// Umbra's developer commands.
 #[derive(Debug, Parser)]
@@ -31,6 +31,8 @@ enum Command {
     Bundle(bundle::Options),
     /// Make a bootable image for BIOS and UEFI
     Image(image::Options),
+    /// Write the tree from which machines boot over the network, and serve it
+    Pxe(pxe::Options),
     /// Boot Umbra with a guest whose console is this terminal
     Run(run::Options),
     /// Run every test, on the host and in emulators; the last line is `N passed, N failed`
@@ -64,6 +66,7 @@ impl Cli {
                 println!("{}", image::make(&options)?.display());
                 Ok(ExitCode::SUCCESS)
             }
+            Command::Pxe(options) => pxe::pxe(&options),
             Command::Run(options) => run::run(&options),
             Command::Test(options) => test::test(&options),
             Command::Fuzz(options) => fuzz::fuzz(&options),
@@ -94,6 +97,8 @@ mod tests {
             &["bundle", "umbra.toml", "-o", "bundle.cpio", "--manifest"],
             &["bundle", "--list", "bundle.cpio"],
             &["run", "--uefi", "--medium", "usb"],
+            &["pxe", "--out", "tree", "--machine", "mac:52:54:00:12:34:56=umbra.toml"],
+            &["pxe", "--serve", "eth0"],
             &["run", "--vm", "umbra.toml", "--until", "login:", "--timeout", "60"],
             &["test", "--long", "--filter", "boot"],
             &["test", "--mutants"],

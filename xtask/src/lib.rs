@@ -17,6 +17,7 @@ pub mod image;
 pub mod miri;
 pub mod mutants;
 pub mod paths;
+pub mod pxe;
 pub mod run;
 pub mod setup;
 pub mod size;

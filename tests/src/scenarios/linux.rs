@@ -37,29 +37,39 @@ fn boot(ctx: &Ctx, machine: &Machine) -> Result<Vm> {
 
 /// The same with more lines of umbra.toml.
 fn boot_with(ctx: &Ctx, machine: &Machine, more: &str) -> Result<Vm> {
+    let mut vm = ctx.boot(machine, &bundle(ctx, more)?)?;
+    reach_shell(&mut vm)?;
+    Ok(vm)
+}
+
+/// A bundle with Linux, and more lines of umbra.toml.
+pub(super) fn bundle(ctx: &Ctx, more: &str) -> Result<Bundle> {
     let linux = ctx.linux()?;
     let config = format!(
         "[[vm]]\nname = \"linux\"\nmemory = \"512M\"\nkernel = \"vmlinuz\"\ninitrd = \"initrd\"\ncmdline = \"{LINUX_CMDLINE}\"\n{more}"
     );
-    let bundle = Bundle::new(config)
+    Ok(Bundle::new(config)
         .file_from("vmlinuz", &linux.kernel)?
-        .file("initrd", initramfs::build(&linux.busybox)?);
-    let mut vm = ctx.boot(machine, &bundle)?;
+        .file("initrd", initramfs::build(&linux.busybox)?))
+}
+
+/// Waits for the shell.
+pub(super) fn reach_shell(vm: &mut Vm) -> Result<()> {
     vm.expect("^umbra: ")?;
     vm.expect("Linux version ")?;
     vm.expect(&format!("^{PROMPT}"))?;
-    Ok(vm)
+    Ok(())
 }
 
 /// The shell takes input and computes.
-fn compute(vm: &mut Vm) -> Result<()> {
+pub(super) fn compute(vm: &mut Vm) -> Result<()> {
     vm.type_line("echo $((6*7))")?;
     vm.expect("^42$")?;
     vm.expect(&format!("^{PROMPT}"))?;
     Ok(())
 }
 
-fn power_off(mut vm: Vm) -> Result<String> {
+pub(super) fn power_off(mut vm: Vm) -> Result<String> {
     vm.type_line("poweroff")?;
     vm.expect("^umbra: vm \"linux\": powered off$")?;
     Ok(vm.end_with(0)?.log)

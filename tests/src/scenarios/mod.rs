@@ -7,6 +7,7 @@ mod guests;
 mod image;
 mod linux;
 mod paging_digest;
+mod pxe;
 mod refused_entries;
 mod unusual;
 
@@ -24,6 +25,7 @@ pub(crate) fn all() -> Vec<Scenario> {
         refused_entries::all(),
         image::all(),
         linux::all(),
+        pxe::all(),
     ];
     folders.into_iter().flatten().collect()
 }

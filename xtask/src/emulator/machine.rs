@@ -7,6 +7,7 @@ use anyhow::{bail, Context, Result};
 
 use super::accel::Acceleration;
 use super::hardware::Hardware;
+use super::network::Network;
 use super::{bochs, firmware, qemu};
 use crate::build::Images;
 use crate::bundle::Bundle;
@@ -44,6 +45,10 @@ pub enum Boot {
     Iso,
     /// GRUB loads both from an image, on UEFI.
     Uefi,
+    /// The BIOS boots from the machine's network.
+    Pxe,
+    /// UEFI boots from the machine's network.
+    PxeUefi,
     /// QEMU loads a Multiboot 1 kernel in Umbra's place, without a bundle, and gives it the exit port of the test
     /// guests: what such a guest does on the bare machine is what it should do under Umbra.
     Bare,
@@ -103,6 +108,8 @@ pub struct Machine {
     pub boot: Boot,
     /// What an image is on.
     pub medium: Medium,
+    /// What it boots from by PXE, where Umbra and the bundle are.
+    pub network: Option<Network>,
     /// How much of the image the medium has, in bytes, if not all: the copy broke off.
     pub image_bytes: Option<u64>,
     /// Umbra's ELF file.
@@ -136,6 +143,7 @@ impl Machine {
             program: None,
             boot: Boot::Pvh,
             medium: Medium::Cd,
+            network: None,
             image_bytes: None,
             umbra: Images::places().umbra,
             cpus: 1,
@@ -187,7 +195,9 @@ impl Machine {
         }
         match self.kind {
             Kind::Bochs => bochs::write_configuration(self)?,
-            Kind::Qemu if self.boot == Boot::Uefi => firmware::copy_variables(&self.uefi_variables_file())?,
+            Kind::Qemu if matches!(self.boot, Boot::Uefi | Boot::PxeUefi) => {
+                firmware::copy_variables(&self.uefi_variables_file())?
+            }
             Kind::Qemu => {}
         }
         Ok(())
@@ -197,6 +207,9 @@ impl Machine {
     pub fn check(&self) -> Result<()> {
         if !self.umbra.is_file() {
             bail!("{} is not there; `cargo xtask build` makes it", self.umbra.display());
+        }
+        if matches!(self.boot, Boot::Pxe | Boot::PxeUefi) != self.network.is_some() {
+            bail!("a machine has a network if and only if it boots from it");
         }
         if self.icount == Icount::On && self.cpus != 1 {
             bail!("a machine that counts instructions has one CPU, not {}", self.cpus);

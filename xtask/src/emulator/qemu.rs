@@ -66,17 +66,26 @@ fn boot(line: CommandLine, machine: &Machine) -> Result<CommandLine> {
             line.args(["-device", "isa-debug-exit,iobase=0xf4,iosize=4"]).arg("-kernel").arg(&machine.umbra)
         }
         Boot::Iso => medium(line, machine),
-        Boot::Uefi => {
-            let files = firmware::uefi_files().context(firmware::NO_UEFI)?;
-            let flash = |read_only: &str, file: &Path| {
-                format!("if=pflash,format=raw,readonly={read_only},file={}", in_a_list(file))
-            };
-            let line = line
-                .args(["-drive", &flash("on", &files.code)])
-                .args(["-drive", &flash("off", &machine.uefi_variables_file())]);
-            medium(line, machine)
-        }
+        Boot::Uefi => medium(uefi(line, machine)?, machine),
+        Boot::Pxe => network(line, machine)?,
+        Boot::PxeUefi => network(uefi(line, machine)?, machine)?,
     })
+}
+
+fn network(line: CommandLine, machine: &Machine) -> Result<CommandLine> {
+    let network = machine.network.as_ref().context("the machine has no network")?;
+    Ok(network.add_to(line, machine.boot))
+}
+
+/// The firmware and the machine's copy of its variables.
+fn uefi(line: CommandLine, machine: &Machine) -> Result<CommandLine> {
+    let files = firmware::uefi_files().context(firmware::NO_UEFI)?;
+    let flash = |read_only: &str, file: &Path| {
+        format!("if=pflash,format=raw,readonly={read_only},file={}", in_a_list(file))
+    };
+    Ok(line
+        .args(["-drive", &flash("on", &files.code)])
+        .args(["-drive", &flash("off", &machine.uefi_variables_file())]))
 }
 
 /// The image, as the first thing to start from. What the machine writes to it is forgotten.
@@ -93,13 +102,14 @@ fn medium(line: CommandLine, machine: &Machine) -> CommandLine {
 }
 
 /// A file's name as a value in a list of options, where a comma is doubled.
-fn in_a_list(file: &Path) -> String {
+pub(super) fn in_a_list(file: &Path) -> String {
     file.display().to_string().replace(',', ",,")
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::emulator::Network;
     use crate::size::Size;
 
     fn machine() -> Machine {
@@ -144,6 +154,15 @@ mod tests {
         assert_eq!(line.value_of("-kernel"), Some("/t/umbra"));
         assert_eq!(line.value_of("-device"), Some("isa-debug-exit,iobase=0xf4,iosize=4"));
         assert!(!line.has_arg("-initrd"));
+    }
+
+    #[test]
+    fn the_network_takes_the_place_of_the_kernel() {
+        let network = Some(Network::user("/t/tree"));
+        let line = command_line(&Machine { boot: Boot::Pxe, network, ..machine() }).unwrap();
+        assert!(line.value_of("-netdev").unwrap().contains("tftp=/t/tree"));
+        assert!(!line.has_arg("-kernel") && !line.has_arg("-cdrom"));
+        assert!(command_line(&Machine { boot: Boot::Pxe, ..machine() }).is_err());
     }
 
     #[test]

@@ -4,7 +4,7 @@ mod chord;
 mod script;
 mod terminal;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -12,9 +12,13 @@ use anyhow::{bail, Context, Result};
 use regex::bytes::Regex;
 
 use self::terminal::{End, Limits};
+use crate::build::Images;
 use crate::bundle::Bundle;
-use crate::emulator::{check_model, line_regex, Accel, Boot, Emulator, Kind, Machine, Medium, Messages};
+use crate::emulator::{
+    check_model, line_regex, Accel, Boot, Emulator, Kind, Machine, Medium, Messages, Network,
+};
 use crate::guest::description;
+use crate::pxe::tree::{self, Contents};
 use crate::setup::{self, Component};
 use crate::size::Size;
 use crate::{build, paths, say};
@@ -68,6 +72,9 @@ pub struct Options {
     /// What the image is on, with --iso or --uefi
     #[arg(long, value_enum, default_value_t)]
     pub medium: Medium,
+    /// Boot over the network: by iPXE and GRUB on a BIOS, by UEFI's own PXE and GRUB with --uefi
+    #[arg(long, conflicts_with = "iso")]
+    pub pxe: bool,
     /// Stop before the first instruction and wait for gdb
     #[arg(long)]
     pub gdb: bool,
@@ -102,10 +109,12 @@ fn regex_argument(text: &str) -> Result<Regex, String> {
 impl Options {
     /// How Umbra gets into the machine.
     fn boot(&self) -> Boot {
-        match (self.uefi, self.iso || self.emulator == Kind::Bochs) {
-            (true, _) => Boot::Uefi,
-            (false, true) => Boot::Iso,
-            (false, false) => Boot::Pvh,
+        match (self.pxe, self.uefi, self.iso || self.emulator == Kind::Bochs) {
+            (true, false, _) => Boot::Pxe,
+            (true, true, _) => Boot::PxeUefi,
+            (false, true, _) => Boot::Uefi,
+            (false, false, true) => Boot::Iso,
+            (false, false, false) => Boot::Pvh,
         }
     }
 
@@ -118,8 +127,8 @@ impl Options {
         });
         match self.boot() {
             Boot::Pvh | Boot::Bare => {}
-            Boot::Iso => needed.push(Component::Grub),
-            Boot::Uefi => needed.extend([Component::Uefi, Component::Grub]),
+            Boot::Iso | Boot::Pxe => needed.push(Component::Grub),
+            Boot::Uefi | Boot::PxeUefi => needed.extend([Component::Uefi, Component::Grub]),
         }
         if self.vm.is_none() && self.kernel.is_none() {
             needed.push(Component::Linux);
@@ -129,8 +138,8 @@ impl Options {
 
     /// Refuses, before anything is installed or built, what cannot work.
     fn check(&self) -> Result<()> {
-        if self.emulator == Kind::Bochs && (self.uefi || self.gdb || self.accel == Accel::Kvm) {
-            bail!("Bochs emulates a BIOS machine: --uefi, --gdb and --accel kvm need --emulator qemu");
+        if self.emulator == Kind::Bochs && (self.uefi || self.pxe || self.gdb || self.accel == Accel::Kvm) {
+            bail!("Bochs emulates a BIOS machine without a network: --uefi, --pxe, --gdb and --accel kvm need --emulator qemu");
         }
         if self.medium != Medium::Cd
             && (!matches!(self.boot(), Boot::Iso | Boot::Uefi) || self.emulator == Kind::Bochs)
@@ -177,7 +186,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     if let Some(model) = &options.cpu {
         check_model(options.emulator, model)?;
     }
-    build::build(ready.compiler()?)?;
+    let images = build::build(ready.compiler()?)?;
     let dir = paths::target_dir().join("run");
     let bundle = match &options.vm {
         Some(vm) => Bundle::load(vm)?,
@@ -196,7 +205,9 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     if let Some(why) = why.filter(|_| options.emulator == Kind::Qemu) {
         say!("{why}");
     }
+    let network = if options.pxe { Some(network(&bundle, &images, &dir)?) } else { None };
     let machine = Machine {
+        network,
         kind: options.emulator,
         boot: options.boot(),
         medium: options.medium,
@@ -218,6 +229,21 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         say!("{sentence}");
     }
     Ok(ExitCode::from(status))
+}
+
+/// A network that has the tree with this bundle.
+fn network(bundle: &Bundle, images: &Images, dir: &Path) -> Result<Network> {
+    let tree = dir.join("pxe");
+    let contents = Contents {
+        umbra: &images.umbra,
+        server: None,
+        http: None,
+        default: Some(bundle.archive()?),
+        machines: Vec::new(),
+    };
+    tree::write(&tree, &contents)?;
+    say!("the machine boots from the tree {}", paths::display(&tree));
+    Ok(Network::user(tree))
 }
 
 /// The status of the command, and what to say about it.
@@ -284,6 +310,10 @@ mod tests {
         assert_eq!(options.boot(), Boot::Uefi);
         use Component::{Bochs, Grub, Qemu, Target, Uefi};
         assert_eq!(options.components(), [Target, Qemu, Uefi, Grub]);
+        let options = parse(&["--pxe", "--kernel", "k"]).unwrap();
+        assert_eq!((options.boot(), options.components()), (Boot::Pxe, vec![Target, Qemu, Grub]));
+        let options = parse(&["--pxe", "--uefi", "--kernel", "k"]).unwrap();
+        assert_eq!((options.boot(), options.components()), (Boot::PxeUefi, vec![Target, Qemu, Uefi, Grub]));
         let options = parse(&["--emulator", "bochs", "--vm", "x.toml"]).unwrap();
         assert_eq!(options.boot(), Boot::Iso);
         assert_eq!(options.components(), [Target, Bochs, Grub]);
@@ -299,6 +329,7 @@ mod tests {
             (&["--vm", "a", "--kernel", "b"], "cannot be used with"),
             (&["--iso", "--uefi"], "cannot be used with"),
             (&["--iso", "--medium", "tape"], "tape"),
+            (&["--iso", "--pxe"], "cannot be used with"),
             (&["--mmu", "shadow", "--vm", "a"], "cannot be used with"),
             (&["--mmu", "none"], "none"),
             (&["--accel", "hvf"], "hvf"),
@@ -311,6 +342,7 @@ mod tests {
             (&["--emulator", "bochs", "--uefi"][..], "need --emulator qemu"),
             (&["--medium", "usb"], "needs --iso or --uefi"),
             (&["--medium", "disk", "--emulator", "bochs"], "--emulator qemu"),
+            (&["--emulator", "bochs", "--pxe"], "need --emulator qemu"),
             (&["--kernel", "/nonexistent"], "/nonexistent"),
             (&["--initrd", "/"], "is a folder"),
             (&["--vm", "/"], "is a folder"),

@@ -18,6 +18,8 @@ pub enum Component {
     Bochs,
     /// What makes a bootable image.
     Grub,
+    /// What answers machines that boot over the network.
+    Dnsmasq,
     /// The Linux guest.
     Linux,
     /// What counts the instructions of a program.
@@ -28,7 +30,8 @@ pub enum Component {
 
 impl Component {
     /// All that running and testing need.
-    pub const ALL: [Self; 6] = [Self::Target, Self::Qemu, Self::Uefi, Self::Bochs, Self::Grub, Self::Linux];
+    pub const ALL: [Self; 7] =
+        [Self::Target, Self::Qemu, Self::Uefi, Self::Bochs, Self::Grub, Self::Dnsmasq, Self::Linux];
 
     /// Its name, and what it is for.
     pub fn describe(self) -> (&'static str, &'static str) {
@@ -38,6 +41,9 @@ impl Component {
             Self::Uefi => ("UEFI firmware", "it starts images as a UEFI machine does"),
             Self::Bochs => ("Bochs", "it is the second emulator that Umbra is tested in"),
             Self::Grub => ("GRUB's image tools", "they make bootable images"),
+            Self::Dnsmasq => {
+                ("dnsmasq", "it serves machines that boot over the network, for `pxe --serve` and its test")
+            }
             Self::Linux => ("Linux guest", "it is the guest that `run` boots"),
             Self::Valgrind => ("valgrind", "it counts instructions of `bench mmu-host`"),
             Self::Clippy => ("clippy for Debian's compiler", "it checks the bare-metal crates"),
@@ -72,6 +78,7 @@ impl Component {
                     .find_map(no_program)
                     .or_else(|| folders.into_iter().filter(|_| debian).find_map(no_file))
             }
+            Self::Dnsmasq => no_program("dnsmasq"),
             Self::Linux => host.linux().err(),
             Self::Valgrind => no_program("valgrind"),
             Self::Clippy if host.compiler() == Some(Compiler::Debian) => no_file("/usr/bin/cargo-clippy"),
@@ -101,6 +108,9 @@ impl Component {
             }
             (Self::Grub, Pacman) => &["grub", "libisoburn", "mtools"],
             (Self::Grub, Brew) => &["i686-elf-grub", "x86_64-elf-grub", "xorriso", "mtools"],
+            // The program without the service: nothing starts by itself.
+            (Self::Dnsmasq, Apt) => &["dnsmasq-base"],
+            (Self::Dnsmasq, Dnf | Pacman | Brew) => &["dnsmasq"],
             // Downloaded and unpacked into the cache, not installed; see `linux`.
             (Self::Linux, _) => &[],
             (Self::Valgrind, Apt | Dnf | Pacman) => &["valgrind"],

@@ -198,16 +198,23 @@ mod tests {
     #[test]
     fn a_fresh_debian_gets_everything() {
         let plan = Plan::make(&Component::ALL, &Fake::default());
-        assert_eq!(plan.missing.len(), 6);
+        assert_eq!(plan.missing.len(), 7);
         assert!(plan.by_hand.is_empty() && plan.no_linux.is_none());
         let [Step::AddTarget { instead }, Step::Install(packages), Step::DownloadLinux] = &plan.steps[..]
         else {
             panic!("{:?}", plan.steps);
         };
         assert_eq!(instead, &["rustc-web", "cargo-web", "rust-web-src", "lld-22"]);
-        for package in
-            ["qemu-system-x86", "seabios", "ovmf", "bochs", "grub-pc-bin", "grub-efi-amd64-bin", "mtools"]
-        {
+        for package in [
+            "qemu-system-x86",
+            "seabios",
+            "ovmf",
+            "bochs",
+            "grub-pc-bin",
+            "grub-efi-amd64-bin",
+            "mtools",
+            "dnsmasq-base",
+        ] {
             assert_eq!(packages.iter().filter(|p| **p == package).count(), 1, "{package}");
         }
         assert!(!packages.contains(&"rustc-web"));
@@ -216,7 +223,7 @@ mod tests {
     #[test]
     fn nothing_is_done_where_nothing_is_missing() {
         let host = Fake {
-            programs: vec!["qemu-system-x86_64", "bochs", "grub-mkimage", "xorriso", "mformat"],
+            programs: vec!["qemu-system-x86_64", "bochs", "grub-mkimage", "xorriso", "mformat", "dnsmasq"],
             files: vec![
                 "/OVMF",
                 "/usr/share/bochs/BIOS-bochs-latest",
