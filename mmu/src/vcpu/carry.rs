@@ -98,6 +98,7 @@ impl Mmu {
         };
         let slot = self.roots.free_slot();
         self.roots.push(Cached::new(key, root, true, slot));
+        self.note_seen();
         // Remembered until the entry.
         let _ = self.run_on();
         Ok(())

@@ -107,7 +107,12 @@ impl Mmu {
         guard: &mut Exclusive<'m, B>,
         address: Gva,
     ) -> ShadowDone<()> {
-        let done = kind.sync_address(guard, self.root, address);
+        let done = match self.near(address) {
+            Some(near) if kind.sync_near(guard, near, address) => {
+                ShadowDone { outcome: (), issued: kind.issue(guard) }
+            }
+            _ => kind.sync_address(guard, self.root, address),
+        };
         self.forget(address);
         done
     }
