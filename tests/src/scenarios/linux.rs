@@ -17,12 +17,12 @@ use crate::scenario::{Need, Scenario};
 
 pub(super) fn all() -> Vec<Scenario> {
     let scenarios = vec![
-        Scenario::new("linux", |ctx| script(ctx, &ctx.machine())).limit(600),
-        Scenario::new("linux_shadow", shadow).limit(600),
+        Scenario::new("linux", |ctx| script(ctx, &ctx.machine(), "")).limit(600),
+        Scenario::new("linux_shadow", |ctx| script(ctx, &ctx.machine(), "mmu = \"shadow\"\n")).limit(600),
         Scenario::new("linux_reboot", reboot).limit(600),
         Scenario::new("linux_piped", piped).limit(600),
         Scenario::new("linux_bochs_vmx", bochs).needs(&[Need::Grub, Need::Bochs]).limit(900),
-        Scenario::new("linux_bochs_vmx_script", |ctx| script(ctx, &bochs_vmx(ctx, BochsCpu::SkylakeX)))
+        Scenario::new("linux_bochs_vmx_script", |ctx| script(ctx, &bochs_vmx(ctx, BochsCpu::SkylakeX), ""))
             .needs(&[Need::Grub, Need::Bochs])
             .limit(3600)
             .long(),
@@ -75,8 +75,9 @@ pub(super) fn power_off(mut vm: Vm) -> Result<String> {
     Ok(vm.end_with(0)?.log)
 }
 
-fn script(ctx: &Ctx, machine: &Machine) -> Result<Cases> {
-    let mut vm = boot(ctx, machine)?;
+/// Runs the script in Linux, described by `more` lines of umbra.toml.
+fn script(ctx: &Ctx, machine: &Machine, more: &str) -> Result<Cases> {
+    let mut vm = boot_with(ctx, machine, more)?;
     compute(&mut vm)?;
     let before = vm.log().len();
     vm.type_line("/root/scenario.sh")?;
@@ -95,14 +96,6 @@ fn reboot(ctx: &Ctx) -> Result<Cases> {
     vm.expect("^umbra: vm \"linux\": reset")?;
     vm.expect("Linux version ")?;
     vm.expect(&format!("^{PROMPT}"))?;
-    compute(&mut vm)?;
-    power_off(vm)?;
-    Ok(Cases::passed())
-}
-
-/// On shadow tables. Of the script all passes but `sleep_accuracy`: programs start too slowly there for its half second.
-fn shadow(ctx: &Ctx) -> Result<Cases> {
-    let mut vm = boot_with(ctx, &ctx.machine(), "mmu = \"shadow\"\n")?;
     compute(&mut vm)?;
     power_off(vm)?;
     Ok(Cases::passed())

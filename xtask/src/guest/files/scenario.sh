@@ -105,7 +105,13 @@ signals() {
 job_control() {
     sleep 100 &
     kill -STOP $!
-    grep -q '^State:.T' /proc/$!/status || return 1
+    # It stops when it next runs.
+    tries=0
+    until grep -q '^State:.T' /proc/$!/status; do
+        tries=$((tries + 1))
+        [ $tries -gt 500 ] && { kill -KILL $!; return 1; }
+        usleep 10000
+    done
     kill -CONT $!
     kill $!
     wait $!
@@ -119,18 +125,23 @@ clock_source() {
 }
 
 # The clock is the TSC; the timer that ends a sleep is the local APIC's. They must agree. A busy host may end a sleep
-# late but never early, so the best of five counts.
+# late but never early, so the best of five counts, less what it takes to start a program that does not sleep.
 sleep_agrees() {
     best=100000
+    idle=100000
     for n in 1 2 3 4 5; do
         start=$(now_cs)
+        sleep 0
+        between=$(now_cs)
         sleep 0.5
-        took=$(($(now_cs) - start))
+        end=$(now_cs)
+        took=$((end - between))
         [ $took -lt 49 ] && { echo "a sleep of 0.50 s took 0.$took s"; return 1; }
         [ $took -lt $best ] && best=$took
+        [ $((between - start)) -lt $idle ] && idle=$((between - start))
     done
-    echo "the best sleep of 0.50 s took ${best}0 ms"
-    [ $best -le 60 ]
+    echo "the best sleep of 0.50 s took ${best}0 ms, and one of none ${idle}0 ms"
+    [ $((best - idle)) -le 60 ]
 }
 
 # The CMOS clock against the TSC: three seconds of the one are three of the other.
