@@ -449,6 +449,8 @@ mutants! {
         NearReadOnly = "near_read_only" by ["shadow", "any_history"];
         /// A near fault makes a clean page writable.
         NearClean = "near_clean" by ["shadow", "any_history"];
+        /// An entry that the guest has not used is mapped when it is flushed.
+        RenewUnused = "renew_unused" by ["shadow", "any_history"];
         /// A leaf whose entry has changed counts as up to date.
         SeenChanged = "seen_changed" by ["shadow", "sync", "vcpu"];
         /// The vCPU goes back to a root that is behind.

@@ -6,7 +6,7 @@ use super::compose::caching;
 use super::fault::AROUND;
 use super::lowest::{Lowest, LowestTable};
 use super::sites::FlushSite;
-use super::{is_nested, number, space, Issued, Kept, ShadowDone, ShadowMmu};
+use super::{is_nested, number, space, Issued, Kept, Note, ShadowDone, ShadowMmu};
 use crate::access::{Access, AccessKind, Prot};
 use crate::addr::{Gpa, Gva};
 use crate::format::{EntryFormat, Writability};
@@ -193,9 +193,38 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         self.begin(guard);
         if self.page(near.lowest.page).unsync {
             let table = near.lowest.find(Held::<B>::memory(guard));
-            self.sync_from(&table, Level::L1.index(address.bits() >> 12));
+            let index = Level::L1.index(address.bits() >> 12);
+            let raw = table.read(index).unwrap_or(0);
+            let Note { kept, seen, .. } = *self.note(number(near.lowest.page, index));
+            if raw != seen || raw == 0 {
+                self.renew(&table, index, kept, raw);
+            }
         }
         true
+    }
+
+    /// The guest has flushed an entry that is `raw` now, and was not. What the guest has used of it before is mapped at once: most
+    /// often it is about to be used.
+    #[inline(never)]
+    fn renew<B: Backing>(&mut self, table: &LowestTable<'_, '_, B>, index: usize, kept: Kept, raw: u64) {
+        let (memory, lowest) = (table.memory, table.lowest);
+        let entry = number(lowest.page, index);
+        let used = lowest.entries.is_accessed(raw) || mutant::is(Mutant::RenewUnused);
+        let quiet = !memory.invalidations().any_in_progress()
+            && !memory.is_logging()
+            && self.ops.acknowledged >= self.ops.barrier;
+        match (lowest.entries.read(raw).filter(|_| used), kept) {
+            (None, Kept::Nothing) => return,
+            (None, _) => return self.drop_entry(memory, entry),
+            (Some(_), Kept::Device(_) | Kept::Link(_)) => return self.sync_from(table, index),
+            (Some(_), _) if !quiet => return self.sync_from(table, index),
+            (Some(found), Kept::Leaf(gfn)) if found.page.gfn() != gfn => self.drop_entry(memory, entry),
+            (Some(_), _) => {}
+        }
+        // If it is not to be mapped so, what is there says no more than the entry all the same.
+        if self.install_near(table, index, raw, AccessKind::Read).is_none() {
+            self.sync_from(table, index);
+        }
     }
 
     /// Requests the flush of what was taken away, if anything was.
