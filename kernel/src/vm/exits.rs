@@ -474,7 +474,7 @@ impl<V: Vendor> Vcpu<V> {
         if hw.efer() & EFER_LMA == 0 || hw.cs_attributes() & CS_LONG == 0 {
             return None;
         }
-        let (bytes, len) = self.core.fetch(guest).ok()?;
+        let (bytes, len) = self.core.fetch_in_turns(guest).ok()?;
         let hw = &self.core.hw;
         let (linear, length) =
             invlpg::parse(&bytes, hw.gprs(), hw.rip()).filter(|&(_, length)| length <= len)?;
@@ -526,7 +526,7 @@ impl<V: Vendor> Vcpu<V> {
         let (register, next) = match (gpr, self.core.hw.exit_next_rip()) {
             (Some(register), Some(next)) => (usize::from(register), next),
             _ => {
-                let (bytes, len) = match self.core.fetch(guest) {
+                let (bytes, len) = match self.core.fetch_in_turns(guest) {
                     Ok(fetched) => fetched,
                     Err(fault) => {
                         self.refuse(guest, fault);
@@ -799,13 +799,20 @@ impl<V: Vendor> Core<V> {
     #[inline(always)]
     pub(super) fn fetch(&mut self, guest: &Guest<V>) -> Result<InsnBytes, Fault> {
         let linear = self.linear_rip(0);
-        self.paging.fetch(&guest.memory, &self.hw, linear)
+        self.paging.fetch::<V, false>(&guest.memory, &self.hw, linear)
+    }
+
+    /// The same for exits that are made in turns.
+    #[inline(always)]
+    fn fetch_in_turns(&mut self, guest: &Guest<V>) -> Result<InsnBytes, Fault> {
+        let linear = self.linear_rip(0);
+        self.paging.fetch::<V, true>(&guest.memory, &self.hw, linear)
     }
 
     /// Whether the byte `ahead` of RIP can be fetched.
     fn probe_fetch(&mut self, guest: &Guest<V>, ahead: u64) -> Result<(), Fault> {
         let linear = self.linear_rip(ahead);
-        self.paging.fetch(&guest.memory, &self.hw, linear).map(|_| ())
+        self.paging.fetch::<V, false>(&guest.memory, &self.hw, linear).map(|_| ())
     }
 
     /// Instruction bytes for a report; none if they cannot be read.
@@ -865,7 +872,7 @@ impl<V: Vendor> Core<V> {
         let only = |old: u64, bit: u64| (value ^ old) & !bit == 0;
         match cr {
             0 if only(hw.cr0(), CR0_WP) && hw.cr4() & CR4_CET == 0 => {
-                let goes = self.paging.goes_back(&guest.memory, cr, value, efer);
+                let goes = self.paging.goes_back_cr0(&guest.memory, value, efer);
                 if goes {
                     self.hw.set_cr0(value);
                 }
@@ -875,14 +882,14 @@ impl<V: Vendor> Core<V> {
                 let pcids = hw.cr4() & CR4_PCIDE != 0;
                 let cr3 = if pcids { value & !control_regs::CR3_NO_FLUSH } else { value };
                 let goes = cr3 & control_regs::physical_reserved(guest.cpuid.caps().phys_bits) == 0
-                    && self.paging.goes_back(&guest.memory, cr, value, efer);
+                    && self.paging.goes_back_cr3(&guest.memory, value);
                 if goes && cr3 != self.hw.cr3() {
                     self.hw.set_cr3(cr3);
                 }
                 goes
             }
             4 if only(hw.cr4(), CR4_PGE) && value & !guest.cpuid.caps().cr4 == 0 => {
-                let goes = self.paging.goes_back(&guest.memory, cr, value, efer);
+                let goes = self.paging.goes_back_cr4(&guest.memory, value);
                 if goes {
                     self.hw.set_cr4(value);
                 }

@@ -56,8 +56,9 @@ const WALKS: usize = 4;
 
 /// The kept walks.
 pub(super) struct FetchCache {
-    /// A copy of the last one.
+    /// Copies of the last one and of another one before it: kernels fault and handle faults in turns.
     last: Walk,
+    before: Walk,
     /// All of them, each in the place that its key names.
     walks: [Walk; WALKS],
 }
@@ -113,20 +114,21 @@ impl Walk {
 impl FetchCache {
     /// Nothing kept.
     pub(super) const fn new() -> Self {
-        Self { last: Walk::NONE, walks: [Walk::NONE; WALKS] }
+        Self { last: Walk::NONE, before: Walk::NONE, walks: [Walk::NONE; WALKS] }
     }
 
     /// Forgets the walks: the registers make another context now.
     pub(super) fn clear(&mut self) {
         self.last.seq = None;
+        self.before.seq = None;
         for walk in &mut self.walks {
             walk.seq = None;
         }
     }
 
-    /// Sixteen bytes of code at `linear`, if the last walk led there and they lie in one page.
+    /// Sixteen bytes of code at `linear`, if the last walk led there and they lie in one page; or, in `TURNS`, the one before.
     #[inline(always)]
-    pub(super) fn read(
+    pub(super) fn read<const TURNS: bool>(
         &self,
         shared: &Shared<'_, HostMemory>,
         linear: u64,
@@ -136,20 +138,31 @@ impl FetchCache {
         let key = Key { linear_page: linear >> 12, cr3, cpl };
         if key.is(&self.last.key) {
             self.last.read(shared, linear)
+        } else if TURNS && key.is(&self.before.key) {
+            self.before.read(shared, linear)
         } else {
             None
         }
     }
 
-    /// Makes the kept walk with this key the last one; whether there is one.
-    pub(super) fn turn_to(&mut self, linear: u64, cr3: u64, cpl: u8) -> bool {
+    /// The same of the one before, and of all that are kept, which then is the last one.
+    pub(super) fn read_other(
+        &mut self,
+        shared: &Shared<'_, HostMemory>,
+        linear: u64,
+        cr3: u64,
+        cpl: u8,
+    ) -> Option<[u8; 16]> {
         let key = Key { linear_page: linear >> 12, cr3, cpl };
-        let walk = &self.walks[key.place()];
-        let kept = key.is(&walk.key);
-        if kept {
-            self.last = *walk;
+        if key.is(&self.before.key) {
+            return self.before.read(shared, linear);
         }
-        kept
+        let walk = self.walks[key.place()];
+        if !key.is(&walk.key) {
+            return None;
+        }
+        self.before = core::mem::replace(&mut self.last, walk);
+        self.last.read(shared, linear)
     }
 
     /// Keeps a walk that `recorder` watched and that led to `page`, if all of it was recorded.
@@ -165,10 +178,12 @@ impl FetchCache {
         let key = Key { linear_page: linear >> 12, cr3, cpl };
         let walk = &mut self.walks[key.place()];
         walk.seq = None;
-        self.last.seq = None;
         let Some((steps, len)) = recorder.steps() else { return };
         let Some(code) = shared.ram(page).and_then(|at| shared.backing().pointer(&at)) else { return };
         *walk = Walk { key, seq: shared.settled(), steps, len, code };
+        if self.before.key.is(&key) || !self.last.key.is(&key) {
+            self.before = self.last;
+        }
         self.last = *walk;
     }
 }

@@ -649,15 +649,24 @@ impl Paging {
         let _ = self.mmu.mov_to_cr4(cr4, hw.pdptes().unwrap_or_default());
     }
 
-    /// A write of a control register in long mode that leads back to a root: `value` is in order, and is nothing but another CR3,
-    /// CR0.WP or CR4.PGE. If it was followed, the register is left to be set.
+    /// CR3, CR0 or CR4 that lead back to a root, in long mode. Each is in order; if it was followed, the register is left to be set.
     #[inline]
-    pub fn goes_back<V: Vendor>(&mut self, memory: &GuestMemory<V>, cr: u8, value: u64, efer: u64) -> bool {
-        self.at_once(memory, |mmu, kind, guard| match cr {
-            0 => mmu.mov_to_seen_cr0(kind, guard, Cr0::from_bits_retain(value), Efer::from_bits_retain(efer)),
-            3 => mmu.mov_to_seen_cr3(kind, guard, value),
-            _ => mmu.mov_to_seen_cr4(kind, guard, Cr4::from_bits_retain(value)),
-        })
+    pub fn goes_back_cr3<V: Vendor>(&mut self, memory: &GuestMemory<V>, value: u64) -> bool {
+        self.at_once(memory, |mmu, kind, guard| mmu.mov_to_seen_cr3(kind, guard, value))
+    }
+
+    /// See [`goes_back_cr3`](Self::goes_back_cr3); of CR0 nothing but WP is another.
+    #[inline]
+    pub fn goes_back_cr0<V: Vendor>(&mut self, memory: &GuestMemory<V>, value: u64, efer: u64) -> bool {
+        let (cr0, efer) = (Cr0::from_bits_retain(value), Efer::from_bits_retain(efer));
+        self.at_once(memory, |mmu, kind, guard| mmu.mov_to_seen_cr0(kind, guard, cr0, efer))
+    }
+
+    /// See [`goes_back_cr3`](Self::goes_back_cr3); of CR4 nothing but PGE is another.
+    #[inline]
+    pub fn goes_back_cr4<V: Vendor>(&mut self, memory: &GuestMemory<V>, value: u64) -> bool {
+        let cr4 = Cr4::from_bits_retain(value);
+        self.at_once(memory, |mmu, kind, guard| mmu.mov_to_seen_cr4(kind, guard, cr4))
     }
 
     /// Tries what is done with an event at once, if it can be; whether it was.
@@ -750,8 +759,10 @@ impl Paging {
 
     /// Copies instruction bytes at linear address `linear`: up to fifteen, fewer if the next page cannot be
     /// fetched from. Fails if not even the first byte can be. The sixteenth byte is not meant to be used.
+    ///
+    /// `TURNS` is for exits that code and a handler of its faults make in turns.
     #[inline(always)]
-    pub fn fetch<V: Vendor>(
+    pub fn fetch<V: Vendor, const TURNS: bool>(
         &mut self,
         memory: &GuestMemory<V>,
         hw: &V::Vcpu,
@@ -764,7 +775,7 @@ impl Paging {
             self.refresh(hw);
         }
         let shared = memory.vm.shared(self.host_cpu);
-        match self.fetches.read(&shared, linear, hw.cr3(), hw.cpl()) {
+        match self.fetches.read::<TURNS>(&shared, linear, hw.cr3(), hw.cpl()) {
             Some(bytes) => Ok((bytes, MAX_INSN_BYTES)),
             None => self.fetch_otherwise(&shared, hw, linear),
         }
@@ -777,12 +788,10 @@ impl Paging {
         hw: &H,
         linear: u64,
     ) -> Result<([u8; 16], usize), Fault> {
-        if self.fetches.turn_to(linear, hw.cr3(), hw.cpl()) {
-            if let Some(bytes) = self.fetches.read(shared, linear, hw.cr3(), hw.cpl()) {
-                return Ok((bytes, MAX_INSN_BYTES));
-            }
+        match self.fetches.read_other(shared, linear, hw.cr3(), hw.cpl()) {
+            Some(bytes) => Ok((bytes, MAX_INSN_BYTES)),
+            None => self.fetch_by_walk(shared, hw, linear),
         }
-        self.fetch_by_walk(shared, hw, linear)
     }
 
     #[cold]
