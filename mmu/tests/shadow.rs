@@ -117,6 +117,28 @@ fn c5_two_invalidated_addresses_are_both_heard_of() {
     }
 }
 
+/// F: an entry that the guest has changed and flushed may be mapped at once only if it is accessed, for else its next use would not
+/// mark it.
+#[test]
+fn f1_a_flushed_entry_is_not_mapped_before_it_is_used() {
+    let mut world = world(BASE);
+    world.access(0, 0x1000, What::Read, Who::Supervisor);
+    let mut mapped = 0;
+    for frame in 8..16 {
+        world.guest_store(0, 0x4008, frame << 12 | 0x67);
+        world.invlpg(0, 0x1000);
+        mapped += u32::from(world.hardware(0, 0x1000, What::Read, Who::Supervisor).is_some());
+        world.guest_store(0, 0x4008, frame << 12 | 0x2_0007);
+        world.invlpg(0, 0x1000);
+        assert_eq!(world.hardware(0, 0x1000, What::Read, Who::Supervisor), None, "not used yet");
+        let at = Ended::At(frame << 12 | 0x2_0000);
+        assert_eq!(world.access(0, 0x1000, What::Read, Who::Supervisor), at);
+        assert_eq!(world.ram().get(0x4008), Some(frame << 12 | 0x2_0027));
+    }
+    assert!(mapped > 0, "one that was used is");
+    world.finish();
+}
+
 /// Protection keys are the processor's affair: it finds them where the guest has put them.
 #[test]
 fn shadows_have_the_guests_protection_keys() {
