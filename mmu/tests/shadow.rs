@@ -12,7 +12,8 @@ use support::shadow::{Ended, World, CPU, PAGES};
 
 const TABLES: u64 = 0x1000;
 
-/// Four levels from 0x1000 on; the first 64 pages mapped one to one, a 2 MiB page after them, and another table at 4 MiB.
+/// Four levels from 0x1000 on; the first 64 pages mapped one to one, a 2 MiB page after them, and another table at 4
+/// MiB.
 fn long_mode(ram: &FlatRam) {
     ram.set(TABLES, 0x2000 | 0x67);
     ram.set(0x2000, 0x3000 | 0x67);
@@ -117,8 +118,8 @@ fn c5_two_invalidated_addresses_are_both_heard_of() {
     }
 }
 
-/// F: an entry that the guest has changed and flushed may be mapped at once only if it is accessed, for else its next use would not
-/// mark it.
+/// F: an entry that the guest has changed and flushed may be mapped at once only if it is accessed, for else its next
+/// use would not mark it.
 #[test]
 fn f1_a_flushed_entry_is_not_mapped_before_it_is_used() {
     let mut world = world(BASE);
@@ -432,7 +433,8 @@ fn g1_nested_tables_of_svm() {
     world.finish();
 }
 
-/// 3ddf6c06e13e, B9: neighbours that the guest has used are mapped beforehand, as not accessed, and fault as they should.
+/// 3ddf6c06e13e, B9: neighbours that the guest has used are mapped beforehand, as not accessed, and fault as they
+/// should.
 #[test]
 fn commit_3ddf6c06e13e_prefetched_neighbours() {
     let mut world = world(BASE);

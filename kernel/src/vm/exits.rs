@@ -115,8 +115,8 @@ impl<V: Vendor> Vcpu<V> {
         }
     }
 
-    /// The same of an exception with an error code. If nothing else waits, the next entry delivers it without a look at anything
-    /// else.
+    /// The same of an exception with an error code. If nothing else waits, the next entry delivers it without a look
+    /// at anything else.
     #[inline]
     fn raise_at_once(&mut self, guest: &Guest<V>, vector: u8, error_code: u32) {
         let core = &mut self.core;
@@ -742,7 +742,8 @@ impl<V: Vendor> Core<V> {
         Ok(())
     }
 
-    /// WRMSR of what [`MsrState`] does not know: the clock's registers, and, by the emulator, IA32_PKRS, which is not intercepted.
+    /// WRMSR of what [`MsrState`] does not know: the clock's registers, and, by the emulator, IA32_PKRS, which is not
+    /// intercepted.
     #[cold]
     fn write_other_msr(&mut self, guest: &Guest<V>, msr: u32, value: u64) -> Result<(), Gp> {
         match msr {
@@ -861,8 +862,8 @@ impl<V: Vendor> Core<V> {
         self.apply(guest, &now, &change)
     }
 
-    /// The writes that kernels make all the time, on shadow tables in long mode: another address space, CR0.WP and CR4.PGE off and
-    /// on. Whether it was one, and is done.
+    /// The writes that kernels make all the time, on shadow tables in long mode: another address space, CR0.WP and
+    /// CR4.PGE off and on. Whether it was one, and is done.
     #[inline]
     fn goes_back(&mut self, guest: &Guest<V>, cr: u8, value: u64) -> bool {
         let (hw, efer) = (&self.hw, self.hw.efer());

@@ -126,7 +126,8 @@ impl FetchCache {
         }
     }
 
-    /// Sixteen bytes of code at `linear`, if the last walk led there and they lie in one page; or, in `TURNS`, the one before.
+    /// Sixteen bytes of code at `linear`, if the last walk led there and they lie in one page; or, in `TURNS`, the
+    /// one before.
     #[inline(always)]
     pub(super) fn read<const TURNS: bool>(
         &self,

@@ -286,8 +286,8 @@ pub enum PageFault {
         /// Guest-physical address.
         gpa: u64,
     },
-    /// The guest may make the access, but the processor never will: without CR0.WP a protection key does not hold back the
-    /// supervisor's writes, and on shadow tables the processor's CR0.WP is set.
+    /// The guest may make the access, but the processor never will: without CR0.WP a protection key does not hold
+    /// back the supervisor's writes, and on shadow tables the processor's CR0.WP is set.
     DespiteKey,
     /// A table of the guest lies where its writes cannot be followed.
     TableOutsideRam,
@@ -342,8 +342,8 @@ impl Paging {
         let role = CpuRole::new(&PagingState::RESET.regs, &cpu);
         let mmu = match memory.tables() {
             Tables::Direct(direct) => Mmu::new(role, direct.root()),
-            // The depth is that of nested tables' shadows, which there are none of; the processor keeps accessed and dirty
-            // bits in every table.
+            // The depth is that of nested tables' shadows, which there are none of; the processor keeps accessed and
+            // dirty bits in every table.
             Tables::Shadow(_) => Mmu::shadow(PagingState::RESET, cpu, Level::L4, true, Tags::One),
         };
         let mut paging = Self {
@@ -584,9 +584,9 @@ impl Paging {
                             && access.agent == Agent::Supervisor
                             && self.heeds_smap() =>
                 {
-                    // The tables permit an access by an operand, and yet it faulted. Another vCPU may just have mapped the
-                    // page; if the same access faults again, its key is in the way, or it is one of the processor's own,
-                    // which RFLAGS.AC does not concern.
+                    // The tables permit an access by an operand, and yet it faulted. Another vCPU may just have
+                    // mapped the page; if the same access faults again, its key is in the way, or it is one of the
+                    // processor's own, which RFLAGS.AC does not concern.
                     let at = (hw.rip(), linear);
                     if self.spurious.replace(at) != Some(at) {
                         return PageFault::Mapped;
@@ -649,7 +649,8 @@ impl Paging {
         let _ = self.mmu.mov_to_cr4(cr4, hw.pdptes().unwrap_or_default());
     }
 
-    /// CR3, CR0 or CR4 that lead back to a root, in long mode. Each is in order; if it was followed, the register is left to be set.
+    /// CR3, CR0 or CR4 that lead back to a root, in long mode. Each is in order; if it was followed, the register is
+    /// left to be set.
     #[inline]
     pub fn goes_back_cr3<V: Vendor>(&mut self, memory: &GuestMemory<V>, value: u64) -> bool {
         self.at_once(memory, |mmu, kind, guard| mmu.mov_to_seen_cr3(kind, guard, value))
@@ -730,7 +731,8 @@ impl Paging {
         let _ = self.mmu.flush_guest();
     }
 
-    /// Where an access of guest-physical address `gpa` leads. A `write` to read-only memory is a device's affair: nobody's.
+    /// Where an access of guest-physical address `gpa` leads. A `write` to read-only memory is a device's affair:
+    /// nobody's.
     #[inline]
     pub fn place<V: Vendor>(&self, memory: &GuestMemory<V>, gpa: u64, write: bool) -> Place {
         let (shared, at) = (memory.vm.shared(self.host_cpu), Gpa::new_truncate(gpa));

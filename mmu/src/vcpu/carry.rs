@@ -26,8 +26,9 @@ impl Mmu {
         self.root == crate::kind::Root::NONE
     }
 
-    /// Does what is due: drops obsolete roots, takes the root for what the vCPU is now if none is kept, and brings up to date
-    /// what the guest has flushed. After a failure, do what it says and call this again; nothing is half done.
+    /// Does what is due: drops obsolete roots, takes the root for what the vCPU is now if none is kept, and brings up
+    /// to date what the guest has flushed. After a failure, do what it says and call this again; nothing is half
+    /// done.
     ///
     /// If the page quota is used up, roots that were kept for later are given back first.
     pub fn carry_out<'m, F: EntryFormat, M: TableMemory, B: Backing + 'm>(
@@ -104,8 +105,8 @@ impl Mmu {
         Ok(())
     }
 
-    /// Gives back the root that was used least lately, if it is not the current one; whether there was one. It pins pages of
-    /// the quota no longer.
+    /// Gives back the root that was used least lately, if it is not the current one; whether there was one. It pins
+    /// pages of the quota no longer.
     pub fn shed_root<'m, F: EntryFormat, M: TableMemory, B: Backing + 'm>(
         &mut self,
         kind: &mut ShadowMmu<'_, F, M>,
@@ -131,8 +132,8 @@ impl Mmu {
         Requests { load: true, ..Requests::NONE }
     }
 
-    /// [`ShadowMmu::fault`] on the current root. A root that is gone is given back and has to be loaded anew; if the page
-    /// quota is used up, roots that were kept for later go first.
+    /// [`ShadowMmu::fault`] on the current root. A root that is gone is given back and has to be loaded anew; if the
+    /// page quota is used up, roots that were kept for later go first.
     pub fn fault<'m, F: EntryFormat, M: TableMemory, B: Backing + 'm>(
         &mut self,
         kind: &mut ShadowMmu<'_, F, M>,

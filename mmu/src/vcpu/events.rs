@@ -1,7 +1,8 @@
 //! What happens to a vCPU's registers and translations: each event names its exact scope and says what follows from it.
 //!
-//! Scopes are those of Intel SDM vol. 3, 4.10.4.1 and AMD APM vol. 2, 5.5.2, both together where they differ. Global pages
-//! are not told apart: what spares them covers them, too. With a direct kind the processor does all of this by itself.
+//! Scopes are those of Intel SDM vol. 3, 4.10.4.1 and AMD APM vol. 2, 5.5.2, both together where they differ. Global
+//! pages are not told apart: what spares them covers them, too. With a direct kind the processor does all of this by
+//! itself.
 use super::key::{GuestTag, PagingState};
 use super::requests::{Requests, Sync, TagFlush};
 use super::Mmu;
@@ -131,8 +132,8 @@ pub(super) fn flushed_by_cr4(old: Cr4, new: Cr4, pcid: u16) -> Flushed {
 impl Mmu {
     /// MOV to CR3, or the load of CR3 by a task switch, with the PDPTEs that it loads under PAE.
     ///
-    /// The translations of the PCID that is loaded go (without PCIDs: of 000H), unless bit 63 says to keep them, which is
-    /// an order only with CR4.PCIDE.
+    /// The translations of the PCID that is loaded go (without PCIDs: of 000H), unless bit 63 says to keep them,
+    /// which is an order only with CR4.PCIDE.
     pub fn mov_to_cr3(&mut self, value: u64, pdptes: [u64; 4]) -> Requests {
         let flushed = flushed_by_cr3(value, self.state.regs.cr4);
         (self.state.cr3, self.state.pdptes) = (value & !NO_FLUSH, pdptes);
@@ -148,8 +149,8 @@ impl Mmu {
         self.then(Sync::All, |of| flushed.covers(of.pcid))
     }
 
-    /// MOV to CR4, with the PDPTEs that it loads. A change of PGE, PAE or PSE takes all translations, as do clearing PCIDE
-    /// and setting PKE; setting SMEP takes those of the current PCID, setting PCIDE none.
+    /// MOV to CR4, with the PDPTEs that it loads. A change of PGE, PAE or PSE takes all translations, as do clearing
+    /// PCIDE and setting PKE; setting SMEP takes those of the current PCID, setting PCIDE none.
     pub fn mov_to_cr4(&mut self, cr4: Cr4, pdptes: [u64; 4]) -> Requests {
         let old = self.state.regs.cr4;
         let regs = PagingRegs { cr4, ..self.state.regs };
@@ -165,8 +166,8 @@ impl Mmu {
         self.then(Sync::All, |_| false)
     }
 
-    /// INVLPG: the address in the current PCID, and global pages there in all, so all roots are concerned. An address that
-    /// is not canonical is no matter.
+    /// INVLPG: the address in the current PCID, and global pages there in all, so all roots are concerned. An address
+    /// that is not canonical is no matter.
     pub fn invlpg(&mut self, address: Gva) -> Requests {
         let canonical = self.role.check_canonical(address).is_ok();
         self.then(Sync::Address(address), |_| canonical && !mutant::drops(FlushSite::Invlpg))
@@ -186,15 +187,15 @@ impl Mmu {
         }
     }
 
-    /// A page fault is delivered to the guest: by itself it takes away what the TLB has of the address, so the guest may change
-    /// the entry in any way without another word (Intel SDM vol. 3, 4.10.4.1). Of an entry that is not present, or has reserved
-    /// bits set, it may have what was there before.
+    /// A page fault is delivered to the guest: by itself it takes away what the TLB has of the address, so the guest
+    /// may change the entry in any way without another word (Intel SDM vol. 3, 4.10.4.1). Of an entry that is not
+    /// present, or has reserved bits set, it may have what was there before.
     pub fn page_fault(&mut self, address: Gva) -> Requests {
         self.then(Sync::Address(address), |_| !mutant::drops(FlushSite::PageFault))
     }
 
-    /// All translations of whoever runs go: whatever else has that effect, like a flush that the guest asked another vCPU
-    /// for.
+    /// All translations of whoever runs go: whatever else has that effect, like a flush that the guest asked another
+    /// vCPU for.
     pub fn flush_guest(&mut self) -> Requests {
         self.then(Sync::All, |_| !mutant::drops(FlushSite::FlushGuest))
     }
@@ -217,8 +218,8 @@ impl Mmu {
         self.and_then(Sync::All, |_| !mutant::drops(FlushSite::SwitchSmm))
     }
 
-    /// The registers, or the CPU that the guest sees, were set from outside: nothing is known of what the TLB holds, so it is
-    /// flushed, too.
+    /// The registers, or the CPU that the guest sees, were set from outside: nothing is known of what the TLB holds,
+    /// so it is flushed, too.
     pub fn set_from_outside(&mut self, state: PagingState, cpu: GuestCpu) -> Requests {
         self.guest_cpu = cpu;
         self.roots.forget_seen();
@@ -245,8 +246,8 @@ impl Mmu {
         self.then(Sync::All, |_| false)
     }
 
-    /// What follows: roots whose tag `covers` names are behind by `how`, and the root for the registers of now is selected.
-    /// Whoever runs, L1 or L2, flushes its own translations only.
+    /// What follows: roots whose tag `covers` names are behind by `how`, and the root for the registers of now is
+    /// selected. Whoever runs, L1 or L2, flushes its own translations only.
     fn then(&mut self, how: Sync, covers: impl Fn(GuestTag) -> bool) -> Requests {
         let context = self.context;
         self.and_then(how, |tag| tag.context == context && covers(tag))

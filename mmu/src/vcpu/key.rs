@@ -40,12 +40,12 @@ pub(super) fn are_same(some: &[u64; 4], others: &[u64; 4]) -> bool {
     some.iter().zip(others).fold(0, |differs, (one, other)| differs | (one ^ other)) == 0
 }
 
-/// The guest's own name for what it may flush by itself. Two tags share no translation as far as the guest knows, so a root
-/// is up to date for one of them.
+/// The guest's own name for what it may flush by itself. Two tags share no translation as far as the guest knows, so
+/// a root is up to date for one of them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct GuestTag {
-    /// L1's name for L2: the VPID or the ASID; zero for L1 itself, and where L1's flushes go by the table's address alone
-    /// (extended page tables: Intel SDM vol. 3, 29.4).
+    /// L1's name for L2: the VPID or the ASID; zero for L1 itself, and where L1's flushes go by the table's address
+    /// alone (extended page tables: Intel SDM vol. 3, 29.4).
     pub context: u16,
     /// The PCID; zero for nested tables.
     pub pcid: u16,
@@ -62,8 +62,8 @@ pub struct RootKey {
 }
 
 impl RootKey {
-    /// The key of the root for `role` over the table that `pointer` names: CR3, nCR3 or an EPT pointer. A direct root has
-    /// no pointer, and of PAE the four PDPTEs are the key, for the processor reads them once.
+    /// The key of the root for `role` over the table that `pointer` names: CR3, nCR3 or an EPT pointer. A direct root
+    /// has no pointer, and of PAE the four PDPTEs are the key, for the processor reads them once.
     pub fn new(role: RootRole, pointer: u64, pdptes: [u64; 4], tag: GuestTag) -> Self {
         let Some(guest) = role.base().guest().filter(|_| !role.is_direct()) else {
             return Self { role, pointer: 0, pdptes: [0; 4], tag: GuestTag::default() };

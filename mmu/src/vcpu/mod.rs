@@ -56,10 +56,10 @@ enum Serves {
 
 /// The run state of one vCPU with one kind: the sketch's `root_mmu`, and its `tdp12_mmu`.
 ///
-/// It keeps the root it runs on and the three before, whatever kind they are of, found by everything that decides what a root
-/// says ([`RootKey`]). Whatever happens to the vCPU is a method that says what follows from it ([`Requests`]); what must be
-/// done before the next [`enter`](Self::enter) is remembered here, as is what makes the content of its TLB tag wrong: a
-/// switch of roots, another physical CPU, a flush generation.
+/// It keeps the root it runs on and the three before, whatever kind they are of, found by everything that decides
+/// what a root says ([`RootKey`]). Whatever happens to the vCPU is a method that says what follows from it
+/// ([`Requests`]); what must be done before the next [`enter`](Self::enter) is remembered here, as is what makes the
+/// content of its TLB tag wrong: a switch of roots, another physical CPU, a flush generation.
 #[derive(Debug)]
 pub struct Mmu {
     /// What is entered on: [`Root::NONE`] while there is work.
@@ -127,7 +127,8 @@ impl Mmu {
         Self { role, ..self }
     }
 
-    /// Whether the vCPU's own tables, or L1's, are shadowed; if not, the processor does what the events tell of by itself.
+    /// Whether the vCPU's own tables, or L1's, are shadowed; if not, the processor does what the events tell of by
+    /// itself.
     #[inline]
     pub const fn is_shadow(&self) -> bool {
         matches!(self.serves, Serves::Shadow { .. })
@@ -163,8 +164,8 @@ impl Mmu {
         self.root
     }
 
-    /// Switches to `root` of the direct kind, of which the caller holds the share. A flush that follows is also remembered
-    /// until the next entry.
+    /// Switches to `root` of the direct kind, of which the caller holds the share. A flush that follows is also
+    /// remembered until the next entry.
     pub fn set_root(&mut self, root: Root) -> TagFlush {
         if root == self.root {
             return TagFlush::None;
@@ -299,8 +300,8 @@ impl Mmu {
         }
     }
 
-    /// Roots that `covers` are behind by `how`: which those are, and what has to be flushed. Tags of their own that are not
-    /// the current one are flushed when they are next used.
+    /// Roots that `covers` are behind by `how`: which those are, and what has to be flushed. Tags of their own that
+    /// are not the current one are flushed when they are next used.
     fn fall_behind(&mut self, how: Sync, covers: impl Fn(&RootKey) -> bool) -> (RootSet, TagFlush) {
         let marked = self.roots.mark(how, covers);
         let flush = match how {

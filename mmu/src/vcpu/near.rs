@@ -19,8 +19,8 @@ impl Mmu {
         last.as_ref().filter(is_for).or_else(|| before.as_ref().filter(is_for))
     }
 
-    /// A fault of an access near the last one: the walk and what follows from it, if that is a leaf to be made or a fault of the
-    /// guest's. `None` if it takes more: then nothing has happened that the walk would not do anyway.
+    /// A fault of an access near the last one: the walk and what follows from it, if that is a leaf to be made or a
+    /// fault of the guest's. `None` if it takes more: then nothing has happened that the walk would not do anyway.
     ///
     /// `context` and `regs` are those of the vCPU's registers. The fault is [told](Self::page_fault) already.
     #[inline]
@@ -49,8 +49,8 @@ impl Mmu {
         }
     }
 
-    /// [`invlpg`](Self::invlpg), together with what it asks for; the entry flushes the address. `None` if there is more to be done
-    /// first: then nothing has happened.
+    /// [`invlpg`](Self::invlpg), together with what it asks for; the entry flushes the address. `None` if there is
+    /// more to be done first: then nothing has happened.
     #[inline]
     pub fn invlpg_at_once<'m, F: EntryFormat, M: TableMemory, B: Backing + 'm>(
         &mut self,
@@ -117,7 +117,8 @@ impl Mmu {
         done
     }
 
-    /// The current root is up to date for `address`, which the guest has flushed: the others are behind, and so is the tag.
+    /// The current root is up to date for `address`, which the guest has flushed: the others are behind, and so is
+    /// the tag.
     #[inline]
     fn forget(&mut self, address: Gva) {
         self.leave_behind(address);

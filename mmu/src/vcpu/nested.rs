@@ -24,8 +24,8 @@ pub enum Running {
 pub struct VcpuMmus {
     /// For L1: a direct kind, or a shadow of its own tables. It also serves an L2 without nested tables.
     pub root_mmu: Mmu,
-    /// For L2: a shadow of L1's nested tables. It has a hardware tag of its own, so that neither entries nor exits of L2 flush
-    /// one.
+    /// For L2: a shadow of L1's nested tables. It has a hardware tag of its own, so that neither entries nor exits of
+    /// L2 flush one.
     pub tdp12_mmu: Mmu,
     /// How whoever [`Running::Root`] stands for has its own tables read.
     pub walk01: PagingContext<Gva, Gpa>,
@@ -90,8 +90,8 @@ impl VcpuMmus {
         }
     }
 
-    /// L2 runs on the nested tables that `tdp12_mmu` was [told](Mmu::set_nested) of. The requests are those of its root; of
-    /// what L1 asked to flush at the entry, tell it by its own events.
+    /// L2 runs on the nested tables that `tdp12_mmu` was [told](Mmu::set_nested) of. The requests are those of its
+    /// root; of what L1 asked to flush at the entry, tell it by its own events.
     pub fn enter_nested(&mut self, role: CpuRole, pointer: u64, pdptes: [u64; 4], context: u16) -> Requests {
         self.running = Running::Tdp12;
         if self.tdp12_walk.role() != role {

@@ -40,8 +40,8 @@ pub enum Sync {
 }
 
 /// What an event asks for. The [`Mmu`](super::Mmu) remembers it: no entry succeeds before
-/// [`carry_out`](super::Mmu::carry_out) has done what concerns the current root, and a previous root is synced before it is
-/// run on again. So whoever drops this loses time, never correctness.
+/// [`carry_out`](super::Mmu::carry_out) has done what concerns the current root, and a previous root is synced before
+/// it is run on again. So whoever drops this loses time, never correctness.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use = "ask for `carry_out` if there is work, before the vCPU runs on"]
 pub struct Requests {
@@ -49,8 +49,8 @@ pub struct Requests {
     pub load: bool,
     /// Roots that have to be synced, and how much of them.
     pub sync: Option<(Sync, RootSet)>,
-    /// What has to be flushed from the hardware's TLB: the root is another one, or the guest's flush covers the current root.
-    /// (A kind need not flush when the guest makes an entry say less: not before the guest does.)
+    /// What has to be flushed from the hardware's TLB: the root is another one, or the guest's flush covers the
+    /// current root. (A kind need not flush when the guest makes an entry say less: not before the guest does.)
     pub flush: TagFlush,
 }
 

@@ -165,8 +165,8 @@ impl RootCache {
         self.iter_mut().for_each(|cached| cached.seen = Seen::NOTHING);
     }
 
-    /// Notes that roots are behind by `how`: those at places from `first` on whose key `covers`, direct ones excepted, which follow
-    /// from the slots.
+    /// Notes that roots are behind by `how`: those at places from `first` on whose key `covers`, direct ones
+    /// excepted, which follow from the slots.
     #[inline]
     pub(super) fn mark_from(&mut self, first: usize, how: Sync, covers: impl Fn(&RootKey) -> bool) {
         for &at in &self.order[first..] {
@@ -178,8 +178,8 @@ impl RootCache {
         }
     }
 
-    /// Notes that the roots which `covers` says are behind by `how`; which those are. Direct roots never are: they follow
-    /// from the slots.
+    /// Notes that the roots which `covers` says are behind by `how`; which those are. Direct roots never are: they
+    /// follow from the slots.
     pub(super) fn mark(&mut self, how: Sync, covers: impl Fn(&RootKey) -> bool) -> RootSet {
         let mut marked = RootSet::empty();
         let first = usize::from(!self.current);

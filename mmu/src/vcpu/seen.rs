@@ -1,5 +1,5 @@
-//! Moves to a root that was run on with the same registers before: guests switch between few address spaces, and switch CR0.WP
-//! and CR4.PGE off and on. What was worked out then still holds.
+//! Moves to a root that was run on with the same registers before: guests switch between few address spaces, and
+//! switch CR0.WP and CR4.PGE off and on. What was worked out then still holds.
 use super::events::{flushed_by_cr0, flushed_by_cr3, flushed_by_cr4, Flushed, NO_FLUSH};
 use super::requests::Sync;
 use super::{Mmu, Tags};
@@ -13,7 +13,8 @@ use crate::tables::TableMemory;
 /// Registers from which a role and a root followed.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Seen {
-    /// The bits of CR0, CR4 and EFER that a role or a PCID depends on, which are different bits in all three; zero for nothing.
+    /// The bits of CR0, CR4 and EFER that a role or a PCID depends on, which are different bits in all three; zero
+    /// for nothing.
     bits: u64,
     cr3: u64,
     role: CpuRole,

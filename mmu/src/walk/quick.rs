@@ -1,5 +1,5 @@
-//! The walk that a shadow's fault most often takes, on the spot: four levels down to a page of 4 KiB, with no bit to be set
-//! above its leaf.
+//! The walk that a shadow's fault most often takes, on the spot: four levels down to a page of 4 KiB, with no bit to
+//! be set above its leaf.
 use super::context::{PagingContext, Translation, WalkRegs};
 use super::fault::PageFaultCode;
 use super::result::{GuestWalk, WalkStep, MAX_STEPS};
@@ -12,9 +12,9 @@ use crate::mutant::{self, Mutant};
 use crate::role::RoleFlags;
 
 impl<In: Address, Out: Address> PagingContext<In, Out> {
-    /// The end of a walk, in tables of eight-byte entries: the entry `raw` of a lowest table, which entries that permit `parents`
-    /// lead to, as `access` marks it. If it does not permit the access, the guest's page fault; or nothing, if that takes a
-    /// closer look.
+    /// The end of a walk, in tables of eight-byte entries: the entry `raw` of a lowest table, which entries that
+    /// permit `parents` lead to, as `access` marks it. If it does not permit the access, the guest's page fault; or
+    /// nothing, if that takes a closer look.
     #[inline(always)]
     pub(crate) fn last_step(
         &self,

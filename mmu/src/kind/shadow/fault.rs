@@ -26,14 +26,15 @@ pub enum ShadowFault {
     Spurious,
     /// The guest has changed an entry since the walk, or the backing is in the way: walk and fault again.
     Retry,
-    /// Some CPU may still write to a table that is shadowed from now on: kick the CPUs that the flush names, and fault again
-    /// once it is acknowledged. The guest may be entered meanwhile.
+    /// Some CPU may still write to a table that is shadowed from now on: kick the CPUs that the flush names, and
+    /// fault again once it is acknowledged. The guest may be entered meanwhile.
     Wait,
     /// There is no RAM here: emulate the access.
     Mmio(Gpa),
     /// A write to a read-only slot: emulate the access.
     ReadOnly(Gpa),
-    /// A write to a table that is shadowed, or one that no shadow can permit: emulate it, then [say so](ShadowMmu::track_write).
+    /// A write to a table that is shadowed, or one that no shadow can permit: emulate it, then [say
+    /// so](ShadowMmu::track_write).
     WriteTracked(Gpa),
     /// The cache has too few table pages: fill it and fault again.
     NeedTables,
@@ -72,9 +73,9 @@ struct Goal {
 }
 
 impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
-    /// Handles a fault of `access` at `address`, which `walk` has found to be permitted by the guest's tables: the guest's
-    /// own page faults never get here.
-    /// The address is a linear one, or (of a shadow of nested tables) one of L2's physical addresses.
+    /// Handles a fault of `access` at `address`, which `walk` has found to be permitted by the guest's tables: the
+    /// guest's own page faults never get here. The address is a linear one, or (of a shadow of nested tables) one of
+    /// L2's physical addresses.
     pub fn fault<'m, B: Backing + 'm>(
         &mut self,
         guard: &mut Exclusive<'m, B>,
@@ -153,9 +154,10 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
 
     /// Follows the links below `page` as far as they lead where the walk went.
     ///
-    /// Writes to the tables above the lowest are tracked, so a link says what the guest's entry does: unless that is being
-    /// changed right now, on the hypervisor's side, and the change is reported only after this. Nothing else of the page
-    /// that a link leads to can differ from what would be linked now: all but these follows from the page above.
+    /// Writes to the tables above the lowest are tracked, so a link says what the guest's entry does: unless that is
+    /// being changed right now, on the hypervisor's side, and the change is reported only after this. Nothing else of
+    /// the page that a link leads to can differ from what would be linked now: all but these follows from the page
+    /// above.
     fn follow(&mut self, mut page: u32, walk: &GuestWalk<Gpa>, frame: u64) -> u32 {
         let now = self.ops.now;
         for pair in walk.steps().windows(2) {
@@ -203,7 +205,8 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         self.descend_to(guard, cache, walk, page, index, first, &child)
     }
 
-    /// Notes that there is no RAM at `gpa`, if notes are made. What it takes may be missing: then it is noted another time.
+    /// Notes that there is no RAM at `gpa`, if notes are made. What it takes may be missing: then it is noted another
+    /// time.
     fn make_note<'m, B: Backing + 'm>(
         &mut self,
         guard: &mut Exclusive<'m, B>,
@@ -248,14 +251,16 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
             if let Some(pdpte) = walk.pdpte {
                 let kept = self.page(page).pdptes.get(index).copied();
                 let gfn = Gpa::new_truncate(pdpte).gfn();
-                // Without registers for them the guest changes its pointers by a store: another root stands for them then.
+                // Without registers for them the guest changes its pointers by a store: another root stands for them
+                // then.
                 return if kept == Some(pdpte) { Ok((gfn, role.access)) } else { Err(ShadowFault::NoRoot) };
             }
         }
         Ok((self.page(page).gfn, role.access))
     }
 
-    /// Goes down through the entry at `index` to the page for `gfn` with role `child`, which is linked there if it is not.
+    /// Goes down through the entry at `index` to the page for `gfn` with role `child`, which is linked there if it is
+    /// not.
     #[expect(clippy::too_many_arguments, reason = "one step of a fault, which carries all of these")]
     fn descend_to<'m, B: Backing + 'm>(
         &mut self,
@@ -485,8 +490,8 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         }
     }
 
-    /// Maps what the guest's entry at `index` of a lowest table leads to, as not accessed, if the guest has used it before and
-    /// nothing is there. In a logged slot, the first write is still to come.
+    /// Maps what the guest's entry at `index` of a lowest table leads to, as not accessed, if the guest has used it
+    /// before and nothing is there. In a logged slot, the first write is still to come.
     pub(super) fn prefetch_entry<B: Backing>(&mut self, memory: &VmMemory<B>, page: u32, index: usize) {
         if memory.invalidations().any_in_progress() {
             return;
@@ -550,9 +555,9 @@ fn walk_caching(guest: Option<&CpuRole>, walk: &GuestWalk<Gpa>) -> Caching {
 /// Entries of which a fault maps those that the guest has used.
 pub(super) const AROUND: usize = 8;
 
-/// Whether the access is one that no entry can permit without permitting too much: a supervisor's write, with CR0.WP clear, to
-/// a read-only page of the user. As a supervisor's page it would be out of reach for SMAP, which was suspended, and for PKRU,
-/// and within that of IA32_PKRS.
+/// Whether the access is one that no entry can permit without permitting too much: a supervisor's write, with CR0.WP
+/// clear, to a read-only page of the user. As a supervisor's page it would be out of reach for SMAP, which was
+/// suspended, and for PKRU, and within that of IA32_PKRS.
 fn cannot_be_shadowed(root: &PageRole, walk: &GuestWalk<Gpa>, access: Access) -> bool {
     let flags = root.base.guest().map_or(RoleFlags::empty(), |guest| guest.flags());
     let forced = access.kind == AccessKind::Write && access.agent != Agent::User;
@@ -566,9 +571,9 @@ fn cannot_be_shadowed(root: &PageRole, walk: &GuestWalk<Gpa>, access: Access) ->
 
 /// What the leaf for an access permits.
 ///
-/// The shadow always runs with CR0.WP set. A supervisor's write to a read-only page, which the guest's clear CR0.WP permits,
-/// makes the page a writable one of the supervisor, until a user's access comes; what SMEP forbade as a user's page stays
-/// forbidden.
+/// The shadow always runs with CR0.WP set. A supervisor's write to a read-only page, which the guest's clear CR0.WP
+/// permits, makes the page a writable one of the supervisor, until a user's access comes; what SMEP forbade as a
+/// user's page stays forbidden.
 fn shadow_prot(root: &PageRole, walk: &GuestWalk<Gpa>, access: Access) -> Prot {
     let mut prot = walk.shadow_prot;
     let Some(guest) = root.base.guest() else { return prot };

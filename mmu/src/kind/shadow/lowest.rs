@@ -57,8 +57,8 @@ impl<'m, B: Backing> LowestTable<'_, 'm, B> {
         Some(place.forward(offset % PAGE_SIZE))
     }
 
-    /// The entries from the one behind `first` of the shadow page on; zero where there is none. `first` and their number are
-    /// such that they lie in one page.
+    /// The entries from the one behind `first` of the shadow page on; zero where there is none. `first` and their
+    /// number are such that they lie in one page.
     #[inline]
     pub(super) fn read_some<const N: usize>(&self, first: usize) -> [u64; N] {
         let mut entries = [0; N];

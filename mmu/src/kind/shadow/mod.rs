@@ -1,8 +1,8 @@
 //! The shadow kind: tables of Umbra's own that say what a guest's tables say.
 //!
-//! A *shadow page* stands for one table of the guest as read in one role, or (a *direct* one) for a run of guest frames
-//! below a guest's huge page. Every operation takes the VM's exclusive guard and the kind by unique reference, so nothing
-//! here runs beside anything else of the VM but its guests.
+//! A *shadow page* stands for one table of the guest as read in one role, or (a *direct* one) for a run of guest
+//! frames below a guest's huge page. Every operation takes the VM's exclusive guard and the kind by unique reference,
+//! so nothing here runs beside anything else of the VM but its guests.
 mod check;
 mod compose;
 mod fault;
@@ -60,7 +60,8 @@ struct Note {
     kept: Kept,
     next: u32,
     previous: u32,
-    /// The guest's entry that a leaf of a lowest table says no more than; zero, which says nothing, if that is not known.
+    /// The guest's entry that a leaf of a lowest table says no more than; zero, which says nothing, if that is not
+    /// known.
     seen: u64,
 }
 
@@ -87,8 +88,8 @@ pub struct ShadowPage {
     next: u32,
     /// The operation that used it last.
     used: u64,
-    /// Writes to its table are tracked on its behalf. Of a page that shadows a table neither this nor the next is so only if
-    /// it is a root whose slot was taken away.
+    /// Writes to its table are tracked on its behalf. Of a page that shadows a table neither this nor the next is so
+    /// only if it is a root whose slot was taken away.
     tracked: bool,
     /// The guest writes to its table without an exit.
     unsync: bool,
@@ -219,8 +220,8 @@ enum Stop {
 }
 
 impl<'s, F: EntryFormat, M: TableMemory> ShadowMmu<'s, F, M> {
-    /// A shadow kind for the VM whose memory is `memory`. `format` is the one the CPU walks in long mode, or in its second
-    /// stage; `pae` is for roots of three levels. `None` if the store is too small.
+    /// A shadow kind for the VM whose memory is `memory`. `format` is the one the CPU walks in long mode, or in its
+    /// second stage; `pae` is for roots of three levels. `None` if the store is too small.
     pub fn new<B>(
         memory: &VmMemory<B>,
         format: F,
@@ -287,8 +288,8 @@ impl<'s, F: EntryFormat, M: TableMemory> ShadowMmu<'s, F, M> {
         ShadowDone { outcome, issued: self.ops.issued.take() }
     }
 
-    /// Ends an operation whose caller relies on nothing of the kind being left: it is told of what others took away, too,
-    /// while some CPU may still have it.
+    /// Ends an operation whose caller relies on nothing of the kind being left: it is told of what others took away,
+    /// too, while some CPU may still have it.
     fn done_surely<'m, T, B: Backing + 'm>(&mut self, guard: &Exclusive<'m, B>, outcome: T) -> ShadowDone<T> {
         let settled = self.settle(guard);
         let issued = self.ops.issued.take();
@@ -348,8 +349,8 @@ const fn number(page: u32, index: usize) -> u32 {
     page * ENTRIES as u32 + index as u32
 }
 
-/// Whether entries of a page with this role stand for entries of a table of the guest; in others they map guest frames, or
-/// lead down to the guest's root.
+/// Whether entries of a page with this role stand for entries of a table of the guest; in others they map guest
+/// frames, or lead down to the guest's root.
 fn shadows(role: &PageRole) -> bool {
     !role.direct && !is_above(role)
 }

@@ -1,7 +1,7 @@
 //! Faults and invalidations in the table that was used last: as long as nothing above it changes, no walk is needed.
 //!
-//! Writes to the tables above a lowest one are tracked, so as long as the links of the shadow stand, the guest's entries above say
-//! what they said when the links were made. What is left of a walk is its last entry.
+//! Writes to the tables above a lowest one are tracked, so as long as the links of the shadow stand, the guest's
+//! entries above say what they said when the links were made. What is left of a walk is its last entry.
 use super::compose::caching;
 use super::fault::AROUND;
 use super::lowest::{Lowest, LowestTable};
@@ -58,8 +58,8 @@ impl Near {
 }
 
 impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
-    /// The page in which a fault of `address` below `root` has just mapped something, if it is one that all faults but rare ones
-    /// can be handled in by themselves.
+    /// The page in which a fault of `address` below `root` has just mapped something, if it is one that all faults
+    /// but rare ones can be handled in by themselves.
     pub(crate) fn near(&self, root: Root, address: Gva) -> Option<Near> {
         let lowest =
             self.ops.store.pages.get(self.ops.last as usize).and_then(|_| self.lowest(self.ops.last))?;
@@ -77,8 +77,8 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
             && near.root.generation() == Held::<B>::memory(guard).root_generation()
     }
 
-    /// Handles a fault, whose walk `context` reads; `None` if there is more to it: then nothing has happened, but that the
-    /// guest's entry may be marked.
+    /// Handles a fault, whose walk `context` reads; `None` if there is more to it: then nothing has happened, but
+    /// that the guest's entry may be marked.
     #[inline]
     pub(crate) fn fault_near<'m, B: Backing + 'm>(
         &mut self,
@@ -178,8 +178,8 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         self.note(number(near.lowest.page, Level::L1.index(address.bits() >> 12))).kept != Kept::Nothing
     }
 
-    /// Brings the leaf for `address` up to date, whatever else is below the root; `false` if that takes a walk. What was taken
-    /// away is to be [issued](Self::issue).
+    /// Brings the leaf for `address` up to date, whatever else is below the root; `false` if that takes a walk. What
+    /// was taken away is to be [issued](Self::issue).
     #[inline(always)]
     pub(crate) fn sync_near<'m, B: Backing + 'm>(
         &mut self,
@@ -203,8 +203,8 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         true
     }
 
-    /// The guest has flushed an entry that is `raw` now, and was not. What the guest has used of it before is mapped at once: most
-    /// often it is about to be used.
+    /// The guest has flushed an entry that is `raw` now, and was not. What the guest has used of it before is mapped
+    /// at once: most often it is about to be used.
     #[inline(never)]
     fn renew<B: Backing>(&mut self, table: &LowestTable<'_, '_, B>, index: usize, kept: Kept, raw: u64) {
         let (memory, lowest) = (table.memory, table.lowest);

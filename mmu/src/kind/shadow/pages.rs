@@ -48,7 +48,8 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         self.cell(&TableFrame::linked(self.page(page).frame), index).swap(value)
     }
 
-    /// Changes the value of an entry, and says what it was. The processor marks entries meanwhile; what it marks is kept.
+    /// Changes the value of an entry, and says what it was. The processor marks entries meanwhile; what it marks is
+    /// kept.
     pub(super) fn edit(&mut self, entry: u32, change: impl Fn(u64) -> u64) -> u64 {
         let (page, index) = split(entry);
         let table = TableFrame::linked(self.page(page).frame);

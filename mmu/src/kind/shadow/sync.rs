@@ -17,8 +17,8 @@ use crate::walk::LowestEntry;
 const MAX_UNSYNC: usize = 256;
 
 impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
-    /// Brings everything below `root` up to date: what a flush of all the guest's translations asks for (MOV to CR3, INVPCID,
-    /// CR4.PGE). The vCPU's tag has to be flushed as well.
+    /// Brings everything below `root` up to date: what a flush of all the guest's translations asks for (MOV to CR3,
+    /// INVPCID, CR4.PGE). The vCPU's tag has to be flushed as well.
     pub fn sync_root<'m, B: Backing + 'm>(
         &mut self,
         guard: &mut Exclusive<'m, B>,
@@ -46,8 +46,8 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         }
     }
 
-    /// Brings the translation of one address below `root` up to date: INVLPG, which concerns every root that the vCPU keeps,
-    /// for global pages are not told apart. The address has to be flushed from the vCPU's tag as well.
+    /// Brings the translation of one address below `root` up to date: INVLPG, which concerns every root that the vCPU
+    /// keeps, for global pages are not told apart. The address has to be flushed from the vCPU's tag as well.
     pub fn sync_address<'m, B: Backing + 'm>(
         &mut self,
         guard: &mut Exclusive<'m, B>,
@@ -76,8 +76,8 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         }
     }
 
-    /// Lets the guest write to `gfn` without exits, if the kind shadows it as nothing but lowest tables; `false` if writes
-    /// still have to be emulated.
+    /// Lets the guest write to `gfn` without exits, if the kind shadows it as nothing but lowest tables; `false` if
+    /// writes still have to be emulated.
     pub(super) fn try_unsync<'m, B: Backing + 'm>(&mut self, guard: &mut Exclusive<'m, B>, gfn: Gfn) -> bool {
         let mut count = 0;
         let mut index = self.first_page(gfn);
@@ -174,8 +174,8 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         }
     }
 
-    /// Makes a leaf of a lowest page say no more than the guest's entry does: permissions only ever shrink here. A note about
-    /// device memory says afterwards what the entry does.
+    /// Makes a leaf of a lowest page say no more than the guest's entry does: permissions only ever shrink here. A
+    /// note about device memory says afterwards what the entry does.
     #[inline(always)]
     pub(super) fn sync_from<B: Backing>(&mut self, table: &LowestTable<'_, '_, B>, index: usize) {
         let Note { kept, seen, .. } = *self.note(number(table.lowest.page, index));

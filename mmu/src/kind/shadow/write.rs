@@ -40,8 +40,8 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
 
     /// Follows what walks have marked: call it when a walk under [`WalkMarks`] has ended, before its result is used.
     ///
-    /// In a table that is shadowed as what the walk took it for, a mark only permits more. But one frame can be tables of
-    /// several kinds, and what is an accessed bit in one may be part of an address in another.
+    /// In a table that is shadowed as what the walk took it for, a mark only permits more. But one frame can be
+    /// tables of several kinds, and what is an accessed bit in one may be part of an address in another.
     pub fn track_marks<'m, B: Backing + 'm>(
         &mut self,
         guard: &mut Exclusive<'m, B>,
@@ -125,7 +125,8 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         page.writes
     }
 
-    /// Whether a link below the page at `above` leads to the one at `page`, as far as that is found out by so many looks.
+    /// Whether a link below the page at `above` leads to the one at `page`, as far as that is found out by so many
+    /// looks.
     fn is_below(&self, page: u32, above: u32, looks: &mut u32) -> bool {
         let Some(page) = self.ops.store.pages.get(page as usize) else { return false };
         let mut link = page.parents;
@@ -141,8 +142,8 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         false
     }
 
-    /// The entries of a page that stand for what is in `len` bytes at `at`. An entry of four bytes stands for two in the shadow
-    /// of a directory.
+    /// The entries of a page that stand for what is in `len` bytes at `at`. An entry of four bytes stands for two in
+    /// the shadow of a directory.
     fn entries_at(&self, index: u32, role: &PageRole, at: Gpa, len: u64) -> impl Iterator<Item = usize> {
         let (size, end) = (entry_bytes(role), at.bits() + len);
         let page = self.page(index);
