@@ -466,14 +466,8 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
             return;
         }
         let Some(lowest) = self.lowest(page) else { return };
-        self.prefetch_around(&lowest.find(memory), index);
-    }
-
-    /// The same while no invalidation is in progress.
-    #[inline(always)]
-    fn prefetch_around<B: Backing>(&mut self, table: &LowestTable<'_, '_, B>, index: usize) {
-        let first = index & !(AROUND - 1);
-        self.prefetch_some(table, first, &table.read_some(first));
+        let (table, first) = (lowest.find(memory), index & !(AROUND - 1));
+        self.prefetch_some(&table, first, &table.read_some(first));
     }
 
     /// Maps what the guest has used before of `entries`, which are behind those of the shadow from `first` on, while no
