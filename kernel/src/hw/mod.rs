@@ -566,6 +566,12 @@ pub trait HwVcpu: Send {
     fn cr0(&self) -> u64;
     /// Sets CR0, whose value the caller has checked. EFER.LMA and PDPTEs are the caller's, too.
     fn set_cr0(&mut self, cr0: u64);
+    /// The same of a CR0 that differs from what it is in WP alone, in a vCPU in long mode that runs on
+    /// [shadow tables](Translation::Shadow).
+    #[inline]
+    fn set_write_protection(&mut self, cr0: u64) {
+        self.set_cr0(cr0);
+    }
     /// CR2.
     fn cr2(&self) -> u64;
     /// PAE's PDPTE registers while they are in use, where the hardware keeps them.
@@ -586,6 +592,12 @@ pub trait HwVcpu: Send {
     fn cr4(&self) -> u64;
     /// Sets CR4, whose value the caller has checked.
     fn set_cr4(&mut self, cr4: u64);
+    /// The same of a CR4 that differs from what it is in PGE alone, in a vCPU in long mode that runs on
+    /// [shadow tables](Translation::Shadow).
+    #[inline]
+    fn set_global_pages(&mut self, cr4: u64) {
+        self.set_cr4(cr4);
+    }
     /// CR8.
     fn cr8(&self) -> u8;
     /// Sets CR8.

@@ -875,7 +875,7 @@ impl<V: Vendor> Core<V> {
             0 if only(hw.cr0(), CR0_WP) && hw.cr4() & CR4_CET == 0 => {
                 let goes = self.paging.goes_back_cr0(&guest.memory, value, efer);
                 if goes {
-                    self.hw.set_cr0(value);
+                    self.hw.set_write_protection(value);
                 }
                 goes
             }
@@ -892,7 +892,7 @@ impl<V: Vendor> Core<V> {
             4 if only(hw.cr4(), CR4_PGE) && value & !guest.cpuid.caps().cr4 == 0 => {
                 let goes = self.paging.goes_back_cr4(&guest.memory, value);
                 if goes {
-                    self.hw.set_cr4(value);
+                    self.hw.set_global_pages(value);
                 }
                 goes
             }

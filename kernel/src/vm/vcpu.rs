@@ -261,10 +261,12 @@ impl<V: Vendor> Vcpu<V> {
     /// Runs the vCPU on this CPU until it has to wait, its VM ends, or the host's TSC reaches `until`.
     /// Host interrupts are off.
     pub fn run(&mut self, guest: &Guest<V>, timer: &mut HostTimer, until: u64) -> Pause {
+        // Each vCPU of a VM has one.
+        let Some(mailbox) = guest.bus.port(self.core.index) else { return Pause::Idle };
         self.core.attention = true;
         self.core.paging.move_here();
         loop {
-            if self.core.attention || guest.has_mail(self.core.index) {
+            if self.core.attention || !mailbox.is_empty() {
                 if let Some(pause) = self.attend(guest, timer, until) {
                     return pause;
                 }
