@@ -572,6 +572,12 @@ pub trait HwVcpu: Send {
     fn set_write_protection(&mut self, cr0: u64) {
         self.set_cr0(cr0);
     }
+    /// A number that is another one, and never an earlier one, after each change of CR0, CR4 or EFER, those of CR0.WP and
+    /// CR4.PGE by the functions for them apart. Zero, which says nothing, where they can change without an exit.
+    #[inline]
+    fn control_stamp(&self) -> u64 {
+        0
+    }
     /// CR2.
     fn cr2(&self) -> u64;
     /// PAE's PDPTE registers while they are in use, where the hardware keeps them.

@@ -454,24 +454,31 @@ impl<V: Vendor> Vcpu<V> {
     /// INVLPG.
     #[inline(never)]
     fn invalidate_page(&mut self, guest: &Guest<V>, invlpg: Invlpg) {
-        let named = if invlpg.known { self.core.hw.exit_next_rip() } else { None };
-        let operand = match named {
-            Some(next) => Some((invlpg.linear, next)),
-            None => self.invlpg_operand(guest),
+        let beginning = self.core.peek(guest).and_then(invlpg::parse_beginning);
+        let operand = match beginning {
+            Some((register, length)) => {
+                let hw = &self.core.hw;
+                Some((hw.gprs()[register], hw.rip().wrapping_add(length)))
+            }
+            None => self.invlpg_operand(guest, invlpg),
         };
         match operand {
             Some((linear, next)) => {
                 self.core.invalidate_page(guest, linear);
-                self.complete(guest, next);
+                self.finish(guest, next);
             }
-            None => self.emulate(guest, None),
+            None => self.emulate_rare(guest),
         }
     }
 
-    /// Operand and next RIP of the INVLPG at RIP, if it has one of the usual forms.
-    fn invlpg_operand(&mut self, guest: &Guest<V>) -> Option<(u64, u64)> {
-        let hw = &self.core.hw;
-        if hw.efer() & EFER_LMA == 0 || hw.cs_attributes() & CS_LONG == 0 {
+    /// Operand and next RIP of the INVLPG at RIP, if the hardware told them or it has one of the usual forms.
+    #[inline(never)]
+    fn invlpg_operand(&mut self, guest: &Guest<V>, invlpg: Invlpg) -> Option<(u64, u64)> {
+        let long = self.core.mode() == Mode::Long64;
+        if let (true, Some(next)) = (invlpg.known, self.core.hw.exit_next_rip()) {
+            return Some((invlpg.linear, if long { next } else { next & 0xffff_ffff }));
+        }
+        if !long {
             return None;
         }
         let (bytes, len) = self.core.fetch_in_turns(guest).ok()?;
@@ -479,6 +486,13 @@ impl<V: Vendor> Vcpu<V> {
         let (linear, length) =
             invlpg::parse(&bytes, hw.gprs(), hw.rip()).filter(|&(_, length)| length <= len)?;
         Some((linear, hw.rip().wrapping_add(length as u64)))
+    }
+
+    /// Emulates the instruction at RIP, out of the way of the exits that are to be fast.
+    #[cold]
+    #[inline(never)]
+    fn emulate_rare(&mut self, guest: &Guest<V>) {
+        self.emulate(guest, None);
     }
 
     /// MOV from control register `cr`, to general-purpose register `gpr` where the hardware named it.
@@ -506,7 +520,25 @@ impl<V: Vendor> Vcpu<V> {
     /// MOV to control register `cr`, from general-purpose register `gpr` where the hardware named it.
     #[inline(never)]
     fn write_cr(&mut self, guest: &Guest<V>, cr: u8, gpr: Option<u8>) {
-        let Some((value, next)) = self.mov_to_cr_operand(guest, gpr) else { return };
+        let beginning = self.core.peek(guest).and_then(mov_cr::parse_beginning);
+        let operand = match beginning {
+            Some((register, length)) => {
+                let hw = &self.core.hw;
+                Some((hw.gprs()[register], hw.rip().wrapping_add(length)))
+            }
+            None => self.mov_to_cr_operand(guest, gpr),
+        };
+        let Some((value, next)) = operand else { return };
+        if self.core.paging.is_shadowed() && self.core.goes_back(guest, cr, value) {
+            self.finish(guest, next);
+        } else {
+            self.write_cr_otherwise(guest, cr, value, next);
+        }
+    }
+
+    /// The same with its value and next RIP, if it is none of the writes that kernels make all the time.
+    #[inline(never)]
+    fn write_cr_otherwise(&mut self, guest: &Guest<V>, cr: u8, value: u64, next: u64) {
         let written = match cr {
             8 => control_regs::write_cr8(value).map(|tpr| {
                 self.core.hw.set_cr8(tpr);
@@ -515,16 +547,17 @@ impl<V: Vendor> Vcpu<V> {
             _ => self.core.write_control_register(guest, cr, value),
         };
         match written {
-            Ok(()) => self.complete(guest, next),
+            Ok(()) => self.finish(guest, next),
             Err(GeneralProtection) => self.raise(guest, GP, Some(0)),
         }
     }
 
     /// Value and next RIP of the MOV to a control register at RIP.
+    #[inline(never)]
     fn mov_to_cr_operand(&mut self, guest: &Guest<V>, gpr: Option<u8>) -> Option<(u64, u64)> {
         let long = self.core.mode() == Mode::Long64;
         let (register, next) = match (gpr, self.core.hw.exit_next_rip()) {
-            (Some(register), Some(next)) => (usize::from(register), next),
+            (Some(register), Some(next)) => (usize::from(register & 15), next),
             _ => {
                 let (bytes, len) = match self.core.fetch_in_turns(guest) {
                     Ok(fetched) => fetched,
@@ -542,7 +575,7 @@ impl<V: Vendor> Vcpu<V> {
             }
         };
         let value = self.core.hw.gprs()[register];
-        Some((if long { value } else { value & 0xffff_ffff }, next))
+        Some(if long { (value, next) } else { (value & 0xffff_ffff, next & 0xffff_ffff) })
     }
 
     /// A hardware task switch. An event that came through a task gate is delivered by it.
@@ -800,20 +833,30 @@ impl<V: Vendor> Core<V> {
     #[inline(always)]
     pub(super) fn fetch(&mut self, guest: &Guest<V>) -> Result<InsnBytes, Fault> {
         let linear = self.linear_rip(0);
-        self.paging.fetch::<V, false>(&guest.memory, &self.hw, linear)
+        self.paging.fetch(&guest.memory, &self.hw, linear)
     }
 
-    /// The same for exits that are made in turns.
-    #[inline(always)]
+    /// The same for exits that are made in turns, if [`peek`](Self::peek) does not do.
     fn fetch_in_turns(&mut self, guest: &Guest<V>) -> Result<InsnBytes, Fault> {
         let linear = self.linear_rip(0);
-        self.paging.fetch::<V, true>(&guest.memory, &self.hw, linear)
+        self.paging.fetch_in_turns(&guest.memory, &self.hw, linear)
+    }
+
+    /// The first four bytes of the instruction at RIP, the first one lowest, in a supervisor's 64-bit code that
+    /// instructions were fetched from lately.
+    #[inline(always)]
+    fn peek(&self, guest: &Guest<V>) -> Option<u32> {
+        let hw = &self.hw;
+        if hw.cs_attributes() & CS_LONG == 0 || hw.cpl() != 0 {
+            return None;
+        }
+        self.paging.peek(&guest.memory, hw, hw.rip()).map(u32::from_le_bytes)
     }
 
     /// Whether the byte `ahead` of RIP can be fetched.
     fn probe_fetch(&mut self, guest: &Guest<V>, ahead: u64) -> Result<(), Fault> {
         let linear = self.linear_rip(ahead);
-        self.paging.fetch::<V, false>(&guest.memory, &self.hw, linear).map(|_| ())
+        self.paging.fetch(&guest.memory, &self.hw, linear).map(|_| ())
     }
 
     /// Instruction bytes for a report; none if they cannot be read.
@@ -842,16 +885,13 @@ impl<V: Vendor> Core<V> {
         control_regs::Limits { cr4: caps.cr4, phys_bits: caps.phys_bits, amd: caps.vendor == CpuVendor::Amd }
     }
 
-    /// MOV to CR0, CR3 or CR4.
+    /// MOV to CR0, CR3 or CR4, whatever it changes.
     pub(super) fn write_control_register(
         &mut self,
         guest: &Guest<V>,
         cr: u8,
         value: u64,
     ) -> Result<(), GeneralProtection> {
-        if self.paging.is_shadowed() && self.goes_back(guest, cr, value) {
-            return Ok(());
-        }
         let (now, limits) = (self.control_registers(), Self::control_limits(guest));
         let change = match cr {
             0 => control_regs::write_cr0(&now, value, &limits),

@@ -3,6 +3,14 @@
 /// Longest instruction.
 const MAX_LEN: usize = 15;
 
+/// The same as [`parse`] of a 64-bit MOV CRn, r with no prefix but REX, of which `code` has the first four bytes, the first
+/// one lowest.
+#[inline]
+pub fn parse_beginning(code: u32) -> Option<(usize, u64)> {
+    let (code, register, length) = if code as u8 == 0x41 { (code >> 8, 8, 4) } else { (code, 0, 3) };
+    (code as u16 == 0x220f).then_some(((code >> 16 & 7 | register) as usize, length))
+}
+
 /// Number of the general-purpose register that the MOV CRn, r at the start of `bytes` reads, and the instruction's
 /// length. None if it is something else. Which control register it is was said by the exit.
 #[inline]
@@ -43,6 +51,23 @@ mod tests {
         assert_eq!(parse(&[0x0f, 0x22, 0xe3], false), Some((3, 3)), "mov cr4, ebx");
         assert_eq!(parse(&[0xf0, 0x0f, 0x22, 0xc1], false), Some((1, 4)), "lock mov cr0, ecx");
         assert_eq!(parse(&[0x41, 0x66, 0x0f, 0x22, 0xe0], true), Some((0, 5)), "REX must come last");
+    }
+
+    #[test]
+    fn the_beginning_says_what_the_whole_does() {
+        let mut parsed = 0;
+        for prefix in [&[][..], &[0x41], &[0x40], &[0x66], &[0xf0]] {
+            for modrm in 0..=0xff {
+                let code = [prefix, &[0x0f, 0x22, modrm, 0]].concat();
+                let beginning = u32::from_le_bytes(*code.first_chunk().unwrap());
+                if let Some((register, length)) = parse_beginning(beginning) {
+                    assert_eq!(parse(&code, true), Some((register, length as usize)), "{code:x?}");
+                    parsed += 1;
+                }
+            }
+        }
+        assert_eq!(parsed, 512, "all registers, whatever ModRM.mod is");
+        assert_eq!(parse_beginning(0xc0_200f), None, "a read");
     }
 
     #[test]

@@ -5,6 +5,7 @@ use super::control_regs::{CR0_WP, CR4_PGE};
 use super::emulate::{Exception, Fault};
 use super::fetch::{FetchCache, Recorder};
 use super::memory::HostMemory;
+use super::msr::EFER_LMA;
 use super::ram::{BadGpa, GuestRam};
 use super::shadow::{Kind, Shadow};
 use crate::hw::extended;
@@ -759,12 +760,33 @@ impl Paging {
             .map_err(into_fault)
     }
 
+    /// The first four bytes of the instruction at `linear`, if a [`fetch_in_turns`](Self::fetch_in_turns) has found their
+    /// page, in this address space and with the registers as they are, and would find it again. For a supervisor; the
+    /// vCPU then is in long mode.
+    #[inline(always)]
+    pub fn peek<V: Vendor>(&self, memory: &GuestMemory<V>, hw: &V::Vcpu, linear: u64) -> Option<[u8; 4]> {
+        let shared = || memory.vm.shared(self.host_cpu);
+        self.fetches.peek(shared, linear, hw.cr3(), hw.control_stamp())
+    }
+
+    /// What [`fetch`](Self::fetch) does, for exits that code and a handler of its faults make in turns: it is the next
+    /// [`peek`](Self::peek) that finds the page.
+    #[inline(never)]
+    pub fn fetch_in_turns<V: Vendor>(
+        &mut self,
+        memory: &GuestMemory<V>,
+        hw: &V::Vcpu,
+        linear: u64,
+    ) -> Result<([u8; 16], usize), Fault> {
+        let fetched = self.fetch(memory, hw, linear);
+        self.fetches.vouch(if hw.efer() & EFER_LMA == 0 { 0 } else { hw.control_stamp() });
+        fetched
+    }
+
     /// Copies instruction bytes at linear address `linear`: up to fifteen, fewer if the next page cannot be
     /// fetched from. Fails if not even the first byte can be. The sixteenth byte is not meant to be used.
-    ///
-    /// `TURNS` is for exits that code and a handler of its faults make in turns.
     #[inline(always)]
-    pub fn fetch<V: Vendor, const TURNS: bool>(
+    pub fn fetch<V: Vendor>(
         &mut self,
         memory: &GuestMemory<V>,
         hw: &V::Vcpu,
@@ -777,7 +799,7 @@ impl Paging {
             self.refresh(hw);
         }
         let shared = memory.vm.shared(self.host_cpu);
-        match self.fetches.read::<TURNS>(&shared, linear, hw.cr3(), hw.cpl()) {
+        match self.fetches.read(&shared, linear, hw.cr3(), hw.cpl()) {
             Some(bytes) => Ok((bytes, MAX_INSN_BYTES)),
             None => self.fetch_otherwise(&shared, hw, linear),
         }

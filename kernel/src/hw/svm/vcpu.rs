@@ -56,6 +56,8 @@ pub struct SvmVcpu {
     shadowed: Option<PhysAddr>,
     /// The guest's PDPTE registers in that case.
     pdptes: [u64; 4],
+    /// Times that the control registers were changed in that case.
+    changes: u64,
 }
 
 // SAFETY: the VMCB belongs to this vCPU alone, wherever it runs.
@@ -88,6 +90,7 @@ impl SvmVcpu {
             own,
             shadowed,
             pdptes: [0; 4],
+            changes: 0,
         };
         let vmcb = vcpu.vmcb_mut();
         vmcb.set_intercepts(
@@ -189,6 +192,7 @@ impl SvmVcpu {
     fn change_controls(&mut self, change: impl FnOnce(&mut ControlRegisters)) {
         let mut guest = self.controls();
         change(&mut guest);
+        self.changes += 1;
         let own = self.own_mut();
         own.set_cr0(guest.cr0);
         own.set_cr3(guest.cr3);
@@ -372,6 +376,10 @@ impl HwVcpu for SvmVcpu {
             Some(_) => self.change_controls(|guest| guest.cr0 = cr0),
             None => self.vmcb_mut().set_cr0(cr0),
         }
+    }
+    #[inline]
+    fn control_stamp(&self) -> u64 {
+        self.changes
     }
     #[inline]
     fn set_write_protection(&mut self, cr0: u64) {
