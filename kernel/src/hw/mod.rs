@@ -550,9 +550,14 @@ pub trait HwVcpu: Send {
     /// General-purpose registers, to be changed.
     fn gprs_mut(&mut self) -> &mut [u64; 16];
 
+    /// How a run ended, before anybody asked why.
+    type Ended: Copy;
     /// Runs the guest until it exits, on the CPU with index `cpu`, which is the one that calls. Host interrupts must
     /// be off; they end the run, and stay pending.
-    fn run(&mut self, cpu: usize) -> Exit;
+    fn run(&mut self, cpu: usize) -> Self::Ended;
+    /// Why a run ended; once, right after it. Apart from the run, so that what each exit needs can be done before the ways
+    /// part.
+    fn exit(&mut self, ended: Self::Ended) -> Exit;
 
     /// RIP.
     fn rip(&self) -> u64;
@@ -668,6 +673,13 @@ pub trait HwVcpu: Send {
     fn restore_shadow(&mut self);
     /// Ends the shadow, as each completed instruction does.
     fn clear_shadow(&mut self);
+    /// What each completed instruction does: RIP is `next_rip`, and the shadow ends. RFLAGS, where TF and RF ask for more.
+    #[inline]
+    fn end_instruction(&mut self, next_rip: u64) -> u64 {
+        self.set_rip(next_rip);
+        self.clear_shadow();
+        self.rflags()
+    }
     /// Delivers `event` at the next entry. An NMI blocks further ones until the guest executes IRET.
     fn inject(&mut self, event: Event);
     /// Whether an event is set for the next entry.
@@ -677,8 +689,8 @@ pub trait HwVcpu: Send {
     fn take_undeliverable(&mut self) -> Option<Event> {
         None
     }
-    /// Takes the event whose delivery the last exit interrupted, if it must be injected again. An NMI of that kind blocks
-    /// no more.
+    /// Takes the event whose delivery the last exit interrupted, if it must be injected again; once, right after the run. An
+    /// NMI of that kind blocks no more.
     fn take_interrupted_event(&mut self) -> Option<Event>;
     /// Asks for [`Exit::InterruptWindow`] as soon as the guest can take an interrupt, or withdraws that.
     fn request_interrupt_window(&mut self, on: bool);

@@ -29,9 +29,13 @@ use crate::hw::{
 
 const CS_LONG: u16 = crate::hw::Segment::LONG;
 /// Exits after which a vCPU looks whether its time is up, whatever the exits were.
-const ATTENTION_INTERVAL: u64 = 1024;
+pub(super) const ATTENTION_INTERVAL: u64 = 1024;
 const RFLAGS_TF: u64 = 1 << 8;
 const RFLAGS_RF: u64 = 1 << 16;
+
+const CPUID: [u8; 2] = [0x0f, 0xa2];
+const RDMSR: [u8; 2] = [0x0f, 0x32];
+const WRMSR: [u8; 2] = [0x0f, 0x30];
 
 /// Instruction bytes at RIP, as far as they could be fetched.
 pub(super) type InsnBytes = ([u8; 16], usize);
@@ -129,31 +133,52 @@ impl<V: Vendor> Vcpu<V> {
         }
     }
 
-    /// Goes on behind the intercepted instruction. False if it could not be fetched again; then the guest takes
-    /// the fault of that fetch, and the instruction has no effect.
+    /// Goes on behind the intercepted instruction, which is `opcode` and mostly no more. False if it could not be fetched
+    /// again; then the guest takes the fault of that fetch, and the instruction has no effect.
     #[inline(always)]
-    fn skip(&mut self, guest: &Guest<V>) -> bool {
-        let next = match self.core.hw.exit_next_rip() {
-            Some(next) => next,
-            None => match self.next_rip(guest) {
-                Some(next) => next,
-                None => return false,
-            },
-        };
-        self.complete(guest, next);
-        true
+    fn skip(&mut self, guest: &Guest<V>, opcode: [u8; 2]) -> bool {
+        match self.next_rip(guest, opcode) {
+            Some(next) => {
+                self.finish(guest, next);
+                true
+            }
+            None => false,
+        }
     }
 
-    /// The same, out of the way of the exits that are to be fast.
+    /// The same of any instruction, out of the way of the exits that are to be fast.
     #[cold]
     #[inline(never)]
     fn skip_rare(&mut self, guest: &Guest<V>) -> bool {
-        self.skip(guest)
+        let next = match self.core.hw.exit_next_rip() {
+            Some(next) => Some(self.core.cut(next)),
+            None => self.find_next_rip(guest),
+        };
+        match next {
+            Some(next) => {
+                self.finish(guest, next);
+                true
+            }
+            None => false,
+        }
+    }
+
+    /// Where the instruction at RIP ends, which is `opcode` and mostly no more.
+    #[inline(always)]
+    fn next_rip(&mut self, guest: &Guest<V>, opcode: [u8; 2]) -> Option<u64> {
+        if let Some(next) = self.core.hw.exit_next_rip() {
+            return Some(self.core.cut(next));
+        }
+        let rip = self.core.hw.rip();
+        if self.core.peek(guest, rip) == Some(opcode) {
+            return Some(rip.wrapping_add(opcode.len() as u64));
+        }
+        self.find_next_rip(guest)
     }
 
     /// Where the instruction at RIP ends, found by reading it.
-    #[inline(always)]
-    fn next_rip(&mut self, guest: &Guest<V>) -> Option<u64> {
+    #[inline(never)]
+    fn find_next_rip(&mut self, guest: &Guest<V>) -> Option<u64> {
         let (bytes, len) = match self.core.fetch(guest) {
             Ok(fetched) => fetched,
             Err(fault) => {
@@ -162,7 +187,7 @@ impl<V: Vendor> Vcpu<V> {
             }
         };
         match self.emulator.insn_len(self.core.mode(), &bytes[..len]) {
-            Ok(insn_len) => Some(self.core.hw.rip().wrapping_add(u64::from(insn_len))),
+            Ok(insn_len) => Some(self.core.cut(self.core.hw.rip().wrapping_add(u64::from(insn_len)))),
             Err(_) => {
                 // Another vCPU changed the code since the exit: let the guest run into what is there now.
                 self.core.attention = true;
@@ -171,30 +196,22 @@ impl<V: Vendor> Vcpu<V> {
         }
     }
 
-    /// What the processor does when an instruction completes: RIP, RF, the shadow, the single-step trap.
-    #[inline]
-    fn complete(&mut self, guest: &Guest<V>, next_rip: u64) {
-        let hw = &self.core.hw;
-        let next_rip = if hw.efer() & EFER_LMA != 0 && hw.cs_attributes() & CS_LONG != 0 {
-            next_rip
-        } else {
-            next_rip & 0xffff_ffff
-        };
-        self.finish(guest, next_rip);
-    }
-
-    /// The same with a next RIP that is cut to the mode's width.
+    /// What the processor does when an instruction completes: RIP, RF, the shadow, the single-step trap. The next RIP is as
+    /// wide as the mode.
     #[inline(always)]
     fn finish(&mut self, guest: &Guest<V>, next_rip: u64) {
-        let hw = &mut self.core.hw;
-        hw.set_rip(next_rip);
-        hw.clear_shadow();
-        let rflags = hw.rflags();
+        let rflags = self.core.hw.end_instruction(next_rip);
         if rflags & (RFLAGS_TF | RFLAGS_RF) != 0 {
-            hw.set_rflags(rflags & !RFLAGS_RF);
-            if rflags & RFLAGS_TF != 0 {
-                self.trap_single_step(guest);
-            }
+            self.finish_flags(guest, rflags);
+        }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn finish_flags(&mut self, guest: &Guest<V>, rflags: u64) {
+        self.core.hw.set_rflags(rflags & !RFLAGS_RF);
+        if rflags & RFLAGS_TF != 0 {
+            self.trap_single_step(guest);
         }
     }
 
@@ -209,7 +226,7 @@ impl<V: Vendor> Vcpu<V> {
     fn cpuid(&mut self, guest: &Guest<V>) {
         let gprs = self.core.hw.gprs();
         let (leaf, subleaf) = (gprs[RAX] as u32, gprs[RCX] as u32);
-        if !self.skip(guest) {
+        if !self.skip(guest, CPUID) {
             return;
         }
         let CpuidLeaf { eax, ebx, ecx, edx } =
@@ -228,7 +245,7 @@ impl<V: Vendor> Vcpu<V> {
         let msr = self.core.hw.gprs()[RCX] as u32;
         match self.core.read_msr(guest, msr) {
             Ok(value) => {
-                if self.skip(guest) {
+                if self.skip(guest, RDMSR) {
                     let gprs = self.core.hw.gprs_mut();
                     gprs[RAX] = value & 0xffff_ffff;
                     gprs[RDX] = value >> 32;
@@ -243,9 +260,9 @@ impl<V: Vendor> Vcpu<V> {
         let gprs = self.core.hw.gprs();
         let (msr, value) = (gprs[RCX] as u32, gprs[RDX] << 32 | gprs[RAX] & 0xffff_ffff);
         // The length is found first: a fetch that faults must leave the MSR alone.
-        let Some(next) = self.core.hw.exit_next_rip().or_else(|| self.next_rip(guest)) else { return };
+        let Some(next) = self.next_rip(guest, WRMSR) else { return };
         match self.core.write_msr(guest, msr, value) {
-            Ok(()) => self.complete(guest, next),
+            Ok(()) => self.finish(guest, next),
             Err(_) => self.raise(guest, GP, Some(0)),
         }
     }
@@ -454,29 +471,31 @@ impl<V: Vendor> Vcpu<V> {
     /// INVLPG.
     #[inline(never)]
     fn invalidate_page(&mut self, guest: &Guest<V>, invlpg: Invlpg) {
-        let beginning = self.core.peek(guest).and_then(invlpg::parse_beginning);
-        let operand = match beginning {
-            Some((register, length)) => {
-                let hw = &self.core.hw;
-                Some((hw.gprs()[register], hw.rip().wrapping_add(length)))
-            }
-            None => self.invlpg_operand(guest, invlpg),
-        };
-        match operand {
+        let rip = self.core.hw.rip();
+        let beginning = self.core.peek_in_turns(guest, rip).and_then(invlpg::parse_beginning);
+        let Some((register, length)) = beginning else { return self.invalidate_fetched(guest, invlpg) };
+        let linear = self.core.hw.gprs()[register];
+        self.core.paging.invalidate_page(&guest.memory, linear);
+        self.finish(guest, rip.wrapping_add(length));
+    }
+
+    /// The same of an INVLPG that has to be fetched, or that the hardware has told of.
+    #[inline(never)]
+    fn invalidate_fetched(&mut self, guest: &Guest<V>, invlpg: Invlpg) {
+        match self.invlpg_operand(guest, invlpg) {
             Some((linear, next)) => {
                 self.core.invalidate_page(guest, linear);
                 self.finish(guest, next);
             }
-            None => self.emulate_rare(guest),
+            None => self.emulate(guest, None),
         }
     }
 
     /// Operand and next RIP of the INVLPG at RIP, if the hardware told them or it has one of the usual forms.
-    #[inline(never)]
     fn invlpg_operand(&mut self, guest: &Guest<V>, invlpg: Invlpg) -> Option<(u64, u64)> {
         let long = self.core.mode() == Mode::Long64;
         if let (true, Some(next)) = (invlpg.known, self.core.hw.exit_next_rip()) {
-            return Some((invlpg.linear, if long { next } else { next & 0xffff_ffff }));
+            return Some((invlpg.linear, self.core.cut(next)));
         }
         if !long {
             return None;
@@ -486,13 +505,6 @@ impl<V: Vendor> Vcpu<V> {
         let (linear, length) =
             invlpg::parse(&bytes, hw.gprs(), hw.rip()).filter(|&(_, length)| length <= len)?;
         Some((linear, hw.rip().wrapping_add(length as u64)))
-    }
-
-    /// Emulates the instruction at RIP, out of the way of the exits that are to be fast.
-    #[cold]
-    #[inline(never)]
-    fn emulate_rare(&mut self, guest: &Guest<V>) {
-        self.emulate(guest, None);
     }
 
     /// MOV from control register `cr`, to general-purpose register `gpr` where the hardware named it.
@@ -510,7 +522,8 @@ impl<V: Vendor> Vcpu<V> {
                 let long = self.core.mode() == Mode::Long64;
                 let value = if long { value } else { value & 0xffff_ffff };
                 self.core.hw.gprs_mut()[usize::from(gpr & 15)] = value;
-                self.complete(guest, next);
+                let next = self.core.cut(next);
+                self.finish(guest, next);
             }
             // SMSW, too, reads CR0.
             _ => self.emulate(guest, None),
@@ -520,25 +533,32 @@ impl<V: Vendor> Vcpu<V> {
     /// MOV to control register `cr`, from general-purpose register `gpr` where the hardware named it.
     #[inline(never)]
     fn write_cr(&mut self, guest: &Guest<V>, cr: u8, gpr: Option<u8>) {
-        let beginning = self.core.peek(guest).and_then(mov_cr::parse_beginning);
-        let operand = match beginning {
-            Some((register, length)) => {
-                let hw = &self.core.hw;
-                Some((hw.gprs()[register], hw.rip().wrapping_add(length)))
-            }
-            None => self.mov_to_cr_operand(guest, gpr),
-        };
-        let Some((value, next)) = operand else { return };
-        if self.core.paging.is_shadowed() && self.core.goes_back(guest, cr, value) {
+        let rip = self.core.hw.rip();
+        let beginning = self.core.peek_in_turns(guest, rip).and_then(mov_cr::parse_beginning);
+        let Some((register, length)) = beginning else { return self.write_cr_fetched(guest, cr, gpr) };
+        let (value, next) = (self.core.hw.gprs()[register], rip.wrapping_add(length));
+        if self.core.goes_back(guest, cr, value) {
             self.finish(guest, next);
         } else {
-            self.write_cr_otherwise(guest, cr, value, next);
+            self.write_cr_anew(guest, cr, value, next);
+        }
+    }
+
+    /// The same of a MOV that has to be fetched, or that the hardware has told of.
+    #[inline(never)]
+    fn write_cr_fetched(&mut self, guest: &Guest<V>, cr: u8, gpr: Option<u8>) {
+        let Some((value, next)) = self.mov_to_cr_operand(guest, gpr) else { return };
+        let core = &mut self.core;
+        if core.paging.is_shadowed() && core.hw.efer() & EFER_LMA != 0 && core.goes_back(guest, cr, value) {
+            self.finish(guest, next);
+        } else {
+            self.write_cr_anew(guest, cr, value, next);
         }
     }
 
     /// The same with its value and next RIP, if it is none of the writes that kernels make all the time.
     #[inline(never)]
-    fn write_cr_otherwise(&mut self, guest: &Guest<V>, cr: u8, value: u64, next: u64) {
+    fn write_cr_anew(&mut self, guest: &Guest<V>, cr: u8, value: u64, next: u64) {
         let written = match cr {
             8 => control_regs::write_cr8(value).map(|tpr| {
                 self.core.hw.set_cr8(tpr);
@@ -553,7 +573,6 @@ impl<V: Vendor> Vcpu<V> {
     }
 
     /// Value and next RIP of the MOV to a control register at RIP.
-    #[inline(never)]
     fn mov_to_cr_operand(&mut self, guest: &Guest<V>, gpr: Option<u8>) -> Option<(u64, u64)> {
         let long = self.core.mode() == Mode::Long64;
         let (register, next) = match (gpr, self.core.hw.exit_next_rip()) {
@@ -575,14 +594,14 @@ impl<V: Vendor> Vcpu<V> {
             }
         };
         let value = self.core.hw.gprs()[register];
-        Some(if long { (value, next) } else { (value & 0xffff_ffff, next & 0xffff_ffff) })
+        Some((if long { value } else { value & 0xffff_ffff }, self.core.cut(next)))
     }
 
     /// A hardware task switch. An event that came through a task gate is delivered by it.
     #[cold]
     fn task_switch(&mut self, guest: &Guest<V>, switch: TaskSwitch) {
         let TaskSwitch { selector, cause, next_rip } = switch;
-        let Some(next_rip) = next_rip.or_else(|| self.next_rip(guest)) else { return };
+        let Some(next_rip) = next_rip.or_else(|| self.find_next_rip(guest)) else { return };
         let event = match cause {
             TaskSwitchCause::Gate => self.core.events.take_interrupted(),
             TaskSwitchCause::Call | TaskSwitchCause::Iret | TaskSwitchCause::Jump => None,
@@ -643,17 +662,50 @@ impl<V: Vendor> Core<V> {
     /// Runs the guest until it exits, with this CPU's translations up to date.
     #[inline(always)]
     pub(super) fn enter(&mut self, guest: &Guest<V>) -> Exit {
-        let exit = self.paging.run(&guest.memory, &mut self.hw);
-        self.exits += 1;
-        if self.exits.is_multiple_of(ATTENTION_INTERVAL) {
-            // Whatever a guest finds to exit for without end, it does not keep the CPU.
-            self.attention = true;
+        let ended = match self.paging.run(&guest.memory, &mut self.hw) {
+            Ok(ended) => ended,
+            Err(exit) => return exit,
+        };
+        self.exits_left -= 1;
+        if self.exits_left == 0 {
+            self.look_up();
         }
         if let Some(event) = self.hw.take_interrupted_event() {
-            self.events.interrupted(event);
-            self.attention = true;
+            self.delivery_interrupted(event);
         }
-        exit
+        self.hw.exit(ended)
+    }
+
+    /// Whatever a guest finds to exit for without end, it does not keep the CPU.
+    #[cold]
+    #[inline(never)]
+    fn look_up(&mut self) {
+        self.exits_before += ATTENTION_INTERVAL;
+        self.exits_left = ATTENTION_INTERVAL;
+        self.attention = true;
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn delivery_interrupted(&mut self, event: Event) {
+        self.events.interrupted(event);
+        self.attention = true;
+    }
+
+    /// Exits since reset.
+    fn exits(&self) -> u64 {
+        self.exits_before + (ATTENTION_INTERVAL - self.exits_left)
+    }
+
+    /// `rip` as wide as the mode has it.
+    #[inline(always)]
+    fn cut(&self, rip: u64) -> u64 {
+        let long = self.hw.efer() & EFER_LMA != 0 && self.hw.cs_attributes() & CS_LONG != 0;
+        if long {
+            rip
+        } else {
+            rip & 0xffff_ffff
+        }
     }
 
     /// The guest's TSC at the host's TSC `host`.
@@ -709,7 +761,7 @@ impl<V: Vendor> Core<V> {
             tsc,
             efer: self.hw.efer(),
             paging: self.hw.cr0() & CR0_PG != 0,
-            exits: self.exits,
+            exits: self.exits(),
             lapic: &mut self.lapic,
         };
         access(&mut self.msrs, &mut context)
@@ -836,21 +888,28 @@ impl<V: Vendor> Core<V> {
         self.paging.fetch(&guest.memory, &self.hw, linear)
     }
 
-    /// The same for exits that are made in turns, if [`peek`](Self::peek) does not do.
+    /// The same for exits that are made in turns, if [`peek_in_turns`](Self::peek_in_turns) does not do.
     fn fetch_in_turns(&mut self, guest: &Guest<V>) -> Result<InsnBytes, Fault> {
         let linear = self.linear_rip(0);
         self.paging.fetch_in_turns(&guest.memory, &self.hw, linear)
     }
 
-    /// The first four bytes of the instruction at RIP, the first one lowest, in a supervisor's 64-bit code that
-    /// instructions were fetched from lately.
+    /// The first bytes of the instruction at RIP, which is `rip`, in 64-bit code that the last instruction was fetched from.
     #[inline(always)]
-    fn peek(&self, guest: &Guest<V>) -> Option<u32> {
-        let hw = &self.hw;
-        if hw.cs_attributes() & CS_LONG == 0 || hw.cpl() != 0 {
+    fn peek<const N: usize>(&self, guest: &Guest<V>, rip: u64) -> Option<[u8; N]> {
+        if self.hw.cs_attributes() & CS_LONG == 0 {
             return None;
         }
-        self.paging.peek(&guest.memory, hw, hw.rip()).map(u32::from_le_bytes)
+        self.paging.peek(&guest.memory, &self.hw, rip)
+    }
+
+    /// The same of a supervisor's code, for exits that are made in turns.
+    #[inline(always)]
+    fn peek_in_turns(&self, guest: &Guest<V>, rip: u64) -> Option<u32> {
+        if self.hw.cs_attributes() & CS_LONG == 0 || self.hw.cpl() != 0 {
+            return None;
+        }
+        self.paging.peek_in_turns(&guest.memory, &self.hw, rip).map(u32::from_le_bytes)
     }
 
     /// Whether the byte `ahead` of RIP can be fetched.
@@ -904,12 +963,9 @@ impl<V: Vendor> Core<V> {
 
     /// The writes that kernels make all the time, on shadow tables in long mode: another address space, CR0.WP and
     /// CR4.PGE off and on. Whether it was one, and is done.
-    #[inline]
+    #[inline(always)]
     fn goes_back(&mut self, guest: &Guest<V>, cr: u8, value: u64) -> bool {
         let (hw, efer) = (&self.hw, self.hw.efer());
-        if efer & EFER_LMA == 0 {
-            return false;
-        }
         let only = |old: u64, bit: u64| (value ^ old) & !bit == 0;
         match cr {
             0 if only(hw.cr0(), CR0_WP) && hw.cr4() & CR4_CET == 0 => {

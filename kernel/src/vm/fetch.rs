@@ -66,8 +66,8 @@ pub(super) struct FetchCache {
     stamp: u64,
 }
 
-/// Nobody's stamp.
-const NO_STAMP: u64 = u64::MAX;
+/// Nobody's [stamp](crate::hw::HwVcpu::control_stamp).
+pub(super) const NO_STAMP: u64 = u64::MAX;
 
 // SAFETY: the pointers are into the VM's memory, which is shared by all CPUs; they are only used under its guard.
 unsafe impl Send for FetchCache {}
@@ -130,38 +130,42 @@ impl FetchCache {
         }
     }
 
-    /// The walks are good with the registers of `stamp`, which are those of long mode.
+    /// The walks are good with the registers of `stamp`, which are those of long mode; or [`NO_STAMP`].
     pub(super) fn vouch(&mut self, stamp: u64) {
-        self.stamp = if stamp == 0 { NO_STAMP } else { stamp };
+        self.stamp = stamp;
     }
 
-    /// Four bytes of a supervisor's code at `linear`, if the last walk or the one before led there and they lie in one page.
+    /// Bytes of a supervisor's code at `linear`, if the last walk or the one before led there and they lie in one page.
     /// `stamp` is that of the registers as they are; if the walks are good with it, they are those of long mode.
     #[inline(always)]
-    pub(super) fn peek<'m>(
+    pub(super) fn read_in_turns<'m, const N: usize>(
         &self,
         shared: impl FnOnce() -> Shared<'m, HostMemory>,
         linear: u64,
         cr3: u64,
         stamp: u64,
-    ) -> Option<[u8; 4]> {
+    ) -> Option<[u8; N]> {
         let key = Key::new(linear, cr3, 0);
-        let walk = if key == self.last.key { &self.last } else { &self.before };
-        if stamp != self.stamp || key != walk.key {
-            return None;
+        if stamp != self.stamp {
+            None
+        } else if key == self.last.key {
+            self.last.read(&shared(), linear)
+        } else if key == self.before.key {
+            self.before.read(&shared(), linear)
+        } else {
+            None
         }
-        walk.read(&shared(), linear)
     }
 
-    /// Sixteen bytes of code at `linear`, if the last walk led there and they lie in one page.
+    /// Bytes of code at `linear`, if the last walk led there and they lie in one page.
     #[inline(always)]
-    pub(super) fn read(
+    pub(super) fn read<const N: usize>(
         &self,
         shared: &Shared<'_, HostMemory>,
         linear: u64,
         cr3: u64,
         cpl: u8,
-    ) -> Option<[u8; 16]> {
+    ) -> Option<[u8; N]> {
         if Key::new(linear, cr3, cpl) == self.last.key {
             self.last.read(shared, linear)
         } else {
@@ -169,7 +173,7 @@ impl FetchCache {
         }
     }
 
-    /// The same of the one before, and of all that are kept, which then is the last one.
+    /// Sixteen bytes, if the one before led there, or another that is kept, which then is the last one.
     pub(super) fn read_other(
         &mut self,
         shared: &Shared<'_, HostMemory>,

@@ -4,15 +4,23 @@
 const NO_INDEX: usize = 4;
 /// Number of RBP, which as a base without displacement means one of 32 bits and no register.
 const NO_BASE: usize = 5;
+/// The opcode's bytes and a ModRM without displacement, the first one lowest.
+const INVLPG: u32 = 0x38_010f;
+/// REX with the highest bit of the register with the address.
+const REX_B: u8 = 0x41;
 
-/// The number of the register with the address, and the length, of an INVLPG that has no displacement and no prefix but REX.
-/// `code` has its first four bytes, the first one lowest.
-#[inline]
+/// The number of the register with the address, and the length, of an INVLPG that has no displacement and no prefix but
+/// REX.B. `code` has its first four bytes, the first one lowest.
+#[inline(always)]
 pub fn parse_beginning(code: u32) -> Option<(usize, u64)> {
-    let (code, base, length) = if code as u8 == 0x41 { (code >> 8, 8, 4) } else { (code, 0, 3) };
-    let register = (code >> 16 & 7) as usize;
-    let plain = code & 0xf8_ffff == 0x38_010f && register != NO_INDEX && register != NO_BASE;
-    plain.then_some((register | base, length))
+    let register = |code: u32| {
+        let register = (code >> 16 & 7) as usize;
+        (code & 0xf8_ffff == INVLPG && register & 6 != NO_INDEX & NO_BASE).then_some(register)
+    };
+    if let Some(register) = register(code) {
+        return Some((register, 3));
+    }
+    register(code >> 8).filter(|_| code as u8 == REX_B).map(|register| (register | 8, 4))
 }
 
 /// The linear address that the INVLPG at the start of `bytes` names, and the instruction's length. `rip` is where it begins.

@@ -2,13 +2,20 @@
 
 /// Longest instruction.
 const MAX_LEN: usize = 15;
+/// The opcode's bytes, the first one lowest.
+const MOV_TO_CR: u16 = 0x220f;
+/// REX with the highest bit of ModRM.rm.
+const REX_B: u8 = 0x41;
 
-/// The same as [`parse`] of a 64-bit MOV CRn, r with no prefix but REX, of which `code` has the first four bytes, the first
+/// The same as [`parse`] of a 64-bit MOV CRn, r with no prefix but REX.B, of which `code` has the first four bytes, the first
 /// one lowest.
-#[inline]
+#[inline(always)]
 pub fn parse_beginning(code: u32) -> Option<(usize, u64)> {
-    let (code, register, length) = if code as u8 == 0x41 { (code >> 8, 8, 4) } else { (code, 0, 3) };
-    (code as u16 == 0x220f).then_some(((code >> 16 & 7 | register) as usize, length))
+    let register = |modrm: u32| (modrm & 7) as usize;
+    if code as u16 == MOV_TO_CR {
+        return Some((register(code >> 16), 3));
+    }
+    (code as u8 == REX_B && (code >> 8) as u16 == MOV_TO_CR).then(|| (register(code >> 24) | 8, 4))
 }
 
 /// Number of the general-purpose register that the MOV CRn, r at the start of `bytes` reads, and the instruction's

@@ -3,6 +3,7 @@
 use super::cpuid::{CpuState as CpuidState, CpuidTable, Vendor as CpuVendor};
 use super::emulate::Emulator;
 use super::events::{Events, InterruptSource};
+use super::exits::ATTENTION_INTERVAL;
 use super::guest::Guest;
 use super::load::{self, EntryState};
 use super::msr::MsrState;
@@ -62,8 +63,9 @@ pub struct Core<V: Vendor> {
     pub(super) events: Events,
     /// What it is doing.
     pub activity: Activity,
-    /// Exits since reset.
-    pub exits: u64,
+    /// Exits since reset before the last look whether its time is up, and those until the next.
+    pub(super) exits_before: u64,
+    pub(super) exits_left: u64,
     /// Something may be due before the next entry: an event, a timer, a request.
     pub(super) attention: bool,
     /// The hardware has the local APIC's interrupt state: what `lapic` says of it is out of date.
@@ -161,7 +163,8 @@ impl<V: Vendor> Vcpu<V> {
             paging: Paging::new(&guest.memory, cpu)?,
             events: Events::default(),
             activity: Activity::WaitForSipi,
-            exits: 0,
+            exits_before: 0,
+            exits_left: ATTENTION_INTERVAL,
             attention: false,
             apic_lent: false,
             apic_enabled: false,

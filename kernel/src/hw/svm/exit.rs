@@ -95,6 +95,8 @@ pub mod code {
     pub const NPF: u32 = 0x400;
     /// Invalid guest state, as the low half of -1.
     pub const INVALID: u32 = u32::MAX;
+    /// Nobody's code but ours: no run was tried, for the CPU is not prepared.
+    pub const NOT_ENABLED: u32 = 0x7fff_ffff;
 }
 
 /// #DB, #AC and #MC: the exceptions that Umbra intercepts. The first two can be raised by their own delivery,
@@ -148,6 +150,7 @@ pub fn decode(exit_code: u64, info_1: u64, info_2: u64) -> Exit {
         | code::RDPRU => Exit::Undefined,
         code::SHUTDOWN => Exit::Shutdown,
         code::INVALID => Exit::InvalidState("VMRUN refused the guest's state"),
+        code::NOT_ENABLED => Exit::InvalidState("SVM is not enabled on this CPU"),
         _ => Exit::Unknown(exit_code),
     }
 }
@@ -197,7 +200,7 @@ fn port_access(info: u64, next_rip: u64) -> PortAccess {
 }
 
 /// Valid bit of EVENTINJ and EXITINTINFO. APM 15.20.
-const EVENT_VALID: u64 = 1 << 31;
+pub(super) const EVENT_VALID: u64 = 1 << 31;
 /// An error code is in bits 63:32.
 const EVENT_ERROR_VALID: u64 = 1 << 11;
 const TYPE_INTERRUPT: u64 = 0;

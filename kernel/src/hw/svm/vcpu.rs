@@ -3,7 +3,9 @@
 
 use super::cpu::{with_this_cpu, Svm, SvmCpu};
 use super::entry;
-use super::exit::{code, decode, encode_event, interrupted_event, task_switch, INTERCEPTED_EXCEPTIONS};
+use super::exit::{
+    code, decode, encode_event, interrupted_event, task_switch, EVENT_VALID, INTERCEPTED_EXCEPTIONS,
+};
 use super::nmi::NmiBlock;
 use super::vmcb::{Intercepts, TlbControl, Vmcb, VmcbSegment};
 use crate::hw::shadowed::ControlRegisters;
@@ -31,6 +33,14 @@ const CR8: u16 = 1 << 8;
 const PAGE_FAULT: u32 = 1 << 14;
 /// INVPCID in word 5 of the intercepts. APM table B-1.
 const INVPCID: u32 = 1 << 2;
+
+/// The exit's code and information.
+#[derive(Clone, Copy, Debug)]
+pub struct Ended {
+    code: u64,
+    info_1: u64,
+    info_2: u64,
+}
 
 /// No CPU's epoch.
 const UNSETTLED: u64 = u64::MAX;
@@ -214,10 +224,9 @@ impl SvmVcpu {
     /// instruction itself, INT n, INT3 and INTO behind it.
     #[cold]
     fn task_switch(&self, info_1: u64, info_2: u64) -> Exit {
-        const VALID: u64 = 1 << 31;
         let switch = task_switch(info_1, info_2);
         let info = self.vmcb().control.exit_int_info;
-        if info & VALID == 0 {
+        if info & EVENT_VALID == 0 {
             return Exit::TaskSwitch(switch);
         }
         let next_rip = interrupted_event(info).map(|_| self.rip());
@@ -315,8 +324,10 @@ impl HwVcpu for SvmVcpu {
         &mut self.gprs
     }
 
-    #[inline]
-    fn run(&mut self, cpu: usize) -> Exit {
+    type Ended = Ended;
+
+    #[inline(always)]
+    fn run(&mut self, cpu: usize) -> Ended {
         // SAFETY: the trait's contract: `cpu` is this CPU, and interrupts are off.
         let host = unsafe {
             with_this_cpu(cpu, |state| {
@@ -324,7 +335,7 @@ impl HwVcpu for SvmVcpu {
             })
         };
         let Some(host) = host.flatten() else {
-            return Exit::InvalidState("SVM is not enabled on this CPU");
+            return Ended { code: code::NOT_ENABLED.into(), info_1: 0, info_2: 0 };
         };
         let (rax, rsp) = (self.gprs[gpr::RAX], self.gprs[gpr::RSP]);
         let save = &mut self.vmcb_mut().save;
@@ -339,16 +350,23 @@ impl HwVcpu for SvmVcpu {
         vmcb.control.tlb_control = TlbControl::Nothing as u8;
         let (rax, rsp) = (vmcb.save.rax, vmcb.save.rsp);
         let control = &vmcb.control;
-        let (exit_code, info_1, info_2) = (control.exit_code, control.exit_info_1, control.exit_info_2);
+        let ended =
+            Ended { code: control.exit_code, info_1: control.exit_info_1, info_2: control.exit_info_2 };
         self.gprs[gpr::RAX] = rax;
         self.gprs[gpr::RSP] = rsp;
+        ended
+    }
+
+    #[inline(always)]
+    fn exit(&mut self, ended: Ended) -> Exit {
+        let Ended { code, info_1, info_2 } = ended;
         // Comparisons of what `decode` looks at become part of its table.
-        match exit_code as u32 {
-            code::IRET | code::DEBUG if self.nmi != NmiBlock::Open && self.ended_nmi_handler(exit_code) => {
+        match code as u32 {
+            code::IRET | code::DEBUG if self.nmi != NmiBlock::Open && self.ended_nmi_handler(code) => {
                 Exit::NmiWindow
             }
             code::TASK_SWITCH => self.task_switch(info_1, info_2),
-            _ => decode(exit_code, info_1, info_2),
+            _ => decode(code, info_1, info_2),
         }
     }
 
@@ -625,6 +643,13 @@ impl HwVcpu for SvmVcpu {
         self.vmcb_mut().control.interrupt_shadow = 0;
     }
     #[inline]
+    fn end_instruction(&mut self, next_rip: u64) -> u64 {
+        let vmcb = self.vmcb_mut();
+        vmcb.save.rip = next_rip;
+        vmcb.control.interrupt_shadow = 0;
+        vmcb.save.rflags
+    }
+    #[inline]
     fn inject(&mut self, event: Event) {
         if event == Event::Nmi {
             self.set_nmis_blocked(true);
@@ -637,7 +662,12 @@ impl HwVcpu for SvmVcpu {
     }
     #[inline]
     fn take_interrupted_event(&mut self) -> Option<Event> {
-        let event = interrupted_event(core::mem::take(&mut self.vmcb_mut().control.exit_int_info));
+        // Each exit writes the field (APM 15.7.2), and it is asked for once.
+        let info = self.vmcb().control.exit_int_info;
+        if info & EVENT_VALID == 0 {
+            return None;
+        }
+        let event = interrupted_event(info);
         if event == Some(Event::Nmi) {
             self.set_nmis_blocked(false);
         }

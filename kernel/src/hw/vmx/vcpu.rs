@@ -574,6 +574,13 @@ impl HwVcpu for VmxVcpu {
         &mut self.gprs
     }
 
+    type Ended = Exit;
+
+    #[inline(always)]
+    fn exit(&mut self, ended: Exit) -> Exit {
+        ended
+    }
+
     #[inline(always)]
     fn run(&mut self, cpu: usize) -> Exit {
         if !self.settle_form() {
