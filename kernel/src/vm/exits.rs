@@ -137,13 +137,15 @@ impl<V: Vendor> Vcpu<V> {
     /// again; then the guest takes the fault of that fetch, and the instruction has no effect.
     #[inline(always)]
     fn skip(&mut self, guest: &Guest<V>, opcode: [u8; 2]) -> bool {
-        match self.next_rip(guest, opcode) {
-            Some(next) => {
-                self.finish(guest, next);
-                true
-            }
-            None => false,
-        }
+        let core = &self.core;
+        let rip = core.hw.rip();
+        let next = match core.hw.exit_next_rip() {
+            Some(next) => core.cut(next),
+            None if core.is_at(guest, rip, opcode) => rip.wrapping_add(opcode.len() as u64),
+            None => return self.skip_rare(guest),
+        };
+        self.finish(guest, next);
+        true
     }
 
     /// The same of any instruction, out of the way of the exits that are to be fast.
@@ -170,7 +172,7 @@ impl<V: Vendor> Vcpu<V> {
             return Some(self.core.cut(next));
         }
         let rip = self.core.hw.rip();
-        if self.core.peek(guest, rip) == Some(opcode) {
+        if self.core.is_at(guest, rip, opcode) {
             return Some(rip.wrapping_add(opcode.len() as u64));
         }
         self.find_next_rip(guest)
@@ -510,49 +512,64 @@ impl<V: Vendor> Vcpu<V> {
     /// MOV from control register `cr`, to general-purpose register `gpr` where the hardware named it.
     #[inline(never)]
     fn read_cr(&mut self, guest: &Guest<V>, cr: u8, gpr: Option<u8>) {
-        match (gpr, self.core.hw.exit_next_rip()) {
-            (Some(gpr), Some(next)) => {
-                let hw = &self.core.hw;
-                let value = match cr {
-                    0 => hw.cr0(),
-                    3 => hw.cr3(),
-                    4 => hw.cr4(),
-                    _ => return self.raise(guest, UD, None),
-                };
-                let long = self.core.mode() == Mode::Long64;
-                let value = if long { value } else { value & 0xffff_ffff };
-                self.core.hw.gprs_mut()[usize::from(gpr & 15)] = value;
-                let next = self.core.cut(next);
-                self.finish(guest, next);
-            }
-            // SMSW, too, reads CR0.
-            _ => self.emulate(guest, None),
-        }
+        let core = &self.core;
+        let (rip, next) = (core.hw.rip(), core.hw.exit_next_rip());
+        let operand = match gpr.zip(next) {
+            Some((gpr, next)) => Some((usize::from(gpr & 15), core.cut(next))),
+            None => core
+                .peek_in_turns(guest, rip)
+                .and_then(|code| mov_cr::parse_beginning(code, mov_cr::FROM_CR))
+                .map(|(register, length)| (register, rip.wrapping_add(length))),
+        };
+        // SMSW, too, reads CR0.
+        let Some((register, next)) = operand else { return self.emulate(guest, None) };
+        let value = match cr {
+            0 => core.hw.cr0(),
+            3 => core.hw.cr3(),
+            4 => core.hw.cr4(),
+            _ => return self.raise(guest, UD, None),
+        };
+        let long = core.mode() == Mode::Long64;
+        self.core.hw.gprs_mut()[register] = if long { value } else { value & 0xffff_ffff };
+        self.finish(guest, next);
     }
 
     /// MOV to control register `cr`, from general-purpose register `gpr` where the hardware named it.
-    #[inline(never)]
+    #[inline(always)]
     fn write_cr(&mut self, guest: &Guest<V>, cr: u8, gpr: Option<u8>) {
-        let rip = self.core.hw.rip();
-        let beginning = self.core.peek_in_turns(guest, rip).and_then(mov_cr::parse_beginning);
-        let Some((register, length)) = beginning else { return self.write_cr_fetched(guest, cr, gpr) };
-        let (value, next) = (self.core.hw.gprs()[register], rip.wrapping_add(length));
-        if self.core.goes_back(guest, cr, value) {
-            self.finish(guest, next);
-        } else {
-            self.write_cr_anew(guest, cr, value, next);
+        match cr {
+            0 => self.write_paging_cr::<0>(guest, gpr),
+            3 => self.write_paging_cr::<3>(guest, gpr),
+            4 => self.write_paging_cr::<4>(guest, gpr),
+            _ => {
+                if let Some((value, next)) = self.mov_to_cr_operand(guest, gpr, None) {
+                    self.write_cr_anew(guest, cr, value, next);
+                }
+            }
         }
     }
 
-    /// The same of a MOV that has to be fetched, or that the hardware has told of.
+    /// The same of a register that kernels on shadow tables write all the time.
     #[inline(never)]
-    fn write_cr_fetched(&mut self, guest: &Guest<V>, cr: u8, gpr: Option<u8>) {
-        let Some((value, next)) = self.mov_to_cr_operand(guest, gpr) else { return };
-        let core = &mut self.core;
-        if core.paging.is_shadowed() && core.hw.efer() & EFER_LMA != 0 && core.goes_back(guest, cr, value) {
+    fn write_paging_cr<const CR: u8>(&mut self, guest: &Guest<V>, gpr: Option<u8>) {
+        let rip = self.core.hw.rip();
+        let peeked = self.core.peek_in_turns(guest, rip);
+        let (value, next);
+        match peeked.and_then(|code| mov_cr::parse_plain(code, mov_cr::TO_CR)) {
+            Some(register) => (value, next) = (self.core.hw.gprs()[register], rip.wrapping_add(3)),
+            None => {
+                let Some(operand) = self.mov_to_cr_operand(guest, gpr, peeked) else { return };
+                (value, next) = operand;
+                if !(self.core.paging.is_shadowed() && self.core.hw.efer() & EFER_LMA != 0) {
+                    return self.write_cr_anew(guest, CR, value, next);
+                }
+            }
+        }
+        // One place for both, so that the compiler makes it part of this.
+        if self.core.goes_back(guest, CR, value) {
             self.finish(guest, next);
         } else {
-            self.write_cr_anew(guest, cr, value, next);
+            self.write_cr_anew(guest, CR, value, next);
         }
     }
 
@@ -572,8 +589,19 @@ impl<V: Vendor> Vcpu<V> {
         }
     }
 
-    /// Value and next RIP of the MOV to a control register at RIP.
-    fn mov_to_cr_operand(&mut self, guest: &Guest<V>, gpr: Option<u8>) -> Option<(u64, u64)> {
+    /// Value and next RIP of the MOV to a control register at RIP. What a peek found was not enough.
+    #[inline(never)]
+    fn mov_to_cr_operand(
+        &mut self,
+        guest: &Guest<V>,
+        gpr: Option<u8>,
+        peeked: Option<u32>,
+    ) -> Option<(u64, u64)> {
+        if let Some((register, length)) = peeked.and_then(|code| mov_cr::parse_beginning(code, mov_cr::TO_CR))
+        {
+            let hw = &self.core.hw;
+            return Some((hw.gprs()[register], hw.rip().wrapping_add(length)));
+        }
         let long = self.core.mode() == Mode::Long64;
         let (register, next) = match (gpr, self.core.hw.exit_next_rip()) {
             (Some(register), Some(next)) => (usize::from(register & 15), next),
@@ -894,16 +922,15 @@ impl<V: Vendor> Core<V> {
         self.paging.fetch_in_turns(&guest.memory, &self.hw, linear)
     }
 
-    /// The first bytes of the instruction at RIP, which is `rip`, in 64-bit code that the last instruction was fetched from.
-    #[inline(always)]
-    fn peek<const N: usize>(&self, guest: &Guest<V>, rip: u64) -> Option<[u8; N]> {
-        if self.hw.cs_attributes() & CS_LONG == 0 {
-            return None;
-        }
-        self.paging.peek(&guest.memory, &self.hw, rip)
+    /// Whether the instruction at RIP, which is `rip`, is `opcode` in 64-bit code that the last instruction was fetched from.
+    #[inline(never)]
+    fn is_at(&self, guest: &Guest<V>, rip: u64, opcode: [u8; 2]) -> bool {
+        self.hw.cs_attributes() & CS_LONG != 0
+            && self.paging.peek(&guest.memory, &self.hw, rip) == Some(opcode)
     }
 
-    /// The same of a supervisor's code, for exits that are made in turns.
+    /// The first four bytes of a supervisor's instruction at RIP, the first one lowest, in 64-bit code that
+    /// [`fetch_in_turns`](Self::fetch_in_turns) fetched from.
     #[inline(always)]
     fn peek_in_turns(&self, guest: &Guest<V>, rip: u64) -> Option<u32> {
         if self.hw.cs_attributes() & CS_LONG == 0 || self.hw.cpl() != 0 {

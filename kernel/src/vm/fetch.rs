@@ -159,15 +159,15 @@ impl FetchCache {
 
     /// Bytes of code at `linear`, if the last walk led there and they lie in one page.
     #[inline(always)]
-    pub(super) fn read<const N: usize>(
+    pub(super) fn read<'m, const N: usize>(
         &self,
-        shared: &Shared<'_, HostMemory>,
+        shared: impl FnOnce() -> Shared<'m, HostMemory>,
         linear: u64,
         cr3: u64,
         cpl: u8,
     ) -> Option<[u8; N]> {
         if Key::new(linear, cr3, cpl) == self.last.key {
-            self.last.read(shared, linear)
+            self.last.read(&shared(), linear)
         } else {
             None
         }

@@ -1,21 +1,29 @@
-//! The register operand of MOV to a control register, for CPUs whose exit does not name it (no decode assists).
+//! The register operand of MOV to and from a control register, for CPUs whose exit does not name it (no decode assists).
 
 /// Longest instruction.
 const MAX_LEN: usize = 15;
-/// The opcode's bytes, the first one lowest.
-const MOV_TO_CR: u16 = 0x220f;
+/// MOV CRn, r; of the opcode's bytes the first one is the lowest.
+pub const TO_CR: u16 = 0x220f;
+/// MOV r, CRn.
+pub const FROM_CR: u16 = 0x200f;
 /// REX with the highest bit of ModRM.rm.
 const REX_B: u8 = 0x41;
 
-/// The same as [`parse`] of a 64-bit MOV CRn, r with no prefix but REX.B, of which `code` has the first four bytes, the first
-/// one lowest.
+/// Number of the general-purpose register of the MOV with `opcode` that `code` begins with, if there is no prefix; then the
+/// instruction has three bytes. `code` is the first four, the first one lowest.
 #[inline(always)]
-pub fn parse_beginning(code: u32) -> Option<(usize, u64)> {
-    let register = |modrm: u32| (modrm & 7) as usize;
-    if code as u16 == MOV_TO_CR {
-        return Some((register(code >> 16), 3));
+pub fn parse_plain(code: u32, opcode: u16) -> Option<usize> {
+    (code as u16 == opcode).then_some((code >> 16 & 7) as usize)
+}
+
+/// The same with the length, also of a 64-bit one with REX.B.
+#[inline]
+pub fn parse_beginning(code: u32, opcode: u16) -> Option<(usize, u64)> {
+    match parse_plain(code, opcode) {
+        Some(register) => Some((register, 3)),
+        None if code as u8 == REX_B => parse_plain(code >> 8, opcode).map(|register| (register | 8, 4)),
+        None => None,
     }
-    (code as u8 == REX_B && (code >> 8) as u16 == MOV_TO_CR).then(|| (register(code >> 24) | 8, 4))
 }
 
 /// Number of the general-purpose register that the MOV CRn, r at the start of `bytes` reads, and the instruction's
@@ -67,14 +75,16 @@ mod tests {
             for modrm in 0..=0xff {
                 let code = [prefix, &[0x0f, 0x22, modrm, 0]].concat();
                 let beginning = u32::from_le_bytes(*code.first_chunk().unwrap());
-                if let Some((register, length)) = parse_beginning(beginning) {
+                if let Some((register, length)) = parse_beginning(beginning, TO_CR) {
                     assert_eq!(parse(&code, true), Some((register, length as usize)), "{code:x?}");
                     parsed += 1;
                 }
             }
         }
         assert_eq!(parsed, 512, "all registers, whatever ModRM.mod is");
-        assert_eq!(parse_beginning(0xc0_200f), None, "a read");
+        assert_eq!(parse_beginning(0xc0_200f, TO_CR), None, "a read");
+        assert_eq!(parse_beginning(0xd9_200f, FROM_CR), Some((1, 3)), "mov rcx, cr3");
+        assert_eq!(parse_beginning(0xdc20_0f41, FROM_CR), Some((12, 4)), "mov r12, cr3");
     }
 
     #[test]

@@ -778,7 +778,7 @@ impl Paging {
         if registers != self.fetched_with || registers.2 & EFER_LMA == 0 {
             return None;
         }
-        self.fetches.read(&memory.vm.shared(self.host_cpu), linear, hw.cr3(), hw.cpl())
+        self.fetches.read(|| memory.vm.shared(self.host_cpu), linear, hw.cr3(), hw.cpl())
     }
 
     /// The same with the last two [fetches in turns](Self::fetch_in_turns), for a supervisor.
@@ -821,23 +821,24 @@ impl Paging {
             self.fetched_with = registers;
             self.refresh(hw);
         }
-        let shared = memory.vm.shared(self.host_cpu);
-        match self.fetches.read(&shared, linear, hw.cr3(), hw.cpl()) {
+        let shared = || memory.vm.shared(self.host_cpu);
+        match self.fetches.read(shared, linear, hw.cr3(), hw.cpl()) {
             Some(bytes) => Ok((bytes, MAX_INSN_BYTES)),
-            None => self.fetch_otherwise(&shared, hw, linear),
+            None => self.fetch_otherwise(memory, hw, linear),
         }
     }
 
     #[inline(never)]
-    fn fetch_otherwise<H: HwVcpu>(
+    fn fetch_otherwise<V: Vendor>(
         &mut self,
-        shared: &Shared<'_, HostMemory>,
-        hw: &H,
+        memory: &GuestMemory<V>,
+        hw: &V::Vcpu,
         linear: u64,
     ) -> Result<([u8; 16], usize), Fault> {
-        match self.fetches.read_other(shared, linear, hw.cr3(), hw.cpl()) {
+        let shared = memory.vm.shared(self.host_cpu);
+        match self.fetches.read_other(&shared, linear, hw.cr3(), hw.cpl()) {
             Some(bytes) => Ok((bytes, MAX_INSN_BYTES)),
-            None => self.fetch_by_walk(shared, hw, linear),
+            None => self.fetch_by_walk(&shared, hw, linear),
         }
     }
 
