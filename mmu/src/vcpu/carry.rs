@@ -99,6 +99,7 @@ impl Mmu {
         };
         let slot = self.roots.free_slot();
         self.roots.push(Cached::new(key, root, true, slot));
+        self.unprotected.is_pending = false;
         self.note_seen();
         // Remembered until the entry.
         let _ = self.run_on();
@@ -144,6 +145,9 @@ impl Mmu {
         access: Access,
     ) -> ShadowDone<ShadowFault> {
         let mut issued = None;
+        if !self.settle_write_protect() {
+            return ShadowDone { outcome: ShadowFault::NoRoot, issued };
+        }
         loop {
             let done = kind.fault(guard, cache, self.root, walk, address, access);
             later(&mut issued, done.issued);

@@ -33,6 +33,9 @@ impl Mmu {
         address: Gva,
         access: Access,
     ) -> Option<ShadowDone<NearFault>> {
+        if self.unprotected.is_pending {
+            return None;
+        }
         let near = self.near(address)?;
         let done = kind.fault_near(guard, near, context, regs, address, access)?;
         match done.outcome {

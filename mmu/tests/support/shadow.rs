@@ -350,7 +350,11 @@ impl World {
         let all = pg != m.pg;
         let new = Machine { pg, wp, lma: long && pg, ..m };
         let regs = self.state(&new, cr4).regs;
-        let seen = self.near(vcpu, |mmu, kind, guard| mmu.mov_to_seen_cr0(kind, guard, regs.cr0, regs.efer));
+        let seen = self.near(vcpu, |mmu, kind, guard| {
+            let done = regs.efer == mmu.state().regs.efer && mmu.mov_to_cr0_wp(regs.cr0);
+            let at_once = done.then_some(ShadowDone { outcome: (), issued: None });
+            at_once.or_else(|| mmu.mov_to_seen_cr0(kind, guard, regs.cr0, regs.efer))
+        });
         self.event(
             vcpu,
             new,
