@@ -3,8 +3,8 @@ mod support;
 
 use mmu::{
     BadInvpcid, CpuRole, Cr0, Cr4, Efer, Gfn, GfnRange, Gpa, GuestCpu, Gva, Invpcid, Level, Mmu,
-    PagingContext, PagingRegs, PagingState, Requests, RoleFlags, RootSet, Running, ShadowFault, Sync, TagFlush, Tags,
-    VcpuMmus, Walk,
+    PagingContext, PagingRegs, PagingState, Requests, RoleFlags, RootSet, Running, ShadowFault, Sync,
+    TagFlush, Tags, VcpuMmus, Walk,
 };
 use support::flat::FlatRam;
 use support::machines::AMD;

@@ -57,9 +57,7 @@ impl Mmu {
                 Some(Sync::All) if current && mutant::is(Mutant::RootUnsynced) => {}
                 Some(Sync::All) if current => later(&mut issued, kind.sync_root(guard, cached.root).issued),
                 Some(Sync::Address(_)) if mutant::is(Mutant::AddressUnsynced) => {}
-                Some(Sync::Address(at)) => {
-                    later(&mut issued, kind.sync_address(guard, cached.root, at).issued);
-                }
+                Some(Sync::Address(at)) => kind.sync_address(guard, cached.root, at),
                 _ => continue,
             }
             cached.behind = None;

@@ -163,7 +163,10 @@ impl Mmu {
         let issued = match behind {
             _ if mutant::is(Mutant::SeenBehind) => None,
             None => None,
-            Some(Sync::Address(address)) => kind.sync_address(guard, root, address).issued,
+            Some(Sync::Address(address)) => {
+                kind.sync_address(guard, root, address);
+                None
+            }
             Some(Sync::All) => kind.sync_held(guard, root),
         };
         (self.state.regs, self.state.cr3) = (regs, cr3);
