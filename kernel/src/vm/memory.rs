@@ -96,7 +96,7 @@ impl NoteFrames {
         Ok(Self { layout, start })
     }
 
-    #[inline]
+    #[inline(always)]
     fn get(&self) -> SlotNotes<'_> {
         let (words, counts) = (self.layout.words(), self.layout.counts());
         if words + counts == 0 {
@@ -393,7 +393,7 @@ impl HostMemory {
     }
 
     /// Pointer to a place that a slot named, good up to the end of its page.
-    #[inline]
+    #[inline(always)]
     fn at(&self, at: &RamAddr) -> Result<*mut u8, NoPage> {
         let Some(range) = self.ranges.get(at.cookie as usize) else {
             let frame = self.fixed_frame(at).ok_or(NoPage)?;
@@ -435,7 +435,7 @@ impl HostMemory {
 }
 
 impl Backing for HostMemory {
-    #[inline]
+    #[inline(always)]
     fn resolve(&self, at: &RamAddr, want: PageSize, _: AccessKind) -> Resolved {
         let Some(range) = self.ranges.get(at.cookie as usize) else {
             return self.fixed_frame(at).map_or(Resolved::Absent, |frame| Resolved::Ram {
@@ -457,7 +457,7 @@ impl Backing for HostMemory {
     }
 
     /// Of RAM; fixed pages have none, for they are never written.
-    #[inline]
+    #[inline(always)]
     fn notes(&self, cookie: u64) -> SlotNotes<'_> {
         self.ranges.get(cookie as usize).map_or(SlotNotes::default(), |range| range.notes.get())
     }
@@ -488,7 +488,7 @@ impl Backing for HostMemory {
         Ok(self.atomic_u64(at)?.load(Ordering::Acquire))
     }
 
-    #[inline]
+    #[inline(always)]
     fn words(&self, at: &RamAddr) -> Option<&[AtomicU64; ENTRIES]> {
         let page = RamAddr { slot_offset: at.slot_offset & !(PAGE_SIZE - 1), ..*at };
         let first = self.at(&page).ok()?;

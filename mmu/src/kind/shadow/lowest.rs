@@ -3,7 +3,7 @@ use super::{is_short, shadows, space, ShadowMmu};
 use crate::addr::{Gfn, PAGE_SIZE};
 use crate::format::EntryFormat;
 use crate::level::{Level, ENTRIES};
-use crate::memory::{Backing, SlotHit, VmMemory};
+use crate::memory::{Backing, SlotFlags, SlotHit, VmMemory};
 use crate::role::{CpuRole, PageRole};
 use crate::tables::TableMemory;
 use crate::walk::LowestEntries;
@@ -55,8 +55,8 @@ impl Lowest {
 
 impl<'m, B: Backing> LowestTable<'_, 'm, B> {
     /// Where the entry behind the one at `index` of the shadow page is.
-    #[inline(always)]
-    pub(super) fn place(&self, index: usize) -> Option<SlotHit<'m>> {
+    #[inline]
+    fn place(&self, index: usize) -> Option<SlotHit<'m>> {
         let place = self.place.as_ref()?;
         let offset = ((self.lowest.first + index) << self.lowest.entry_shift) as u64;
         Some(place.forward(offset % PAGE_SIZE))
@@ -78,6 +78,24 @@ impl<'m, B: Backing> LowestTable<'_, 'm, B> {
         match self.words {
             Some(words) => Some(words[index % ENTRIES].load(Ordering::Acquire)),
             None => self.read_by_itself(index),
+        }
+    }
+
+    /// Replaces the entry behind the one at `index` of the shadow page if it is `current`; whether it was. In a table of
+    /// words, in a slot that may be written.
+    #[inline(always)]
+    pub(super) fn mark(&self, index: usize, current: u64, new: u64) -> bool {
+        let Some(place) = self.place.filter(|place| !place.flags().contains(SlotFlags::READ_ONLY)) else {
+            return false;
+        };
+        match self.words {
+            Some(words) => words[index % ENTRIES]
+                .compare_exchange(current, new, Ordering::SeqCst, Ordering::Acquire)
+                .is_ok(),
+            None => {
+                let at = place.forward((index * size_of::<u64>()) as u64 % PAGE_SIZE).ram();
+                self.memory.backing().compare_exchange_u64(&at, current, new) == Ok(current)
+            }
         }
     }
 

@@ -112,20 +112,15 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
                 return Some((NearFault::Guest(code), had_leaf));
             }
         };
-        if marked != raw {
-            let place = table.place(index)?;
-            let writable = !place.flags().contains(SlotFlags::READ_ONLY);
-            let found = writable.then(|| memory.backing().compare_exchange_u64(&place.ram(), raw, marked));
-            found?.ok().filter(|&found| found == raw)?;
+        if marked != raw && !table.mark(index, raw, marked) {
+            return None;
         }
         self.install_near(&table, index, marked, access.kind)?;
         self.touch(near.lowest.page);
-        let first = index & !(AROUND - 1);
-        let mut around = table.read_some::<AROUND>(first);
-        // Nobody asks for this one again.
-        around[index % AROUND] = 0;
-        if around.iter().any(|&raw| near.lowest.entries.is_accessed(raw)) {
-            self.prefetch_some(&table, first, &around);
+        // What the guest has not used before is most often new, and what it has used around it is there.
+        if near.lowest.entries.is_accessed(raw) {
+            let first = index & !(AROUND - 1);
+            self.prefetch_some(&table, first, &table.read_some(first));
         }
         self.done_flush();
         Some((NearFault::Mapped, true))
