@@ -4,7 +4,7 @@ use std::fs;
 
 use anyhow::{bail, ensure, Context, Result};
 use xtask::bundle::Bundle;
-use xtask::emulator::{BochsCpu, Machine};
+use xtask::emulator::{BochsCpu, Icount, Machine};
 use xtask::paths;
 
 use crate::cases::{is_failure, Cases};
@@ -120,6 +120,7 @@ pub(super) fn all() -> Vec<Scenario> {
         no_exits(ctx, &ctx.bochs(BochsCpu::SkylakeX))
     });
     all.push(in_bochs.needs(&[Need::Grub, Need::Bochs]).limit(240));
+    all.push(Scenario::new("shadow_paging_costs_what_it_may", costs_on_shadows).limit(240));
     all.push(Scenario::new("other_vms_go_on", other_vms_go_on).limit(240));
     for (name, cmdline) in MISDEEDS {
         let scenario = move |ctx: &Ctx| misdeed(ctx, &ctx.machine(), cmdline, "");
@@ -195,6 +196,17 @@ fn no_exits(ctx: &Ctx, machine: &Machine) -> Result<Cases> {
         bail!("{why}");
     }
     Ok(Cases::passed())
+}
+
+/// Counted by the emulator, and so the same each time: what a guest's own paging costs on shadow tables.
+fn costs_on_shadows(ctx: &Ctx) -> Result<Cases> {
+    let machine = Machine { icount: Icount::On, cpus: 1, ..ctx.machine() };
+    let bundle = bundle(ctx, "bench_mmu", platform_word(&machine), SHADOW)?;
+    let log = ctx.boot(&machine, &bundle)?.end()?.log;
+    match xtask::bench::mmu::above_target_in_log(&log)? {
+        Some(why) => bail!("{why}"),
+        None => Ok(Cases::passed()),
+    }
 }
 
 /// Beside a VM that triple-faults, one that never stops computing and one that resets itself again and again, a guest
