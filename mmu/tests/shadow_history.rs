@@ -417,17 +417,22 @@ fn c2_every_loss_of_a_writable_leaf_kicks_who_may_have_it() {
             let _ = guard.stop_dirty_log(Gfn::default()).unwrap();
             issued
         }),
-        ("sync", true, |world, _| {
+        // A guest's own flush asks for none of others; what comes after it does.
+        ("sync", true, |world, page| {
             world.store(0x4000 + 0x30 * 8, 0x3_0065);
-            let root = world.vcpus[0].root;
+            let (root, mut progress) = (world.vcpus[0].root, mmu::ZapProgress::default());
             let mut guard = world.memory.exclusive(CPU);
-            world.kind.sync_address(&mut guard, root, Gva::new(0x3_0008)).issued
+            let before = world.memory.shootdown().requested();
+            world.kind.sync_address(&mut guard, root, Gva::new(0x3_0008));
+            assert_eq!(world.memory.shootdown().requested(), before);
+            world.kind.write_unprotect(&mut guard, page, &mut progress).issued
         }),
-        ("sync of fetches", false, |world, _| {
+        ("sync of fetches", false, |world, page| {
             world.store(0x4000 + 0x30 * 8, 1 << 63 | 0x3_0067);
-            let root = world.vcpus[0].root;
+            let (root, mut progress) = (world.vcpus[0].root, mmu::ZapProgress::default());
             let mut guard = world.memory.exclusive(CPU);
-            world.kind.sync_address(&mut guard, root, Gva::new(0x3_0008)).issued
+            world.kind.sync_address(&mut guard, root, Gva::new(0x3_0008));
+            world.kind.write_unprotect(&mut guard, page, &mut progress).issued
         }),
         ("age", false, |world, page| {
             let mut progress = mmu::ZapProgress::default();

@@ -3,8 +3,8 @@ mod support;
 
 use mmu::{
     BadInvpcid, CpuRole, Cr0, Cr4, Efer, Gfn, GfnRange, Gpa, GuestCpu, Gva, Invpcid, Level, Mmu,
-    PagingContext, PagingRegs, PagingState, Requests, RootSet, Running, ShadowFault, Sync, TagFlush, Tags,
-    VcpuMmus, Walk,
+    PagingContext, PagingRegs, PagingState, Requests, RoleFlags, RootSet, Running, ShadowFault, Sync,
+    TagFlush, Tags, VcpuMmus, Walk,
 };
 use support::flat::FlatRam;
 use support::machines::AMD;
@@ -299,6 +299,72 @@ fn b4_roles_are_keys() {
         assert!(world.hardware(0, VA, What::Write, Who::User).is_some(), "nothing was torn down");
         world.finish();
     }
+}
+
+/// CR0.WP cleared and set again, and nothing that would need another root in between: the vCPU runs on.
+#[test]
+fn cr0_wp_cleared_for_nothing_switches_no_root() {
+    let mut world = world();
+    world.access(0, VA, What::Read, Who::User);
+    let mmu = &mut world.vcpus[0].mmu;
+    let (root, cr0) = (mmu.root(), mmu.state().regs.cr0);
+    drop(mmu.enter(world.memory, CPU));
+    for _ in 0..100 {
+        for wp in [false, true] {
+            assert!(mmu.mov_to_cr0_wp(if wp { cr0 | Cr0::WP } else { cr0.difference(Cr0::WP) }));
+            assert_eq!((mmu.root(), mmu.role().flags().contains(RoleFlags::WP)), (root, wp));
+            assert_eq!(mmu.enter(world.memory, CPU).flush(), TagFlush::None);
+        }
+    }
+    assert!(!mmu.mov_to_cr0_wp(cr0.difference(Cr0::PG | Cr0::WP)), "that is more than WP");
+    world.finish();
+}
+
+/// CR0.WP cleared, and a supervisor's write to a read-only page: the first one switches roots, and for a while each time WP
+/// is cleared does. Set again, the page is read-only again.
+#[test]
+fn cr0_wp_cleared_lets_the_supervisor_write() {
+    for walks in [false, true] {
+        let mut world = world();
+        world.walks = walks;
+        world.store(ENTRY, 0x1_0000 | 0x65);
+        world.flush(0);
+        assert_eq!(world.access_as(0, VA, What::Write, Who::Supervisor, CACHING), Ended::Fault(3));
+        for _ in 0..20 {
+            world.mov_to_cr0(0, true, false, true);
+            assert_eq!(world.access_as(0, VA, What::Write, Who::Supervisor, CACHING), Ended::At(VA));
+            assert_eq!(world.access_as(0, VA, What::Write, Who::User, CACHING), Ended::Fault(7));
+            world.mov_to_cr0(0, true, true, true);
+            assert_eq!(world.access_as(0, VA, What::Write, Who::Supervisor, CACHING), Ended::Fault(3));
+        }
+        world.finish();
+    }
+}
+
+/// CR0.WP cleared where it was needed before: the root is switched at once, and found again.
+#[test]
+fn cr0_wp_cleared_to_write_switches_at_once_from_then_on() {
+    let mut world = world();
+    world.store(ENTRY, 0x1_0000 | 0x65);
+    world.flush(0);
+    let (first, cr0) = (world.vcpus[0].mmu.root(), world.vcpus[0].mmu.state().regs.cr0);
+    let off = cr0.difference(Cr0::WP);
+    world.vcpus[0].m.wp = false;
+    assert!(world.vcpus[0].mmu.mov_to_cr0_wp(off));
+    assert_eq!(world.access(0, VA, What::Write, Who::Supervisor), Ended::At(VA));
+    let second = world.vcpus[0].mmu.root();
+    assert_ne!(second, first);
+    let efer = world.vcpus[0].mmu.state().regs.efer;
+    let World { kind, vcpus, memory, .. } = &mut world;
+    let (mmu, mut guard) = (&mut vcpus[0].mmu, memory.exclusive(CPU));
+    for wp in [true, false].repeat(3) {
+        let new = if wp { cr0 } else { off };
+        assert!(!mmu.mov_to_cr0_wp(new), "the root is another");
+        assert!(mmu.mov_to_seen_cr0(kind, &mut guard, new, efer).is_some());
+        assert_eq!(mmu.root(), if wp { first } else { second });
+    }
+    drop(guard);
+    world.finish();
 }
 
 /// SMEP and SMAP are applied by the processor as it walks, so with CR0.WP they change no root.

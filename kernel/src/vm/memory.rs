@@ -17,6 +17,7 @@ use core::hint::spin_loop;
 use core::sync::atomic::{AtomicU32, AtomicU64, AtomicU8, Ordering};
 use mmu::{
     AccessKind, Backing, GfnRange, Gpa, Hpa, NoPage, PageSize, RamAddr, Resolved, Slot, SlotFlags, SlotNotes,
+    ENTRIES,
 };
 use x86_64::PhysAddr;
 
@@ -58,12 +59,20 @@ impl fmt::Display for NotEnoughMemory {
 struct Range {
     start: u64,
     bytes: u64,
-    /// Host address of each 2 MiB chunk; bit 0 marks a chunk that is part of a 1 GiB frame.
-    chunks: Vec<u64>,
+    chunks: Vec<Chunk>,
     granules: Vec<AtomicU8>,
     /// log2 of the granule's size.
     granule_shift: u32,
     notes: NoteFrames,
+}
+
+/// 2 MiB of a range.
+#[derive(Debug)]
+struct Chunk {
+    /// Host address; bit 0 marks a chunk that is part of a 1 GiB frame.
+    host: u64,
+    /// Granules in it that are not ready: most often there are none, and nobody has to look at which they are.
+    unready: AtomicU32,
 }
 
 /// The frames that notes about a range's pages are in.
@@ -87,7 +96,7 @@ impl NoteFrames {
         Ok(Self { layout, start })
     }
 
-    #[inline]
+    #[inline(always)]
     fn get(&self) -> SlotNotes<'_> {
         let (words, counts) = (self.layout.words(), self.layout.counts());
         if words + counts == 0 {
@@ -197,7 +206,7 @@ impl HostMemory {
     fn zero_all(&self) {
         for range in &self.ranges {
             for offset in (0..range.bytes).step_by(CHUNK as usize) {
-                range.make_ready(offset);
+                range.host(offset);
             }
         }
     }
@@ -214,7 +223,6 @@ impl HostMemory {
     #[inline]
     pub fn host(&self, gpa: u64) -> Option<PhysAddr> {
         let (range, offset) = self.range(gpa)?;
-        range.make_ready(offset);
         Some(PhysAddr::new(range.host(offset)))
     }
 
@@ -254,42 +262,49 @@ impl Range {
         self.chunks.try_reserve_exact(chunks).map_err(|_| OutOfFrames)?;
         self.granules.try_reserve_exact(granules).map_err(|_| OutOfFrames)?;
         self.granules.resize_with(granules, || AtomicU8::new(UNUSED));
+        let in_chunk = (CHUNK / granule.bytes()) as usize;
         while self.chunks.len() < chunks {
             let at = self.chunks.len() as u64 * CHUNK;
             let giga_fits =
                 page_size == FrameSize::Size1G && at.is_multiple_of(GIGA) && self.bytes - at >= GIGA;
-            if let Some(frame) = giga_fits.then(|| mm::alloc(FrameSize::Size1G, Zone::Any)).flatten() {
-                let parts = (0..GIGA / CHUNK).map(|n| (frame.as_u64() + n * CHUNK) | IN_GIGA_FRAME);
-                self.chunks.extend(parts);
-            } else {
-                self.chunks.push(mm::alloc(FrameSize::Size2M, Zone::Any).ok_or(OutOfFrames)?.as_u64());
+            let giga = giga_fits.then(|| mm::alloc(FrameSize::Size1G, Zone::Any)).flatten();
+            let (frame, parts, mark) = match giga {
+                Some(frame) => (frame, GIGA / CHUNK, IN_GIGA_FRAME),
+                None => (mm::alloc(FrameSize::Size2M, Zone::Any).ok_or(OutOfFrames)?, 1, 0),
+            };
+            for part in 0..parts {
+                let unready = (granules - self.chunks.len() * in_chunk).min(in_chunk) as u32;
+                let host = (frame.as_u64() + part * CHUNK) | mark;
+                self.chunks.push(Chunk { host, unready: AtomicU32::new(unready) });
             }
         }
         Ok(())
     }
 
-    /// Host address that backs `offset`.
-    #[inline]
+    /// Host address that backs `offset`, which is zeroed by now.
+    #[inline(always)]
     fn host(&self, offset: u64) -> u64 {
-        (self.chunks[(offset / CHUNK) as usize] & !IN_GIGA_FRAME) + offset % CHUNK
-    }
-
-    /// Zeroes the granule of `offset` if nobody has; waits if somebody does so now.
-    #[inline(always)]
-    fn make_ready(&self, offset: u64) {
-        let state = &self.granules[(offset >> self.granule_shift) as usize];
-        if state.load(Ordering::Acquire) != READY {
-            self.zero(offset, state);
+        let chunk = &self.chunks[(offset / CHUNK) as usize];
+        if chunk.unready.load(Ordering::Acquire) != 0 {
+            self.make_ready(offset, chunk);
         }
+        chunk.frame() + offset % CHUNK
     }
 
-    #[inline(always)]
-    fn zero(&self, offset: u64, state: &AtomicU8) {
+    /// Zeroes the granule of `offset`, in `chunk`, if nobody has; waits if somebody does so now.
+    #[inline(never)]
+    fn make_ready(&self, offset: u64, chunk: &Chunk) {
+        let state = &self.granules[(offset >> self.granule_shift) as usize];
+        if state.load(Ordering::Acquire) == READY {
+            return;
+        }
         if state.compare_exchange(UNUSED, ZEROING, Ordering::Acquire, Ordering::Acquire).is_ok() {
-            let start = offset >> self.granule_shift << self.granule_shift;
+            let start = chunk.frame() + (offset % CHUNK >> self.granule_shift << self.granule_shift);
             // SAFETY: the granule lies in frames that this range owns, and ZEROING makes us its only user.
-            unsafe { mm::phys::zero(PhysAddr::new(self.host(start)), 1 << self.granule_shift) };
+            unsafe { mm::phys::zero(PhysAddr::new(start), 1 << self.granule_shift) };
             state.store(READY, Ordering::Release);
+            // Release: whoever finds none left sees all of them zeroed.
+            chunk.unready.fetch_sub(1, Ordering::Release);
         } else {
             // Another CPU zeroes it with interrupts off: at most some hundred microseconds.
             while state.load(Ordering::Acquire) != READY {
@@ -304,17 +319,26 @@ impl Range {
         let end = first + (GIGA / CHUNK) as usize;
         granule == FrameSize::Size2M
             && self.bytes / GIGA > offset / GIGA
-            && self.chunks[first] & IN_GIGA_FRAME != 0
-            && self.granules[first..end].iter().all(|state| state.load(Ordering::Acquire) == READY)
+            && self.chunks[first].host & IN_GIGA_FRAME != 0
+            && self.chunks[first..end].iter().all(|chunk| chunk.unready.load(Ordering::Acquire) == 0)
+    }
+}
+
+impl Chunk {
+    /// Host address without the mark.
+    #[inline(always)]
+    const fn frame(&self) -> u64 {
+        self.host & !IN_GIGA_FRAME
     }
 }
 
 impl Drop for Range {
     fn drop(&mut self) {
         let mut next = 0;
-        while let Some(&chunk) = self.chunks.get(next) {
-            let size = if chunk & IN_GIGA_FRAME != 0 { FrameSize::Size1G } else { FrameSize::Size2M };
-            mm::free(PhysAddr::new(chunk & !IN_GIGA_FRAME), size);
+        while let Some(chunk) = self.chunks.get(next) {
+            let giga = chunk.host & IN_GIGA_FRAME != 0;
+            let size = if giga { FrameSize::Size1G } else { FrameSize::Size2M };
+            mm::free(PhysAddr::new(chunk.frame()), size);
             next += (size.bytes() / CHUNK) as usize;
         }
     }
@@ -369,7 +393,7 @@ impl HostMemory {
     }
 
     /// Pointer to a place that a slot named, good up to the end of its page.
-    #[inline]
+    #[inline(always)]
     fn at(&self, at: &RamAddr) -> Result<*mut u8, NoPage> {
         let Some(range) = self.ranges.get(at.cookie as usize) else {
             let frame = self.fixed_frame(at).ok_or(NoPage)?;
@@ -379,7 +403,6 @@ impl HostMemory {
         if offset >= range.bytes {
             return Err(NoPage);
         }
-        range.make_ready(offset);
         Ok(mm::phys_to_virt(PhysAddr::new(range.host(offset))))
     }
 
@@ -412,7 +435,7 @@ impl HostMemory {
 }
 
 impl Backing for HostMemory {
-    #[inline]
+    #[inline(always)]
     fn resolve(&self, at: &RamAddr, want: PageSize, _: AccessKind) -> Resolved {
         let Some(range) = self.ranges.get(at.cookie as usize) else {
             return self.fixed_frame(at).map_or(Resolved::Absent, |frame| Resolved::Ram {
@@ -424,18 +447,17 @@ impl Backing for HostMemory {
         if offset >= range.bytes {
             return Resolved::Absent;
         }
-        range.make_ready(offset);
+        let host = range.host(offset);
         let size = match want {
             PageSize::Size1G if range.giga_is_ready(offset, self.granule) => PageSize::Size1G,
             PageSize::Size1G | PageSize::Size2M if self.granule == FrameSize::Size2M => PageSize::Size2M,
             _ => PageSize::Size4K,
         };
-        let host = range.host(offset) & !(size.bytes() - 1);
-        Resolved::Ram { pfn: Hpa::new_truncate(host).pfn(), size }
+        Resolved::Ram { pfn: Hpa::new_truncate(host & !(size.bytes() - 1)).pfn(), size }
     }
 
     /// Of RAM; fixed pages have none, for they are never written.
-    #[inline]
+    #[inline(always)]
     fn notes(&self, cookie: u64) -> SlotNotes<'_> {
         self.ranges.get(cookie as usize).map_or(SlotNotes::default(), |range| range.notes.get())
     }
@@ -466,18 +488,12 @@ impl Backing for HostMemory {
         Ok(self.atomic_u64(at)?.load(Ordering::Acquire))
     }
 
-    #[inline]
-    fn load_u64s(&self, at: &RamAddr, words: &mut [u64]) -> Result<(), NoPage> {
-        let first = self.atomic_u64(at)?.as_ptr();
-        let room = (PAGE_SIZE - at.slot_offset % PAGE_SIZE) as usize / 8;
-        if words.len() > room {
-            return Err(NoPage);
-        }
-        for (index, word) in words.iter_mut().enumerate() {
-            // SAFETY: as in `atomic_u64`, inside the page of the first.
-            *word = unsafe { AtomicU64::from_ptr(first.add(index)) }.load(Ordering::Acquire);
-        }
-        Ok(())
+    #[inline(always)]
+    fn words(&self, at: &RamAddr) -> Option<&[AtomicU64; ENTRIES]> {
+        let page = RamAddr { slot_offset: at.slot_offset & !(PAGE_SIZE - 1), ..*at };
+        let first = self.at(&page).ok()?;
+        // SAFETY: as in `atomic_u64`; `at` is good up to the end of a page, and that is where this one begins.
+        Some(unsafe { &*first.cast::<[AtomicU64; ENTRIES]>() })
     }
 
     fn compare_exchange_u32(&self, at: &RamAddr, current: u32, new: u32) -> Result<u32, NoPage> {

@@ -14,8 +14,8 @@ use crate::mm::{self, FrameSize, Zone};
 use mmu::{
     Access, AccessKind, Agent, CpuId, CpuRole, Cr0, Cr4, DirectMmu, Efer, Exclusive, FaultOutcome, Gfn,
     GfnRange, Gpa, GuestCpu, GuestWalk, Gva, Invpcid, Level, Mmu, NearFault, NoShadowRoot, NotRam, PageSize,
-    PagingContext, PagingRegs, PagingState, Pfn, PhysTables, RoleFlags, ShadowDone, ShadowFault, Shared,
-    TableCache, TablePage, TagFlush, Tags, VmMemory, WalkError, WalkRegs, ZapProgress,
+    PagingContext, PagingRegs, PagingState, Pfn, PhysTables, RoleFlags, ShadowFault, Shared, TableCache,
+    TablePage, TagFlush, Tags, VmMemory, WalkError, WalkRegs, ZapProgress,
 };
 use x86_64::PhysAddr;
 
@@ -541,7 +541,7 @@ impl Paging {
         let near = shadow.with(&memory.vm, self.host_cpu, |kind, guard| {
             self.mmu.fault_near(kind, guard, &self.context, &regs, Gva::new(linear), access)
         });
-        match near.map(|done| done.outcome) {
+        match near {
             Some(NearFault::Mapped) => {
                 self.spurious = None;
                 PageFault::Mapped
@@ -666,7 +666,8 @@ impl Paging {
     #[inline]
     pub fn goes_back_cr0<V: Vendor>(&mut self, memory: &GuestMemory<V>, value: u64, efer: u64) -> bool {
         let (cr0, efer) = (Cr0::from_bits_retain(value), Efer::from_bits_retain(efer));
-        self.at_once(memory, |mmu, kind, guard| mmu.mov_to_seen_cr0(kind, guard, cr0, efer))
+        self.mmu.mov_to_cr0_wp(cr0)
+            || self.at_once(memory, |mmu, kind, guard| mmu.mov_to_seen_cr0(kind, guard, cr0, efer))
     }
 
     /// See [`goes_back_cr3`](Self::goes_back_cr3); of CR4 nothing but PGE is another.
@@ -678,10 +679,10 @@ impl Paging {
 
     /// Tries what is done with an event at once, if it can be; whether it was.
     #[inline(always)]
-    fn at_once<V: Vendor>(
+    fn at_once<V: Vendor, T>(
         &mut self,
         memory: &GuestMemory<V>,
-        act: impl FnOnce(&mut Mmu, &mut Kind, &mut Exclusive<'_, HostMemory>) -> Option<ShadowDone<()>>,
+        act: impl FnOnce(&mut Mmu, &mut Kind, &mut Exclusive<'_, HostMemory>) -> Option<T>,
     ) -> bool {
         let Some(shadow) = memory.shadow() else { return false };
         // No other CPU runs guests, so there is none to kick.

@@ -18,7 +18,8 @@ use crate::sched::HostTimer;
 use mmu::GuestCpu;
 
 const RFLAGS_IF: u64 = 1 << 9;
-/// How long a vCPU runs at most before Umbra looks again, if it was entered in the shadow of STI or MOV SS.
+/// How long a vCPU runs at most before Umbra looks again, if it was entered in the shadow of STI or MOV SS and not just
+/// before.
 const SHADOW_NS: u64 = 20_000;
 /// Entries after which a guest that does not move is taken to be out of the shadow.
 const SHADOW_TRIES: u8 = 8;
@@ -362,7 +363,9 @@ impl<V: Vendor> Vcpu<V> {
             // `sti; hlt` the interrupt would come first and HLT wait for ever. The next exit, soon, is window enough.
             core.hw.request_interrupt_window(false);
             core.attention = true;
-            deadline = deadline.min(now.saturating_add(guest.clock.rate().ticks(SHADOW_NS)));
+            // A slow processor may not get anywhere in so little time: it has twice as much each time it has not moved.
+            let patience = SHADOW_NS << SHADOW_TRIES.saturating_sub(core.shadow.1);
+            deadline = deadline.min(now.saturating_add(guest.clock.rate().ticks(patience)));
         }
         if let Some(at) = chipset_deadline {
             deadline = deadline.min(guest.clock.host_tsc_of_ns(at));

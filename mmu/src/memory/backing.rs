@@ -1,8 +1,9 @@
 //! What a VM's memory consists of, as the kernel (or a test) provides it.
 use crate::access::AccessKind;
 use crate::addr::Pfn;
-use crate::level::PageSize;
+use crate::level::{PageSize, ENTRIES};
 use crate::memory::{RamAddr, SlotNotes};
+use core::sync::atomic::AtomicU64;
 
 /// Host memory behind a guest page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,12 +46,11 @@ pub trait Backing {
     fn load_u32(&self, at: &RamAddr) -> Result<u32, NoPage>;
     /// Reads eight aligned bytes at once.
     fn load_u64(&self, at: &RamAddr) -> Result<u64, NoPage>;
-    /// Reads aligned words of eight bytes that follow each other in one page, each at once.
-    fn load_u64s(&self, at: &RamAddr, words: &mut [u64]) -> Result<(), NoPage> {
-        for (word, place) in words.iter_mut().zip((0u64..).map(|index| at.forward(index * 8))) {
-            *word = self.load_u64(&place)?;
-        }
-        Ok(())
+    /// The words of eight bytes in the page of `at`, for a backing that has them in one place; they are the guest's, and
+    /// good for as long as what [`resolve`](Self::resolve) says.
+    fn words(&self, at: &RamAddr) -> Option<&[AtomicU64; ENTRIES]> {
+        let _ = at;
+        None
     }
     /// Replaces four aligned bytes if they are `current`; says what was there.
     fn compare_exchange_u32(&self, at: &RamAddr, current: u32, new: u32) -> Result<u32, NoPage>;

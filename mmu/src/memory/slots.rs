@@ -156,13 +156,6 @@ impl RamAddr {
         self.gpa.gfn()
     }
 
-    /// The place `bytes` on; not beyond the page.
-    #[inline]
-    pub(crate) fn forward(&self, bytes: u64) -> Self {
-        let gpa = Gpa::new_truncate(self.gpa.bits() + bytes);
-        Self { gpa, slot_offset: self.slot_offset + bytes, cookie: self.cookie }
-    }
-
     /// Frames from the slot's first one to this one.
     #[inline]
     pub const fn slot_page(&self) -> u64 {

@@ -459,5 +459,13 @@ mutants! {
         SeenOtherTable = "seen_other_table" by ["c5_mov_to_cr3", "vcpu", "shadow"];
         /// The vCPU goes back to a root for other control bits.
         SeenOtherMode = "seen_other_mode" by ["c5_mov_to_cr0", "vcpu", "shadow"];
+        /// Of an entry that was changed, W alone is looked at.
+        DifferByMore = "differ_by_more" by ["shadow", "sync", "vcpu"];
+        /// What a guest's flush took away is not flushed from other TLBs when the host relies on that.
+        OwedForgotten = "owed_forgotten" by ["shadow", "vcpu"];
+        /// A fault with CR0.WP clear leaves the vCPU on the root for WP set.
+        UnprotectedFaultKept = "unprotected_fault_kept" by ["cr0_wp", "vcpu", "shadow"];
+        /// The vCPU stays on the root for CR0.WP clear when WP is set.
+        UnprotectedRootKept = "unprotected_root_kept" by ["cr0_wp", "vcpu", "shadow"];
     }
 }

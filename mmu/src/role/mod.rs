@@ -233,6 +233,14 @@ impl CpuRole {
         Self { mode, flags, max_phys_addr: clamped(cpu.max_phys_addr), types: PatTypes::WRITE_BACK }
     }
 
+    /// The same with another CR0.WP.
+    #[inline]
+    pub(crate) fn with_write_protect(self, on: bool) -> Self {
+        let mut flags = self.flags;
+        flags.set(RoleFlags::WP, on && self.mode != PagingMode::Unpaged && !mutant::is(Mutant::WpForgotten));
+        Self { flags, ..self }
+    }
+
     /// The role in which nested tables of L1 are read: the mode of L1 at VMRUN (`regs`, its host state), as user
     /// accesses that CR0.WP always restricts and SMAP, SMEP and protection keys never do (AMD APM vol. 2, 15.25.6).
     ///

@@ -57,9 +57,7 @@ impl Mmu {
                 Some(Sync::All) if current && mutant::is(Mutant::RootUnsynced) => {}
                 Some(Sync::All) if current => later(&mut issued, kind.sync_root(guard, cached.root).issued),
                 Some(Sync::Address(_)) if mutant::is(Mutant::AddressUnsynced) => {}
-                Some(Sync::Address(at)) => {
-                    later(&mut issued, kind.sync_address(guard, cached.root, at).issued);
-                }
+                Some(Sync::Address(at)) => kind.sync_address(guard, cached.root, at),
                 _ => continue,
             }
             cached.behind = None;
@@ -99,6 +97,7 @@ impl Mmu {
         };
         let slot = self.roots.free_slot();
         self.roots.push(Cached::new(key, root, true, slot));
+        self.unprotected.is_pending = false;
         self.note_seen();
         // Remembered until the entry.
         let _ = self.run_on();
@@ -144,6 +143,9 @@ impl Mmu {
         access: Access,
     ) -> ShadowDone<ShadowFault> {
         let mut issued = None;
+        if !self.settle_write_protect() {
+            return ShadowDone { outcome: ShadowFault::NoRoot, issued };
+        }
         loop {
             let done = kind.fault(guard, cache, self.root, walk, address, access);
             later(&mut issued, done.issued);

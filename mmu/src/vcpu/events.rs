@@ -163,7 +163,7 @@ impl Mmu {
     pub fn wrmsr_efer(&mut self, efer: Efer) -> Requests {
         let regs = PagingRegs { efer, ..self.state.regs };
         self.change(PagingState { regs, ..self.state });
-        self.then(Sync::All, |_| false)
+        self.flush_nothing()
     }
 
     /// INVLPG: the address in the current PCID, and global pages there in all, so all roots are concerned. An address
@@ -243,7 +243,12 @@ impl Mmu {
     pub fn set_context(&mut self, context: u16) -> Requests {
         self.context = context;
         self.mode.nested = context != 0;
-        self.then(Sync::All, |_| false)
+        self.flush_nothing()
+    }
+
+    /// The root for what the vCPU is now is selected, and no translation goes.
+    pub(super) fn flush_nothing(&mut self) -> Requests {
+        self.and_then(Sync::All, |_| false)
     }
 
     /// What follows: roots whose tag `covers` names are behind by `how`, and the root for the registers of now is

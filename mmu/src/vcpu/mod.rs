@@ -7,6 +7,7 @@ mod nested;
 mod requests;
 mod roots;
 mod seen;
+mod wp;
 
 pub use events::{BadInvpcid, Invpcid};
 pub use key::{GuestTag, PagingState, RootKey};
@@ -21,6 +22,7 @@ use crate::memory::{Generation, Seat, VmMemory};
 use crate::mutant::{self, FlushSite, Mutant};
 use crate::role::{CpuRole, GuestCpu, RoleFlags, RootRole, VcpuMode};
 use roots::{Cached, RootCache};
+use wp::Unprotected;
 
 /// What a TLB tag of the hardware holds.
 #[derive(Clone, Copy, Debug)]
@@ -76,6 +78,8 @@ pub struct Mmu {
     /// Of L1's nested tables, which key they have.
     nested: Option<RootKey>,
     roots: RootCache,
+    /// How CR0.WP was cleared last.
+    unprotected: Unprotected,
     /// Address that must go from the tag, if nothing else must.
     address: Option<(CpuId, Gva)>,
 }
@@ -119,6 +123,7 @@ impl Mmu {
             guest_cpu,
             nested: None,
             roots: RootCache::EMPTY,
+            unprotected: Unprotected::default(),
             address: None,
         }
     }
@@ -264,6 +269,7 @@ impl Mmu {
 
     /// Makes the root for `key` the current one: whether it has to be loaded, and what has to be flushed.
     fn select(&mut self, key: RootKey) -> (bool, TagFlush) {
+        self.unprotected.is_pending = false;
         if self.roots.current().is_some_and(|current| current.key.is_same(&key)) {
             return (false, TagFlush::None);
         }

@@ -4,7 +4,7 @@ use super::Mmu;
 use crate::access::Access;
 use crate::addr::{Gpa, Gva};
 use crate::format::EntryFormat;
-use crate::kind::{Near, NearFault, ShadowDone, ShadowMmu};
+use crate::kind::{Near, NearFault, ShadowMmu};
 use crate::memory::{Backing, Exclusive};
 use crate::mutant::{self, FlushSite};
 use crate::tables::TableMemory;
@@ -32,21 +32,21 @@ impl Mmu {
         regs: &WalkRegs,
         address: Gva,
         access: Access,
-    ) -> Option<ShadowDone<NearFault>> {
+    ) -> Option<NearFault> {
+        if self.unprotected.is_pending {
+            return None;
+        }
         let near = self.near(address)?;
-        let done = kind.fault_near(guard, near, context, regs, address, access)?;
-        match done.outcome {
-            NearFault::Guest(_) if kind.has_leaf(near, address) => {
-                let issued = self.page_fault_at_once(kind, guard, address)?.issued;
-                Some(ShadowDone { issued, ..done })
-            }
-            NearFault::Guest(_) => {
+        let (outcome, had_leaf) = kind.fault_near(guard, near, context, regs, address, access)?;
+        if matches!(outcome, NearFault::Guest(_)) && !mutant::drops(FlushSite::PageFault) {
+            if had_leaf {
+                self.forget(address);
+            } else {
                 // What the current root does not have, its tag does not either.
                 self.leave_behind(address);
-                Some(done)
             }
-            NearFault::Mapped => Some(done),
         }
+        Some(outcome)
     }
 
     /// [`invlpg`](Self::invlpg), together with what it asks for; the entry flushes the address. `None` if there is
@@ -57,7 +57,7 @@ impl Mmu {
         kind: &mut ShadowMmu<'_, F, M>,
         guard: &mut Exclusive<'m, B>,
         address: Gva,
-    ) -> Option<ShadowDone<()>> {
+    ) -> Option<()> {
         match self.near(address) {
             Some(near) if kind.sync_near(guard, near, address) => {}
             _ => return self.invlpg_afar(kind, guard, address),
@@ -65,7 +65,7 @@ impl Mmu {
         if !mutant::drops(FlushSite::Invlpg) {
             self.forget(address);
         }
-        Some(ShadowDone { outcome: (), issued: kind.issue(guard) })
+        Some(())
     }
 
     #[inline(never)]
@@ -74,14 +74,15 @@ impl Mmu {
         kind: &mut ShadowMmu<'_, F, M>,
         guard: &mut Exclusive<'m, B>,
         address: Gva,
-    ) -> Option<ShadowDone<()>> {
+    ) -> Option<()> {
         if self.has_work() {
             return None;
         }
         if self.role.check_canonical(address).is_err() || mutant::drops(FlushSite::Invlpg) {
-            return Some(ShadowDone { outcome: (), issued: None });
+            return Some(());
         }
-        Some(self.sync_and_forget(kind, guard, address))
+        self.sync_and_forget(kind, guard, address);
+        Some(())
     }
 
     /// [`page_fault`](Self::page_fault), in the same way.
@@ -91,14 +92,15 @@ impl Mmu {
         kind: &mut ShadowMmu<'_, F, M>,
         guard: &mut Exclusive<'m, B>,
         address: Gva,
-    ) -> Option<ShadowDone<()>> {
+    ) -> Option<()> {
         if self.has_work() {
             return None;
         }
         if mutant::drops(FlushSite::PageFault) {
-            return Some(ShadowDone { outcome: (), issued: None });
+            return Some(());
         }
-        Some(self.sync_and_forget(kind, guard, address))
+        self.sync_and_forget(kind, guard, address);
+        Some(())
     }
 
     fn sync_and_forget<'m, F: EntryFormat, M: TableMemory, B: Backing + 'm>(
@@ -106,15 +108,12 @@ impl Mmu {
         kind: &mut ShadowMmu<'_, F, M>,
         guard: &mut Exclusive<'m, B>,
         address: Gva,
-    ) -> ShadowDone<()> {
-        let done = match self.near(address) {
-            Some(near) if kind.sync_near(guard, near, address) => {
-                ShadowDone { outcome: (), issued: kind.issue(guard) }
-            }
+    ) {
+        match self.near(address) {
+            Some(near) if kind.sync_near(guard, near, address) => {}
             _ => kind.sync_address(guard, self.root, address),
-        };
+        }
         self.forget(address);
-        done
     }
 
     /// The current root is up to date for `address`, which the guest has flushed: the others are behind, and so is

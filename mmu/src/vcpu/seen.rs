@@ -6,7 +6,7 @@ use super::{Mmu, Tags};
 use crate::format::EntryFormat;
 use crate::kind::{ShadowDone, ShadowMmu};
 use crate::memory::{Backing, Exclusive, Held};
-use crate::mutant::{self, Mutant};
+use crate::mutant::{self, FlushSite, Mutant};
 use crate::role::{CpuRole, Cr0, Cr4, Efer, PagingRegs, VcpuMode};
 use crate::tables::TableMemory;
 
@@ -50,7 +50,7 @@ impl Seen {
 impl Mmu {
     /// Whether nothing but the registers decides which root the vCPU runs on.
     #[inline]
-    fn follows_registers(&self) -> bool {
+    pub(super) fn follows_registers(&self) -> bool {
         self.is_shadow()
             && self.tags == Tags::One
             && self.context == 0
@@ -103,10 +103,36 @@ impl Mmu {
         guard: &mut Exclusive<'m, B>,
         cr4: Cr4,
     ) -> Option<ShadowDone<()>> {
+        if self.state.regs.cr4 ^ cr4 == Cr4::PGE && self.follows_registers() && !self.has_work() {
+            return self.toggle_global(kind, guard, cr4);
+        }
         let pcid = if cr4.contains(Cr4::PCIDE) { self.state.cr3 as u16 & 0xfff } else { 0 };
         let flushed = flushed_by_cr4(self.state.regs.cr4, cr4, pcid);
         let regs = PagingRegs { cr4, ..self.state.regs };
         self.go_back(kind, guard, regs, self.state.cr3, flushed)
+    }
+
+    /// CR4.PGE changes: nothing else than that all translations go.
+    #[inline(always)]
+    fn toggle_global<'m, F: EntryFormat, M: TableMemory, B: Backing + 'm>(
+        &mut self,
+        kind: &mut ShadowMmu<'_, F, M>,
+        guard: &mut Exclusive<'m, B>,
+        cr4: Cr4,
+    ) -> Option<ShadowDone<()>> {
+        if self.root.generation() != Held::<B>::memory(guard).root_generation() {
+            return None;
+        }
+        let mut issued = None;
+        if !mutant::drops(FlushSite::MovToCr4) {
+            self.roots.mark_from(1, Sync::All, |_| true);
+            if !mutant::is(Mutant::SeenBehind) {
+                issued = kind.sync_held(guard, self.root);
+            }
+            let _ = self.flush_current();
+        }
+        self.state.regs.cr4 = cr4;
+        Some(ShadowDone { outcome: (), issued })
     }
 
     /// Runs on with these registers, on the root that they had before.
@@ -137,11 +163,15 @@ impl Mmu {
         let issued = match behind {
             _ if mutant::is(Mutant::SeenBehind) => None,
             None => None,
-            Some(Sync::Address(address)) => kind.sync_address(guard, root, address).issued,
+            Some(Sync::Address(address)) => {
+                kind.sync_address(guard, root, address);
+                None
+            }
             Some(Sync::All) => kind.sync_held(guard, root),
         };
         (self.state.regs, self.state.cr3) = (regs, cr3);
         (self.role, self.root) = (role, root);
+        self.unprotected.is_pending = false;
         if another || behind.is_some() {
             let _ = self.flush_current();
         }

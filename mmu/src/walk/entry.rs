@@ -1,9 +1,10 @@
 //! Entries of a guest's lowest tables, one by one: what a shadow of such a table is brought up to date from.
 use super::context::positive_form;
 use super::reserved::lowest_reserved;
-use super::walker::{prot, prot_by_ept, ACCESSED, DIRTY, EPT_ACCESSED, EPT_DIRTY};
+use super::walker::{prot, prot_by_ept, ACCESSED, DIRTY, EPT_ACCESSED, EPT_DIRTY, PRESENT, WRITE};
 use crate::access::Prot;
 use crate::addr::Gpa;
+use crate::mutant::{self, Mutant};
 use crate::role::{CpuRole, RoleFlags};
 
 /// An entry of a page table that maps a page.
@@ -52,6 +53,19 @@ impl LowestEntries {
     #[inline(always)]
     pub(crate) const fn is_accessed(&self, raw: u64) -> bool {
         raw & self.accessed == self.accessed
+    }
+
+    /// Whether `before` and `raw` map a page in the same way, but for one permitting writes and the other not.
+    #[inline(always)]
+    pub(crate) fn differ_by_write(&self, before: u64, raw: u64) -> bool {
+        let more = if mutant::is(Mutant::DifferByMore) { !PRESENT } else { WRITE };
+        (before ^ raw) & !more == 0 && (before & raw) & PRESENT != 0 && !self.role.is_ept()
+    }
+
+    /// Whether `raw`, of which the other two functions say the same, permits writes, and was written.
+    #[inline(always)]
+    pub(crate) const fn is_written(&self, raw: u64) -> bool {
+        raw & (WRITE | DIRTY) == WRITE | DIRTY
     }
 
     /// What `raw` says; `None` if it is not present or has a reserved bit set.

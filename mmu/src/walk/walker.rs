@@ -13,7 +13,7 @@ use crate::role::{CpuRole, PagingMode, RoleFlags};
 /// P: present.
 pub(super) const PRESENT: u64 = 1 << 0;
 /// R/W: writable.
-const WRITE: u64 = 1 << 1;
+pub(super) const WRITE: u64 = 1 << 1;
 /// U/S: user.
 const USER: u64 = 1 << 2;
 /// A: accessed.

@@ -87,6 +87,11 @@ impl Backing for FlatRam {
         Ok(self.word(at)?.load(Ordering::SeqCst))
     }
 
+    fn words(&self, at: &RamAddr) -> Option<&[AtomicU64; 512]> {
+        let first = (at.cookie + at.slot_page() * 512) as usize;
+        self.words.get(first..)?.first_chunk()
+    }
+
     fn compare_exchange_u32(&self, at: &RamAddr, current: u32, new: u32) -> Result<u32, NoPage> {
         assert_eq!(at.slot_offset % 4, 0);
         self.before_exchange();

@@ -117,6 +117,11 @@ const ALL: [(What, Who); 6] = [
     (What::Fetch, Who::Supervisor),
 ];
 
+/// What was done on behalf of one vCPU asks for no flush of others.
+fn own(outcome: ()) -> ShadowDone<()> {
+    ShadowDone { outcome, issued: None }
+}
+
 impl World {
     pub fn new(m: Machine, quota: usize, addresses: Vec<u64>, setup: impl Fn(&FlatRam)) -> Self {
         Self::over(ONE_SLOT, m, quota, addresses, Tags::One, setup)
@@ -350,7 +355,10 @@ impl World {
         let all = pg != m.pg;
         let new = Machine { pg, wp, lma: long && pg, ..m };
         let regs = self.state(&new, cr4).regs;
-        let seen = self.near(vcpu, |mmu, kind, guard| mmu.mov_to_seen_cr0(kind, guard, regs.cr0, regs.efer));
+        let seen = self.near(vcpu, |mmu, kind, guard| {
+            let done = regs.efer == mmu.state().regs.efer && mmu.mov_to_cr0_wp(regs.cr0);
+            done.then_some(own(())).or_else(|| mmu.mov_to_seen_cr0(kind, guard, regs.cr0, regs.efer))
+        });
         self.event(
             vcpu,
             new,
@@ -403,7 +411,7 @@ impl World {
         let Vcpu { m, cr4, .. } = self.vcpus[vcpu];
         let pcid = self.vcpus[vcpu].pcid();
         let at = page(&m, va);
-        let near = self.near(vcpu, |mmu, kind, guard| mmu.invlpg_at_once(kind, guard, Gva::new(va)));
+        let near = self.near(vcpu, |mmu, kind, guard| mmu.invlpg_at_once(kind, guard, Gva::new(va)).map(own));
         let act = |mmu: &mut Mmu, _: &PagingState| match near {
             true => Requests::NONE,
             false => mmu.invlpg(Gva::new(va)),
@@ -425,8 +433,8 @@ impl World {
     fn page_fault(&mut self, vcpu: usize, va: u64, told: bool) {
         let Vcpu { m, cr4, .. } = self.vcpus[vcpu];
         let lost = Loses::Page(self.vcpus[vcpu].pcid(), page(&m, va));
-        let told =
-            told || self.near(vcpu, |mmu, kind, guard| mmu.page_fault_at_once(kind, guard, Gva::new(va)));
+        let told = told
+            || self.near(vcpu, |mmu, kind, guard| mmu.page_fault_at_once(kind, guard, Gva::new(va)).map(own));
         let act = |mmu: &mut Mmu, _: &PagingState| match told {
             true => Requests::NONE,
             false => mmu.page_fault(Gva::new(va)),
@@ -718,9 +726,8 @@ impl World {
         let regs = WalkRegs { pdptes: Some(self.vcpus[vcpu].pdptes), ..regs(&self.vcpus[vcpu].m) };
         let mut outcome = None;
         self.near(vcpu, |mmu, kind, guard| {
-            let done = mmu.fault_near(kind, guard, context, &regs, Gva::new(va), access)?;
-            outcome = Some(done.outcome);
-            Some(ShadowDone { outcome: (), issued: done.issued })
+            outcome = mmu.fault_near(kind, guard, context, &regs, Gva::new(va), access);
+            outcome.map(|_| own(()))
         });
         outcome
     }

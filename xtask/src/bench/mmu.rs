@@ -96,6 +96,23 @@ pub fn exits_in_log(log: &str) -> Result<Option<String>> {
     Ok(exits_in(&rows))
 }
 
+/// What is above its target in the log of the guest `bench_mmu`, run with shadow paging while QEMU counts instructions.
+pub fn above_target_in_log(log: &str) -> Result<Option<String>> {
+    let costs = guest::costs_in(log, &OPERATIONS.map(|operation| operation.key))?;
+    let above = OPERATIONS.iter().zip(costs).filter(|(Operation { target, .. }, cost)| {
+        cost.instructions > target.instructions || cost.exits > target.exits
+    });
+    let said: Vec<_> = above
+        .map(|(Operation { key, target, .. }, cost)| {
+            format!(
+                "{key} takes {} instructions and {} exits where {} and {} are allowed",
+                cost.instructions, cost.exits, target.instructions, target.exits
+            )
+        })
+        .collect();
+    Ok((!said.is_empty()).then(|| said.join(", ")))
+}
+
 /// One line, its keys in the table's order.
 fn to_json(rows: &[[Cost; 2]]) -> String {
     let cost = |way: &str, cost: &Cost| {
@@ -167,6 +184,24 @@ mod tests {
         let log: String = OPERATIONS.iter().enumerate().map(line).collect();
         assert!(exits_in_log(&log).unwrap().unwrap().contains("but invlpg did"));
         assert!(exits_in_log("").is_err());
+    }
+
+    #[test]
+    fn what_is_above_its_target_is_named() {
+        let log = |more: u64| -> String {
+            let line = |Operation { key, target, .. }: &Operation| {
+                let more = if *key == "cow" { more } else { 0 };
+                format!("bench {key} instructions={} exits={}\n", target.instructions + more, target.exits)
+            };
+            OPERATIONS.iter().map(line).collect()
+        };
+        assert_eq!(above_target_in_log(&log(0)).unwrap(), None);
+        let said = above_target_in_log(&log(1)).unwrap();
+        assert_eq!(
+            said.as_deref(),
+            Some("cow takes 3301 instructions and 5 exits where 3300 and 5 are allowed")
+        );
+        assert!(above_target_in_log("").is_err());
     }
 
     #[test]

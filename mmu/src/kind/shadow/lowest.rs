@@ -3,10 +3,11 @@ use super::{is_short, shadows, space, ShadowMmu};
 use crate::addr::{Gfn, PAGE_SIZE};
 use crate::format::EntryFormat;
 use crate::level::{Level, ENTRIES};
-use crate::memory::{Backing, SlotHit, VmMemory};
+use crate::memory::{Backing, SlotFlags, SlotHit, VmMemory};
 use crate::role::{CpuRole, PageRole};
 use crate::tables::TableMemory;
 use crate::walk::LowestEntries;
+use core::sync::atomic::{AtomicU64, Ordering};
 
 /// What follows from a lowest shadow page alone, as long as the page is what it is.
 #[derive(Clone, Copy, Debug)]
@@ -32,14 +33,18 @@ pub(super) struct LowestTable<'t, 'm, B> {
     pub(super) lowest: &'t Lowest,
     /// Where the table is, if it is in RAM.
     place: Option<SlotHit<'m>>,
+    /// All of it, if its entries are words and the backing has them in one place.
+    words: Option<&'m [AtomicU64; ENTRIES]>,
 }
 
 impl Lowest {
     /// The table, where it is now.
     #[inline(always)]
-    pub(super) fn find<'m, B>(&self, memory: &'m VmMemory<B>) -> LowestTable<'_, 'm, B> {
+    pub(super) fn find<'m, B: Backing>(&self, memory: &'m VmMemory<B>) -> LowestTable<'_, 'm, B> {
         let place = memory.find_slot(space(&self.role), self.table.gpa());
-        LowestTable { memory, lowest: self, place }
+        let whole = place.filter(|_| self.is_whole());
+        let words = whole.and_then(|place| memory.backing().words(&place.ram()));
+        LowestTable { memory, lowest: self, place, words }
     }
 
     /// Whether entries have eight bytes, so that the shadow page stands for all of the table.
@@ -50,8 +55,8 @@ impl Lowest {
 
 impl<'m, B: Backing> LowestTable<'_, 'm, B> {
     /// Where the entry behind the one at `index` of the shadow page is.
-    #[inline(always)]
-    pub(super) fn place(&self, index: usize) -> Option<SlotHit<'m>> {
+    #[inline]
+    fn place(&self, index: usize) -> Option<SlotHit<'m>> {
         let place = self.place.as_ref()?;
         let offset = ((self.lowest.first + index) << self.lowest.entry_shift) as u64;
         Some(place.forward(offset % PAGE_SIZE))
@@ -61,25 +66,41 @@ impl<'m, B: Backing> LowestTable<'_, 'm, B> {
     /// number are such that they lie in one page.
     #[inline]
     pub(super) fn read_some<const N: usize>(&self, first: usize) -> [u64; N] {
-        let mut entries = [0; N];
-        match self.place(first) {
-            Some(at) if self.lowest.is_whole() => {
-                if self.memory.backing().load_u64s(&at.ram(), &mut entries).is_err() {
-                    return [0; N];
-                }
-            }
-            _ => {
-                for (index, entry) in entries.iter_mut().enumerate() {
-                    *entry = self.read(first + index).unwrap_or(0);
-                }
-            }
+        match self.words.and_then(|words| words.get(first..)?.first_chunk::<N>()) {
+            Some(words) => words.each_ref().map(|word| word.load(Ordering::Acquire)),
+            None => core::array::from_fn(|index| self.read(first + index).unwrap_or(0)),
         }
-        entries
     }
 
     /// The entry behind the one at `index` of the shadow page.
     #[inline(always)]
     pub(super) fn read(&self, index: usize) -> Option<u64> {
+        match self.words {
+            Some(words) => Some(words[index % ENTRIES].load(Ordering::Acquire)),
+            None => self.read_by_itself(index),
+        }
+    }
+
+    /// Replaces the entry behind the one at `index` of the shadow page if it is `current`; whether it was. In a table of
+    /// words, in a slot that may be written.
+    #[inline(always)]
+    pub(super) fn mark(&self, index: usize, current: u64, new: u64) -> bool {
+        let Some(place) = self.place.filter(|place| !place.flags().contains(SlotFlags::READ_ONLY)) else {
+            return false;
+        };
+        match self.words {
+            Some(words) => words[index % ENTRIES]
+                .compare_exchange(current, new, Ordering::SeqCst, Ordering::Acquire)
+                .is_ok(),
+            None => {
+                let at = place.forward((index * size_of::<u64>()) as u64 % PAGE_SIZE).ram();
+                self.memory.backing().compare_exchange_u64(&at, current, new) == Ok(current)
+            }
+        }
+    }
+
+    #[inline(never)]
+    fn read_by_itself(&self, index: usize) -> Option<u64> {
         let at = self.place(index)?;
         if self.lowest.is_whole() {
             self.memory.backing().load_u64(&at.ram()).ok()

@@ -35,7 +35,7 @@ use crate::cpu::CpuId;
 use crate::format::{EntryFormat, Pae};
 use crate::level::{Level, ENTRIES};
 use crate::memory::{Backing, Exclusive, Generation, Held, Quiescent, Shootdown, Space, VmMemory};
-use crate::mutant::FlushSite;
+use crate::mutant::{self, FlushSite, Mutant};
 use crate::role::{PageRole, PagingMode, RoleFlags};
 use crate::tables::{TableFrame, TableMemory, TablePage};
 
@@ -177,6 +177,9 @@ pub struct Shadow<'s> {
     mmio_epoch: u64,
     /// A translation was taken away since the last flush was requested.
     pending: bool,
+    /// The same of what a guest's own flush has taken away: that vCPU has it no more, and others may have it until they
+    /// flush or the host takes something away.
+    owed: bool,
     /// What this operation requested.
     issued: Option<Issued>,
     /// Until this is acknowledged, some TLB may permit writes to a page that is shadowed.
@@ -248,6 +251,7 @@ impl<'s, F: EntryFormat, M: TableMemory> ShadowMmu<'s, F, M> {
             no_huge_execute: false,
             mmio_epoch: 0,
             pending: false,
+            owed: false,
             issued: None,
             barrier: Generation(0),
             acknowledged: Generation(0),
@@ -276,13 +280,21 @@ impl<'s, F: EntryFormat, M: TableMemory> ShadowMmu<'s, F, M> {
     }
 
     /// Every operation starts here.
+    #[inline]
     fn begin<'m, B: Backing + 'm>(&mut self, guard: &Exclusive<'m, B>) {
         self.ops.cpu = self.admit(guard);
         assert!(guard.is_complete(), "a guard that does not name the direct kind of its VM");
+        debug_assert!(!self.ops.pending, "an operation has ended without asking for its flush");
         self.ops.now += 1;
     }
 
-    /// And ends here.
+    /// One on behalf of a guest that has flushed an address ends here: it asked for no more than a flush of its own.
+    #[inline(always)]
+    fn done_flush(&mut self) {
+        self.ops.owed |= core::mem::take(&mut self.ops.pending);
+    }
+
+    /// Every other one ends here.
     fn done<'m, T, B: Backing + 'm>(&mut self, guard: &Exclusive<'m, B>, outcome: T) -> ShadowDone<T> {
         let _ = self.settle(guard);
         ShadowDone { outcome, issued: self.ops.issued.take() }
@@ -301,13 +313,19 @@ impl<'s, F: EntryFormat, M: TableMemory> ShadowMmu<'s, F, M> {
     /// Requests the flush of all that was taken away; whether every CPU has acknowledged it.
     #[inline]
     fn settle<'m, B: Backing + 'm>(&mut self, guard: &Exclusive<'m, B>) -> bool {
-        let shootdown = Held::<B>::memory(guard).shootdown();
+        self.ops.pending |= core::mem::take(&mut self.ops.owed) && !mutant::is(Mutant::OwedForgotten);
         if self.ops.pending || self.ops.dying != NONE {
-            self.request_flush(shootdown);
+            self.request_flush(Held::<B>::memory(guard).shootdown());
         }
+        self.is_settled(guard)
+    }
+
+    /// Whether every CPU has acknowledged the last flush that was requested.
+    #[inline]
+    fn is_settled<'m, B: Backing + 'm>(&mut self, guard: &Exclusive<'m, B>) -> bool {
         // What was acknowledged once stays so.
         if self.ops.acknowledged < self.ops.barrier {
-            if !shootdown.is_acknowledged(self.ops.barrier) {
+            if !Held::<B>::memory(guard).shootdown().is_acknowledged(self.ops.barrier) {
                 return false;
             }
             self.ops.acknowledged = self.ops.barrier;

@@ -6,13 +6,13 @@ use super::compose::caching;
 use super::fault::AROUND;
 use super::lowest::{Lowest, LowestTable};
 use super::sites::FlushSite;
-use super::{is_nested, number, space, Issued, Kept, Note, ShadowDone, ShadowMmu};
+use super::{is_nested, number, space, Kept, Note, ShadowMmu};
 use crate::access::{Access, AccessKind, Prot};
 use crate::addr::{Gpa, Gva};
 use crate::format::{EntryFormat, Writability};
 use crate::kind::Root;
 use crate::level::{Level, PageSize};
-use crate::memory::{Backing, Exclusive, Held, Resolved, SlotFlags};
+use crate::memory::{Backing, Exclusive, Held, Resolved, SlotFlags, VmMemory};
 use crate::mutant::{self, Mutant};
 use crate::role::RoleFlags;
 use crate::tables::TableMemory;
@@ -78,7 +78,8 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
     }
 
     /// Handles a fault, whose walk `context` reads; `None` if there is more to it: then nothing has happened, but
-    /// that the guest's entry may be marked.
+    /// that the guest's entry may be marked. If the fault is the guest's, it has taken the address away, and whether there
+    /// was anything to take away is said, too.
     #[inline]
     pub(crate) fn fault_near<'m, B: Backing + 'm>(
         &mut self,
@@ -88,43 +89,41 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         regs: &WalkRegs,
         address: Gva,
         access: Access,
-    ) -> Option<ShadowDone<NearFault>> {
+    ) -> Option<(NearFault, bool)> {
         self.begin(guard);
-        debug_assert!(!self.ops.pending, "an operation has ended without asking for its flush");
         let memory = Held::<B>::memory(guard);
         let quiet = self.is_still(guard, near)
             && !memory.invalidations().any_in_progress()
             && !memory.is_logging()
             // What was protected before must be so on every CPU, or what is read now may change unseen.
-            && self.settle(guard);
+            && self.is_settled(guard);
         if !quiet {
             return None;
         }
         self.ops.last_near = (near.lowest.page, self.ops.now);
         let table = near.lowest.find(memory);
         let index = Level::L1.index(address.bits() >> 12);
-        let first = index & !(AROUND - 1);
-        let mut entries = table.read_some::<AROUND>(first);
-        let raw = entries[index % AROUND];
+        let raw = table.read(index)?;
         let marked = match context.last_step(regs, access, near.lowest.role.access, raw) {
             Ok(marked) => marked,
             Err(None) => return None,
-            Err(Some(code)) => return Some(ShadowDone { outcome: NearFault::Guest(code), issued: None }),
+            Err(Some(code)) => {
+                let had_leaf = self.flush_near(&table, index, raw) != Kept::Nothing;
+                return Some((NearFault::Guest(code), had_leaf));
+            }
         };
-        if marked != raw {
-            let place = table.place(index)?;
-            let writable = !place.flags().contains(SlotFlags::READ_ONLY);
-            let found = writable.then(|| memory.backing().compare_exchange_u64(&place.ram(), raw, marked));
-            found?.ok().filter(|&found| found == raw)?;
+        if marked != raw && !table.mark(index, raw, marked) {
+            return None;
         }
         self.install_near(&table, index, marked, access.kind)?;
         self.touch(near.lowest.page);
-        // Nobody asks for this one again.
-        entries[index % AROUND] = 0;
-        if entries.iter().any(|&raw| near.lowest.entries.is_accessed(raw)) {
-            self.prefetch_some(&table, first, &entries);
+        // What the guest has not used before is most often new, and what it has used around it is there.
+        if near.lowest.entries.is_accessed(raw) {
+            let first = index & !(AROUND - 1);
+            self.prefetch_some(&table, first, &table.read_some(first));
         }
-        Some(ShadowDone { outcome: NearFault::Mapped, issued: self.issue(guard) })
+        self.done_flush();
+        Some((NearFault::Mapped, true))
     }
 
     /// Makes the leaf for `raw`, which permits the access and is marked; `None` if that takes more than that.
@@ -137,15 +136,27 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         kind: AccessKind,
     ) -> Option<()> {
         let (memory, Lowest { page, role, guest, entries, .. }) = (table.memory, table.lowest);
-        let found = entries.read(raw)?;
+        let (entry, found) = (number(*page, index), entries.read(raw)?);
         let hit = memory.find_slot(space(role), found.page)?;
         if hit.flags().contains(SlotFlags::READ_ONLY) && !mutant::is(Mutant::NearReadOnly)
             || memory.is_tracked(&hit) && !mutant::is(Mutant::NearTracked)
         {
             return None;
         }
-        let resolved = memory.backing().resolve(&hit.ram(), PageSize::Size4K, kind);
-        let Resolved::Ram { pfn, .. } = resolved else { return None };
+        let (gfn, kept) = (found.page.gfn(), self.note(entry).kept);
+        let (pfn, old) = match kept {
+            Kept::Nothing => {
+                let resolved = memory.backing().resolve(&hit.ram(), PageSize::Size4K, kind);
+                let Resolved::Ram { pfn, .. } = resolved else { return None };
+                (pfn, None)
+            }
+            // It was resolved for that, and nothing has been invalidated since.
+            Kept::Leaf(same) if same == gfn => {
+                let old = self.value(entry);
+                (self.format.leaf_frame(old)?, Some(old))
+            }
+            _ => return None,
+        };
         let mut prot = role.access & found.prot;
         // A clean leaf was not written: the first write is to be noticed.
         if !found.dirty && !mutant::is(Mutant::NearClean) {
@@ -156,30 +167,16 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         let says = (prot, caching(Some(guest), raw, Level::L1));
         let value =
             self.format.make_leaf(&self.compose(Some(guest), says, (pfn, PageSize::Size4K), writability));
-        let (entry, gfn) = (number(*page, index), found.page.gfn());
-        match self.note(entry).kept {
-            Kept::Nothing => self.map(entry, gfn, value),
-            Kept::Leaf(same) if same == gfn => {
-                let old = self.value(entry);
-                if old == value || self.format.leaf(old, Level::L1)?.pfn != pfn {
-                    return None;
-                }
-                self.replace(memory, entry, gfn, value, FlushSite::ShadowReplace);
-            }
-            _ => return None,
+        match old {
+            None => self.map(entry, gfn, value),
+            Some(old) if old == value => return None,
+            Some(_) => self.replace(memory, entry, gfn, value, FlushSite::ShadowReplace),
         }
         self.note_seen(entry, raw);
         Some(())
     }
 
-    /// Whether anything is noted for `address`, after a fault there.
-    #[inline]
-    pub(crate) fn has_leaf(&self, near: &Near, address: Gva) -> bool {
-        self.note(number(near.lowest.page, Level::L1.index(address.bits() >> 12))).kept != Kept::Nothing
-    }
-
-    /// Brings the leaf for `address` up to date, whatever else is below the root; `false` if that takes a walk. What
-    /// was taken away is to be [issued](Self::issue).
+    /// Brings the leaf for `address` up to date, whatever else is below the root; `false` if that takes a walk.
     #[inline(always)]
     pub(crate) fn sync_near<'m, B: Backing + 'm>(
         &mut self,
@@ -195,12 +192,61 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
             let table = near.lowest.find(Held::<B>::memory(guard));
             let index = Level::L1.index(address.bits() >> 12);
             let raw = table.read(index).unwrap_or(0);
-            let Note { kept, seen, .. } = *self.note(number(near.lowest.page, index));
-            if raw != seen || raw == 0 {
-                self.renew(&table, index, kept, raw);
-            }
+            self.flush_near(&table, index, raw);
         }
         true
+    }
+
+    /// The guest has flushed the address behind an entry that is `raw`; what was noted of it.
+    #[inline(always)]
+    fn flush_near<B: Backing>(&mut self, table: &LowestTable<'_, '_, B>, index: usize, raw: u64) -> Kept {
+        let Note { kept, seen, .. } = *self.note(number(table.lowest.page, index));
+        if raw != seen || raw == 0 {
+            let by_write = table.lowest.entries.differ_by_write(seen, raw);
+            if !(by_write && self.renew_write(table, index, kept, raw)) {
+                self.renew(table, index, kept, raw);
+            }
+            self.done_flush();
+        }
+        kept
+    }
+
+    /// The same where the entry differs from what it was by W alone. `false` if there is more to it than another W in
+    /// the leaf.
+    #[inline]
+    fn renew_write<B: Backing>(
+        &mut self,
+        table: &LowestTable<'_, '_, B>,
+        index: usize,
+        kept: Kept,
+        raw: u64,
+    ) -> bool {
+        let (memory, Lowest { page, role, entries, .. }) = (table.memory, table.lowest);
+        if !entries.is_written(raw) {
+            return self.protect(table, index, kept, raw);
+        }
+        let (entry, Kept::Leaf(gfn)) = (number(*page, index), kept) else { return false };
+        let value = self.value(entry);
+        let Some(hit) = memory.find_slot(space(role), gfn.gpa()) else { return false };
+        let may = role.access.contains(Prot::WRITE)
+            && self.is_quiet(memory)
+            && self.format.writability(value) == Some(Writability::Tracked)
+            && !self.format.is_access_tracked(value)
+            && (!hit.flags().contains(SlotFlags::READ_ONLY) || mutant::is(Mutant::NearReadOnly))
+            && (!memory.is_tracked(&hit) || mutant::is(Mutant::NearTracked));
+        if may {
+            self.write(entry, self.format.with_writability(value, Writability::Writable));
+            self.note_seen(entry, raw);
+        }
+        may
+    }
+
+    /// Whether leaves can be made without a closer look at what else is going on.
+    #[inline(always)]
+    fn is_quiet<B: Backing>(&self, memory: &VmMemory<B>) -> bool {
+        !memory.invalidations().any_in_progress()
+            && !memory.is_logging()
+            && self.ops.acknowledged >= self.ops.barrier
     }
 
     /// The guest has flushed an entry that is `raw` now, and was not. What the guest has used of it before is mapped
@@ -210,14 +256,11 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         let (memory, lowest) = (table.memory, table.lowest);
         let entry = number(lowest.page, index);
         let used = lowest.entries.is_accessed(raw) || mutant::is(Mutant::RenewUnused);
-        let quiet = !memory.invalidations().any_in_progress()
-            && !memory.is_logging()
-            && self.ops.acknowledged >= self.ops.barrier;
         match (lowest.entries.read(raw).filter(|_| used), kept) {
             (None, Kept::Nothing) => return,
             (None, _) => return self.drop_entry(memory, entry),
             (Some(_), Kept::Device(_) | Kept::Link(_)) => return self.sync_from(table, index),
-            (Some(_), _) if !quiet => return self.sync_from(table, index),
+            (Some(_), _) if !self.is_quiet(memory) => return self.sync_from(table, index),
             (Some(found), Kept::Leaf(gfn)) if found.page.gfn() != gfn => self.drop_entry(memory, entry),
             (Some(_), _) => {}
         }
@@ -225,15 +268,5 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         if self.install_near(table, index, raw, AccessKind::Read).is_none() {
             self.sync_from(table, index);
         }
-    }
-
-    /// Requests the flush of what was taken away, if anything was.
-    #[inline(always)]
-    pub(crate) fn issue<'m, B: Backing + 'm>(&mut self, guard: &Exclusive<'m, B>) -> Option<Issued> {
-        if !self.ops.pending {
-            return None;
-        }
-        let _ = self.settle(guard);
-        self.ops.issued.take()
     }
 }

@@ -47,19 +47,20 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
     }
 
     /// Brings the translation of one address below `root` up to date: INVLPG, which concerns every root that the vCPU
-    /// keeps, for global pages are not told apart. The address has to be flushed from the vCPU's tag as well.
+    /// keeps, for global pages are not told apart. The address has to be flushed from the vCPU's tag as well; other
+    /// vCPUs may have what was taken away until they flush, or until the next operation of another kind.
     pub fn sync_address<'m, B: Backing + 'm>(
         &mut self,
         guard: &mut Exclusive<'m, B>,
         root: Root,
         address: impl Address,
-    ) -> ShadowDone<()> {
+    ) {
         self.begin(guard);
         let at = self.root_page(guard, root).and_then(|page| self.unsync_at(page, address));
         if let Some((page, index)) = at {
             self.sync_entry(guard, page, index);
         }
-        self.done(guard, ())
+        self.done_flush();
     }
 
     /// The entry of an unsync page that translates the address below `page`. Ancestors know where there may be one.
@@ -182,9 +183,37 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         if let Kept::Leaf(gfn) | Kept::Device(gfn) = kept {
             let raw = table.read(index).unwrap_or(0);
             if (raw != seen || raw == 0) && !mutant::is(Mutant::SeenChanged) {
-                self.sync_changed(table, index, gfn, raw);
+                let by_write = table.lowest.entries.differ_by_write(seen, raw);
+                if !(by_write && self.protect(table, index, kept, raw)) {
+                    self.sync_changed(table, index, gfn, raw);
+                }
             }
         }
+    }
+
+    /// Takes W out of a leaf that otherwise says what the guest's entry `raw` does, if that one has no W: copying an address
+    /// space does that to all of it. `false` if it is no leaf of which only that can be said.
+    #[inline(always)]
+    pub(super) fn protect<B: Backing>(
+        &mut self,
+        table: &LowestTable<'_, '_, B>,
+        index: usize,
+        kept: Kept,
+        raw: u64,
+    ) -> bool {
+        let entry = number(table.lowest.page, index);
+        let (Kept::Leaf(gfn), value) = (kept, self.value(entry)) else { return false };
+        if self.format.is_access_tracked(value) {
+            return false;
+        }
+        let writable =
+            matches!(self.format.writability(value), Some(Writability::Writable | Writability::Watched));
+        if writable && !table.lowest.entries.is_written(raw) {
+            let new = self.format.with_writability(value, Writability::Tracked);
+            self.replace(table.memory, entry, gfn, new, FlushSite::ShadowSync);
+        }
+        self.note_seen(entry, raw);
+        true
     }
 
     /// The same where the guest's entry is `raw`, which may be another than before.

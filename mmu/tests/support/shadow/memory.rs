@@ -62,6 +62,9 @@ impl Backing for NotedRam {
     fn load_u64(&self, at: &RamAddr) -> Result<u64, NoPage> {
         self.flat.load_u64(at)
     }
+    fn words(&self, at: &RamAddr) -> Option<&[AtomicU64; 512]> {
+        self.flat.words(at)
+    }
     fn compare_exchange_u32(&self, at: &RamAddr, current: u32, new: u32) -> Result<u32, NoPage> {
         self.flat.compare_exchange_u32(at, current, new)
     }
