@@ -4,7 +4,9 @@
 #![no_main]
 // Payloads are assembled into statics whose addresses are taken.
 #![allow(unsafe_code)]
+use guests::frames;
 use guests::modes::{self, Mode, Outcome, Payload, Registers, PAYLOAD, SCRATCH};
+use guests::paging::{Space, P, PLAYGROUND, W};
 use guests::prelude::*;
 use guests::report::{case, Case};
 use guests::trap::{catch, GP};
@@ -141,6 +143,7 @@ fn run() {
     cr0_cases();
     pae();
     long();
+    code();
 }
 
 fn each(name: &str, run: impl Fn(&mut Case, Mode)) {
@@ -339,5 +342,149 @@ fn long() {
         undefined("MOV from CR1", catch(|| exec!(".byte 0x0f, 0x20, 0xc8", out("rax") _)), t);
         undefined("MOV from CR7", catch(|| exec!(".byte 0x0f, 0x20, 0xf8", out("rax") _)), t);
         undefined("MOV to CR5", catch(|| exec!(".byte 0x0f, 0x22, 0xe8", in("rax") 0)), t);
+    });
+}
+
+const RSP: u8 = 4;
+const RDX: u8 = 2;
+const RSI: u8 = 6;
+const RET: u8 = 0xc3;
+/// CR0: write protection.
+const CR0_WP: u64 = 1 << 16;
+
+/// Writes instructions to `at` and what follows.
+fn assemble(at: u64, instructions: &[&[u8]]) {
+    for (at, &byte) in (at..).zip(instructions.iter().copied().flatten()) {
+        poke(at, byte);
+    }
+}
+
+/// Runs the code at `at` with these values in RDI and RSI, and says what is in RAX then.
+fn call(at: u64, rdi: u64, rsi: u64) -> u64 {
+    let rax: u64;
+    exec!("call {at}", at = in(reg) at, inout("rdi") rdi => _, inout("rsi") rsi => _, out("rax") rax, out("rdx") _);
+    rax
+}
+
+// Where the instructions are: an exit may have to read them, and what it knows of their page may be out of date.
+fn code() {
+    case("code.each_register", |t| {
+        let at = frames::page();
+        for register in (0..16).filter(|&register| register != RSP) {
+            let (b, low) = (register >> 3, register & 7);
+            let other = if register == RDX { RSI } else { RDX };
+            for (name, number, value) in [("CR0", 0, cr0()), ("CR3", 3, cr3()), ("CR4", 4, cr4())] {
+                let with_rex = |code: [u8; 3]| [0x40 | b, code[0], code[1], code[2]];
+                let write = with_rex([0x0f, 0x22, 0xc0 | number << 3 | low]);
+                let read = with_rex([0x0f, 0x20, 0xc0 | number << 3 | low]);
+                let skip = usize::from(b == 0);
+                assemble(
+                    at,
+                    &[
+                        &[0x40 | b, 0x50 | low],                         // push r
+                        &[0x48 | b, 0x89, 0xf8 | low],                   // mov r, rdi
+                        &write[skip..],                                  // mov cr, r
+                        &[0x48 | b, 0xc7, 0xc0 | low, 0, 0, 0, 0],       // mov r, 0
+                        &read[skip..],                                   // mov r, cr
+                        &[0x48 | b << 2, 0x89, 0xc0 | low << 3 | other], // mov other, r
+                        &[0x40 | b, 0x58 | low],                         // pop r
+                        &[0x48, 0x89, 0xc0 | other << 3],                // mov rax, other
+                        &[RET],
+                    ],
+                );
+                for _ in 0..3 {
+                    t.eq(name, call(at, value, 0), value);
+                }
+            }
+        }
+    });
+    case("code.invlpg_of_each_register", |t| {
+        let space = Space::current();
+        let (at, address) = (frames::page(), PLAYGROUND + 0x1000);
+        let frames = [frames::page(), frames::page()];
+        poke(frames[1], 1u64);
+        for register in (0..16).filter(|&register| register != RSP) {
+            let (b, low) = (register >> 3, register & 7);
+            // R12 takes a SIB byte, RBP and R13 a displacement.
+            let operand: &[u8] = match low {
+                RSP => &[0x3c, 0x24],
+                5 => &[0x7d, 0],
+                _ => &[0x38 | low],
+            };
+            let prefix = [0x40 | b];
+            assemble(
+                at,
+                &[
+                    &[0x40 | b, 0x50 | low],       // push r
+                    &[0x48 | b, 0x89, 0xf8 | low], // mov r, rdi
+                    &prefix[usize::from(b == 0)..],
+                    &[0x0f, 0x01],
+                    operand,                 // invlpg [r]
+                    &[0x40 | b, 0x58 | low], // pop r
+                    &[RET],
+                ],
+            );
+            space.map(address, frames[0], 1, P | W);
+            for round in 1..6 {
+                peek::<u64>(address);
+                poke(space.entry(address, 1), frames[round % 2] | P | W);
+                call(at, address, 0);
+                t.eq("the word", peek::<u64>(address), round as u64 % 2);
+            }
+        }
+    });
+    case("code.another_page", |t| {
+        let space = Space::current();
+        let address = PLAYGROUND + 0x20_0000;
+        let frames = [space.map_new(address, P | W), frames::page()];
+        let (on, off) = (cr0() | CR0_WP, cr0() & !CR0_WP);
+        assemble(frames[0], &[&[0x0f, 0x22, 0xc7, RET]]); // mov cr0, rdi
+        assemble(frames[1], &[&[0x0f, 0x22, 0xc6, RET]]); // mov cr0, rsi
+        let mut check = |what, rdi| {
+            call(address, if rdi { on } else { off }, if rdi { off } else { on });
+            t.eq(what, cr0(), on);
+            call(address, if rdi { off } else { on }, if rdi { on } else { off });
+            t.eq(what, cr0(), off);
+        };
+        for round in 0..60 {
+            space.map(address, frames[round % 2], 1, P | W);
+            check("by another entry", round % 2 == 0);
+        }
+        space.map(address, frames[0], 1, P | W);
+        for round in 0..60 {
+            poke(frames[0] + 2, 0xc7 - (round % 2) as u8);
+            check("by another byte", round % 2 == 0);
+        }
+        poke(frames[0] + 2, 0xc7u8);
+        // Two tables that differ in one entry.
+        let tables = [space.get(address, 2), frames::page() | P | W];
+        poke(tables[1] & !0xfff, frames[1] | P | W);
+        for round in 0..60 {
+            space.set(address, 2, tables[round % 2]);
+            check("by another table", round % 2 == 0);
+        }
+        space.set(address, 2, tables[0]);
+        set_cr0(on);
+    });
+    case("code.across_pages", |t| {
+        let space = Space::current();
+        let end = PLAYGROUND + 0x40_1000;
+        space.map_new(end - 0x1000, P | W);
+        space.map_new(end, P | W);
+        let (on, off) = (cr0() | CR0_WP, cr0() & !CR0_WP);
+        for before in 1..=5 {
+            for (name, code) in [
+                ("mov cr0, rdi", &[0x0f, 0x22, 0xc7, RET][..]),
+                ("with a prefix", &[0x66, 0x0f, 0x22, 0xc7, RET]),
+            ] {
+                assemble(end - before, &[code]);
+                for value in [off, on, off, on] {
+                    call(end - before, value, 0);
+                    t.eq(name, cr0(), value);
+                }
+            }
+            assemble(end - before, &[&[0x0f, 0x01, 0x3f, RET]]);
+            t.works("invlpg [rdi]", catch(|| call(end - before, end, 0)));
+        }
     });
 }
