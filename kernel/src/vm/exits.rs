@@ -1003,9 +1003,9 @@ impl<V: Vendor> Core<V> {
                 goes
             }
             3 => {
-                let pcids = hw.cr4() & CR4_PCIDE != 0;
-                let cr3 = if pcids { value & !control_regs::CR3_NO_FLUSH } else { value };
-                let goes = cr3 & control_regs::physical_reserved(guest.cpuid.caps().phys_bits) == 0
+                let cr3 = value & !control_regs::CR3_NO_FLUSH;
+                // One that was run on with has no other reserved bit.
+                let goes = (cr3 == value || hw.cr4() & CR4_PCIDE != 0)
                     && self.paging.goes_back_cr3(&guest.memory, value);
                 if goes && cr3 != self.hw.cr3() {
                     self.hw.set_cr3(cr3);
