@@ -5,7 +5,7 @@ mod support;
 use mmu::{CpuRole, Gpa, Gva, PagingContext, ShadowFault, Tags};
 use support::flat::FlatRam;
 use support::manual::guest::{access, registers, regs, BASE};
-use support::manual::{What, Who};
+use support::manual::{Machine, What, Who};
 use support::shadow::{Ended, How, World, CPU};
 
 /// Pages that [`guest`] maps, and the entry of one.
@@ -62,5 +62,23 @@ fn a4_a_guest_that_flushes_all_the_time_holds_up_no_fault_of_another_vcpu() {
         done.outcome
     });
     assert!(outcomes.contains(&ShadowFault::Mapped), "{outcomes:?}");
+    world.finish();
+}
+
+/// With PAE's pointers in registers, MOV to CR4 that changes PGE loads them (Intel SDM vol. 3, 4.4.1).
+#[test]
+fn c5_mov_to_cr4_of_pge_loads_the_pointers_of_pae() {
+    let m = Machine { lma: false, cr3: 0xa000, ..BASE };
+    let mut world = World::new(m, 64, vec![VA], |ram| {
+        guest(ram);
+        for (at, entry) in [(0xa000, 0x3001), (0xb000, 0x5067), (0x5000 + 0x10 * 8, OTHER & !0xfff | 0x67)] {
+            ram.set(at, entry);
+        }
+    });
+    assert_eq!(world.access(0, VA, What::Read, Who::User), Ended::At(VA));
+    world.store(0xa000, 0xb001);
+    assert_eq!(world.access(0, VA, What::Read, Who::User), Ended::At(VA), "they are in registers");
+    world.mov_to_cr4(0, m, 1 << 7);
+    assert_eq!(world.access(0, VA, What::Read, Who::User), Ended::At(OTHER));
     world.finish();
 }
