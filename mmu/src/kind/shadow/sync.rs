@@ -243,6 +243,10 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         let mut leaf = old;
         let says = (prot, caching(Some(guest), raw, Level::L1));
         let now = self.compose(Some(guest), says, (leaf.pfn, leaf.size), leaf.writability);
+        // Under SMEP, SMAP or protection keys a user's page is not more than the supervisor's, but another.
+        if now.user && !leaf.user && !mutant::is(Mutant::SyncKeepsSupervisor) {
+            return self.drop_entry(memory, entry);
+        }
         leaf.user &= now.user;
         leaf.execute &= now.execute;
         leaf.execute_user &= now.execute_user;
