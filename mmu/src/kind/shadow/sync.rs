@@ -48,7 +48,7 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
 
     /// Brings the translation of one address below `root` up to date: INVLPG, which concerns every root that the vCPU
     /// keeps, for global pages are not told apart. The address has to be flushed from the vCPU's tag as well; other
-    /// vCPUs may have what was taken away until they flush, or until the next operation of another kind.
+    /// vCPUs may have what was taken away until they flush, or until an operation requests the flush that is owed.
     pub fn sync_address<'m, B: Backing + 'm>(
         &mut self,
         guard: &mut Exclusive<'m, B>,
