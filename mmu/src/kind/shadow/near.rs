@@ -150,10 +150,10 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
                 let Resolved::Ram { pfn, .. } = resolved else { return None };
                 (pfn, None)
             }
-            // It was resolved for that, and nothing has been invalidated since.
+            // Resolved when it was made, and nothing has been invalidated since.
             Kept::Leaf(same) if same == gfn => {
                 let old = self.value(entry);
-                (self.format.leaf_frame(old)?, Some(old))
+                (self.format.leaf(old, Level::L1)?.pfn, Some(old))
             }
             _ => return None,
         };
