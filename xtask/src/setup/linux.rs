@@ -108,8 +108,13 @@ fn download_into(apt: &Apt, work: &Path) -> Result<()> {
     fs::rename(vmlinuz, done.join(KERNEL))?;
     let mut names = vec![KERNEL, BUSYBOX];
     for name in MODULES {
-        // A guest needs none of them, so a kernel without them is kept.
-        if let Some(module) = find_below(&kernel, name)? {
+        // Debian 13 compresses modules; BusyBox's insmod knows by its first bytes that one is. A guest needs none of them, so
+        // a kernel without them is kept.
+        let module = match find_below(&kernel, name)? {
+            None => find_below(&kernel, &format!("{name}.xz"))?,
+            found => found,
+        };
+        if let Some(module) = module {
             fs::rename(module, done.join(name))?;
             names.push(name);
         }

@@ -21,7 +21,7 @@ use crate::{paths, say};
 const LIMIT: Duration = Duration::from_secs(600);
 
 /// What begins the lines of a way's measurement: nested paging, shadow paging.
-const WAYS: [&str; 2] = ["npt=1 ", "npt=0 "];
+const WAYS: [&str; 2] = ["npt=Y ", "npt=N "];
 
 /// How often the guest reads the exit counter for an operation: twice to know what reading costs, then before and after the
 /// rounds. KVM has no such MSR, so each read exits and shows in the trace.
@@ -116,12 +116,12 @@ mod tests {
     use super::*;
 
     const KEYS: [&str; 2] = ["invlpg", "fork_page"];
-    const LOG: &str = "kvm: loading\r\nnpt=1 bench invlpg instructions=3 exits=0\r\n\
-                       npt=1 bench fork_page instructions=13 exits=0\r\nnpt=1 done\r\n\
-                       npt=1 exits 577 2 0 80 0 0 1 90 0 0 0\r\n\
-                       npt=0 bench invlpg instructions=3450 exits=0\r\n\
-                       npt=0 bench fork_page instructions=13644 exits=0\r\nnpt=0 done\r\n\
-                       npt=0 exits 456 62 0 0 257 335 0 0 1026\r\nkvm: end\r\n";
+    const LOG: &str = "kvm: loading\r\nnpt=Y bench invlpg instructions=3 exits=0\r\n\
+                       npt=Y bench fork_page instructions=13 exits=0\r\nnpt=Y done\r\n\
+                       npt=Y exits 577 2 0 80 0 0 1 90 0 0 0\r\n\
+                       npt=N bench invlpg instructions=3450 exits=0\r\n\
+                       npt=N bench fork_page instructions=13644 exits=0\r\nnpt=N done\r\n\
+                       npt=N exits 456 62 0 0 257 335 0 0 1026\r\nkvm: end\r\n";
 
     #[test]
     fn each_way_has_its_costs() {
@@ -134,9 +134,9 @@ mod tests {
     fn a_measurement_is_whole_or_an_error() {
         let error = |log: &str| format!("{:#}", costs_in(log, WAYS[1], &KEYS).unwrap_err());
         assert!(
-            error("npt=1 bench invlpg instructions=3 exits=0\n").contains("did not report invlpg, fork_page")
+            error("npt=Y bench invlpg instructions=3 exits=0\n").contains("did not report invlpg, fork_page")
         );
-        assert_eq!(error(&LOG.replace("npt=0 exits", "npt=2 exits")), "no exits were traced");
+        assert_eq!(error(&LOG.replace("npt=N exits", "npt=X exits")), "no exits were traced");
         assert!(error(&LOG.replace("456 62 0 0 257", "257")).contains("has 5 reads"));
         assert!(error(&LOG.replace("1026", "many")).contains("are no numbers of exits"));
     }
