@@ -50,7 +50,7 @@ impl Kvm {
             Ok([nested?, shadow?])
         });
         costs.with_context(|| {
-            format!("KVM was not measured; the log is {}", paths::display(&dir.join("console.log")))
+            format!("KVM was not measured (its log is {})", paths::display(&dir.join("console.log")))
         })
     }
 
