@@ -351,32 +351,34 @@ fn cr0_wp_and_cr4_pge_are_left_to_others_without_a_root() {
     world.finish();
 }
 
-/// C5: CR4.PGE takes everything: what the TLB has, and what other roots have.
+/// C5: CR4.PGE takes everything: what the TLB has, and what other roots have. (No right but W is flushed from all TLBs when it
+/// goes.)
 #[test]
 fn c5_cr4_pge_takes_all_translations_of_every_root() {
+    const NX: u64 = 1 << 63;
     const OTHERS: u64 = 0x5000 + (VA >> 12) * 8;
     each_way(|world| {
-        let write = |world: &mut World| world.access_as(0, VA, What::Write, Who::User, CACHING);
+        let fetch = |world: &mut World, va| world.access_as(0, va, What::Fetch, Who::User, CACHING);
         world.mov_to_cr4(0, BASE, 1 << 17);
         world.mov_to_cr3(0, 0x6001, false);
-        assert_eq!(write(world), Ended::At(OTHER));
+        assert_eq!(fetch(world, VA), Ended::At(OTHER));
         world.mov_to_cr3(0, 0x1000, false);
         for pge in [1 << 7, 0] {
-            for (entry, to) in [(OTHERS, OTHER), (entry_of(VA), VA)] {
+            for (entry, to) in [(OTHERS, OTHER), (entry_of(THIRD), THIRD)] {
                 assert_eq!(world.guest_store(0, entry, to & !0xfff | 0x67), Ended::At(entry));
             }
-            world.invlpg(0, VA);
-            assert_eq!(write(world), Ended::At(VA));
+            world.invlpg(0, THIRD);
+            assert_eq!(fetch(world, THIRD), Ended::At(THIRD));
             world.mov_to_cr3(0, 0x6001, true);
-            assert_eq!(write(world), Ended::At(OTHER));
+            assert_eq!(fetch(world, VA), Ended::At(OTHER));
             assert_eq!(world.kind.unsync_pages(), 2);
-            world.store(entry_of(VA), VA & !0xfff | 0x65);
-            world.store(OTHERS, OTHER & !0xfff | 0x65);
-            world.mov_to_cr4(0, BASE, 1 << 17 | pge);
+            world.store(entry_of(THIRD), NX | THIRD & !0xfff | 0x67);
+            world.store(OTHERS, NX | OTHER & !0xfff | 0x67);
+            world.mov_to_cr4(0, world.vcpus[0].m, 1 << 17 | pge);
             assert_eq!(world.vcpus[0].mmu.state().regs.cr4.contains(Cr4::PGE), pge != 0);
-            assert_eq!(write(world), Ended::Fault(7));
+            assert_eq!(fetch(world, VA), Ended::Fault(0x15));
             world.mov_to_cr3(0, 0x1000, true);
-            assert_eq!(write(world), Ended::Fault(7));
+            assert_eq!(fetch(world, THIRD), Ended::Fault(0x15));
         }
     });
 }
