@@ -30,8 +30,11 @@ impl HwVcpu for FakeVcpu {
     fn gprs_mut(&mut self) -> &mut [u64; 16] {
         &mut self.gprs
     }
-    fn run(&mut self, _: usize) -> Exit {
+    type Ended = ();
+    fn run(&mut self, _: usize) {
         self.injected = None;
+    }
+    fn exit(&mut self, (): ()) -> Exit {
         Exit::HostInterrupt
     }
     fn rip(&self) -> u64 {

@@ -550,9 +550,14 @@ pub trait HwVcpu: Send {
     /// General-purpose registers, to be changed.
     fn gprs_mut(&mut self) -> &mut [u64; 16];
 
+    /// How a run ended, before anybody asked why.
+    type Ended: Copy;
     /// Runs the guest until it exits, on the CPU with index `cpu`, which is the one that calls. Host interrupts must
     /// be off; they end the run, and stay pending.
-    fn run(&mut self, cpu: usize) -> Exit;
+    fn run(&mut self, cpu: usize) -> Self::Ended;
+    /// Why a run ended; once, right after it. Apart from the run, so that what each exit needs can be done before the ways
+    /// part.
+    fn exit(&mut self, ended: Self::Ended) -> Exit;
 
     /// RIP.
     fn rip(&self) -> u64;
@@ -566,6 +571,18 @@ pub trait HwVcpu: Send {
     fn cr0(&self) -> u64;
     /// Sets CR0, whose value the caller has checked. EFER.LMA and PDPTEs are the caller's, too.
     fn set_cr0(&mut self, cr0: u64);
+    /// The same of a CR0 that differs from what it is in WP alone, in a vCPU in long mode that runs on
+    /// [shadow tables](Translation::Shadow).
+    #[inline]
+    fn set_write_protection(&mut self, cr0: u64) {
+        self.set_cr0(cr0);
+    }
+    /// A number that is another one, and never an earlier one, after each change of CR0, CR4 or EFER, those of CR0.WP and
+    /// CR4.PGE by the functions for them apart. Zero, which says nothing, where they can change without an exit.
+    #[inline]
+    fn control_stamp(&self) -> u64 {
+        0
+    }
     /// CR2.
     fn cr2(&self) -> u64;
     /// PAE's PDPTE registers while they are in use, where the hardware keeps them.
@@ -586,6 +603,12 @@ pub trait HwVcpu: Send {
     fn cr4(&self) -> u64;
     /// Sets CR4, whose value the caller has checked.
     fn set_cr4(&mut self, cr4: u64);
+    /// The same of a CR4 that differs from what it is in PGE alone, in a vCPU in long mode that runs on
+    /// [shadow tables](Translation::Shadow).
+    #[inline]
+    fn set_global_pages(&mut self, cr4: u64) {
+        self.set_cr4(cr4);
+    }
     /// CR8.
     fn cr8(&self) -> u8;
     /// Sets CR8.
@@ -650,6 +673,13 @@ pub trait HwVcpu: Send {
     fn restore_shadow(&mut self);
     /// Ends the shadow, as each completed instruction does.
     fn clear_shadow(&mut self);
+    /// What each completed instruction does: RIP is `next_rip`, and the shadow ends. RFLAGS, where TF and RF ask for more.
+    #[inline]
+    fn end_instruction(&mut self, next_rip: u64) -> u64 {
+        self.set_rip(next_rip);
+        self.clear_shadow();
+        self.rflags()
+    }
     /// Delivers `event` at the next entry. An NMI blocks further ones until the guest executes IRET.
     fn inject(&mut self, event: Event);
     /// Whether an event is set for the next entry.
@@ -659,8 +689,8 @@ pub trait HwVcpu: Send {
     fn take_undeliverable(&mut self) -> Option<Event> {
         None
     }
-    /// Takes the event whose delivery the last exit interrupted, if it must be injected again. An NMI of that kind blocks
-    /// no more.
+    /// Takes the event whose delivery the last exit interrupted, if it must be injected again; once, right after the run. An
+    /// NMI of that kind blocks no more.
     fn take_interrupted_event(&mut self) -> Option<Event>;
     /// Asks for [`Exit::InterruptWindow`] as soon as the guest can take an interrupt, or withdraws that.
     fn request_interrupt_window(&mut self, on: bool);

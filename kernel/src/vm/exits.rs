@@ -29,9 +29,13 @@ use crate::hw::{
 
 const CS_LONG: u16 = crate::hw::Segment::LONG;
 /// Exits after which a vCPU looks whether its time is up, whatever the exits were.
-const ATTENTION_INTERVAL: u64 = 1024;
+pub(super) const ATTENTION_INTERVAL: u64 = 1024;
 const RFLAGS_TF: u64 = 1 << 8;
 const RFLAGS_RF: u64 = 1 << 16;
+
+const CPUID: [u8; 2] = [0x0f, 0xa2];
+const RDMSR: [u8; 2] = [0x0f, 0x32];
+const WRMSR: [u8; 2] = [0x0f, 0x30];
 
 /// Instruction bytes at RIP, as far as they could be fetched.
 pub(super) type InsnBytes = ([u8; 16], usize);
@@ -129,31 +133,54 @@ impl<V: Vendor> Vcpu<V> {
         }
     }
 
-    /// Goes on behind the intercepted instruction. False if it could not be fetched again; then the guest takes
-    /// the fault of that fetch, and the instruction has no effect.
+    /// Goes on behind the intercepted instruction, which is `opcode` and mostly no more. False if it could not be fetched
+    /// again; then the guest takes the fault of that fetch, and the instruction has no effect.
     #[inline(always)]
-    fn skip(&mut self, guest: &Guest<V>) -> bool {
-        let next = match self.core.hw.exit_next_rip() {
-            Some(next) => next,
-            None => match self.next_rip(guest) {
-                Some(next) => next,
-                None => return false,
-            },
+    fn skip(&mut self, guest: &Guest<V>, opcode: [u8; 2]) -> bool {
+        let core = &self.core;
+        let rip = core.hw.rip();
+        let next = match core.hw.exit_next_rip() {
+            Some(next) => core.cut(next),
+            None if core.is_at(guest, rip, opcode) => rip.wrapping_add(opcode.len() as u64),
+            None => return self.skip_rare(guest),
         };
-        self.complete(guest, next);
+        self.finish(guest, next);
         true
     }
 
-    /// The same, out of the way of the exits that are to be fast.
+    /// The same of any instruction, out of the way of the exits that are to be fast.
     #[cold]
     #[inline(never)]
     fn skip_rare(&mut self, guest: &Guest<V>) -> bool {
-        self.skip(guest)
+        let next = match self.core.hw.exit_next_rip() {
+            Some(next) => Some(self.core.cut(next)),
+            None => self.find_next_rip(guest),
+        };
+        match next {
+            Some(next) => {
+                self.finish(guest, next);
+                true
+            }
+            None => false,
+        }
+    }
+
+    /// Where the instruction at RIP ends, which is `opcode` and mostly no more.
+    #[inline(always)]
+    fn next_rip(&mut self, guest: &Guest<V>, opcode: [u8; 2]) -> Option<u64> {
+        if let Some(next) = self.core.hw.exit_next_rip() {
+            return Some(self.core.cut(next));
+        }
+        let rip = self.core.hw.rip();
+        if self.core.is_at(guest, rip, opcode) {
+            return Some(rip.wrapping_add(opcode.len() as u64));
+        }
+        self.find_next_rip(guest)
     }
 
     /// Where the instruction at RIP ends, found by reading it.
-    #[inline(always)]
-    fn next_rip(&mut self, guest: &Guest<V>) -> Option<u64> {
+    #[inline(never)]
+    fn find_next_rip(&mut self, guest: &Guest<V>) -> Option<u64> {
         let (bytes, len) = match self.core.fetch(guest) {
             Ok(fetched) => fetched,
             Err(fault) => {
@@ -162,7 +189,7 @@ impl<V: Vendor> Vcpu<V> {
             }
         };
         match self.emulator.insn_len(self.core.mode(), &bytes[..len]) {
-            Ok(insn_len) => Some(self.core.hw.rip().wrapping_add(u64::from(insn_len))),
+            Ok(insn_len) => Some(self.core.cut(self.core.hw.rip().wrapping_add(u64::from(insn_len)))),
             Err(_) => {
                 // Another vCPU changed the code since the exit: let the guest run into what is there now.
                 self.core.attention = true;
@@ -171,30 +198,22 @@ impl<V: Vendor> Vcpu<V> {
         }
     }
 
-    /// What the processor does when an instruction completes: RIP, RF, the shadow, the single-step trap.
-    #[inline]
-    fn complete(&mut self, guest: &Guest<V>, next_rip: u64) {
-        let hw = &self.core.hw;
-        let next_rip = if hw.efer() & EFER_LMA != 0 && hw.cs_attributes() & CS_LONG != 0 {
-            next_rip
-        } else {
-            next_rip & 0xffff_ffff
-        };
-        self.finish(guest, next_rip);
-    }
-
-    /// The same with a next RIP that is cut to the mode's width.
+    /// What the processor does when an instruction completes: RIP, RF, the shadow, the single-step trap. The next RIP is as
+    /// wide as the mode.
     #[inline(always)]
     fn finish(&mut self, guest: &Guest<V>, next_rip: u64) {
-        let hw = &mut self.core.hw;
-        hw.set_rip(next_rip);
-        hw.clear_shadow();
-        let rflags = hw.rflags();
+        let rflags = self.core.hw.end_instruction(next_rip);
         if rflags & (RFLAGS_TF | RFLAGS_RF) != 0 {
-            hw.set_rflags(rflags & !RFLAGS_RF);
-            if rflags & RFLAGS_TF != 0 {
-                self.trap_single_step(guest);
-            }
+            self.finish_flags(guest, rflags);
+        }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn finish_flags(&mut self, guest: &Guest<V>, rflags: u64) {
+        self.core.hw.set_rflags(rflags & !RFLAGS_RF);
+        if rflags & RFLAGS_TF != 0 {
+            self.trap_single_step(guest);
         }
     }
 
@@ -209,7 +228,7 @@ impl<V: Vendor> Vcpu<V> {
     fn cpuid(&mut self, guest: &Guest<V>) {
         let gprs = self.core.hw.gprs();
         let (leaf, subleaf) = (gprs[RAX] as u32, gprs[RCX] as u32);
-        if !self.skip(guest) {
+        if !self.skip(guest, CPUID) {
             return;
         }
         let CpuidLeaf { eax, ebx, ecx, edx } =
@@ -228,7 +247,7 @@ impl<V: Vendor> Vcpu<V> {
         let msr = self.core.hw.gprs()[RCX] as u32;
         match self.core.read_msr(guest, msr) {
             Ok(value) => {
-                if self.skip(guest) {
+                if self.skip(guest, RDMSR) {
                     let gprs = self.core.hw.gprs_mut();
                     gprs[RAX] = value & 0xffff_ffff;
                     gprs[RDX] = value >> 32;
@@ -243,9 +262,9 @@ impl<V: Vendor> Vcpu<V> {
         let gprs = self.core.hw.gprs();
         let (msr, value) = (gprs[RCX] as u32, gprs[RDX] << 32 | gprs[RAX] & 0xffff_ffff);
         // The length is found first: a fetch that faults must leave the MSR alone.
-        let Some(next) = self.core.hw.exit_next_rip().or_else(|| self.next_rip(guest)) else { return };
+        let Some(next) = self.next_rip(guest, WRMSR) else { return };
         match self.core.write_msr(guest, msr, value) {
-            Ok(()) => self.complete(guest, next),
+            Ok(()) => self.finish(guest, next),
             Err(_) => self.raise(guest, GP, Some(0)),
         }
     }
@@ -454,24 +473,33 @@ impl<V: Vendor> Vcpu<V> {
     /// INVLPG.
     #[inline(never)]
     fn invalidate_page(&mut self, guest: &Guest<V>, invlpg: Invlpg) {
-        let named = if invlpg.known { self.core.hw.exit_next_rip() } else { None };
-        let operand = match named {
-            Some(next) => Some((invlpg.linear, next)),
-            None => self.invlpg_operand(guest),
-        };
-        match operand {
+        let rip = self.core.hw.rip();
+        let beginning = self.core.peek_in_turns(guest, rip).and_then(invlpg::parse_beginning);
+        let Some((register, length)) = beginning else { return self.invalidate_fetched(guest, invlpg) };
+        let linear = self.core.hw.gprs()[register];
+        self.core.paging.invalidate_page(&guest.memory, linear);
+        self.finish(guest, rip.wrapping_add(length));
+    }
+
+    /// The same of an INVLPG that has to be fetched, or that the hardware has told of.
+    #[inline(never)]
+    fn invalidate_fetched(&mut self, guest: &Guest<V>, invlpg: Invlpg) {
+        match self.invlpg_operand(guest, invlpg) {
             Some((linear, next)) => {
                 self.core.invalidate_page(guest, linear);
-                self.complete(guest, next);
+                self.finish(guest, next);
             }
             None => self.emulate(guest, None),
         }
     }
 
-    /// Operand and next RIP of the INVLPG at RIP, if it has one of the usual forms.
-    fn invlpg_operand(&mut self, guest: &Guest<V>) -> Option<(u64, u64)> {
-        let hw = &self.core.hw;
-        if hw.efer() & EFER_LMA == 0 || hw.cs_attributes() & CS_LONG == 0 {
+    /// Operand and next RIP of the INVLPG at RIP, if the hardware told them or it has one of the usual forms.
+    fn invlpg_operand(&mut self, guest: &Guest<V>, invlpg: Invlpg) -> Option<(u64, u64)> {
+        let long = self.core.mode() == Mode::Long64;
+        if let (true, Some(next)) = (invlpg.known, self.core.hw.exit_next_rip()) {
+            return Some((invlpg.linear, self.core.cut(next)));
+        }
+        if !long {
             return None;
         }
         let (bytes, len) = self.core.fetch_in_turns(guest).ok()?;
@@ -484,29 +512,70 @@ impl<V: Vendor> Vcpu<V> {
     /// MOV from control register `cr`, to general-purpose register `gpr` where the hardware named it.
     #[inline(never)]
     fn read_cr(&mut self, guest: &Guest<V>, cr: u8, gpr: Option<u8>) {
-        match (gpr, self.core.hw.exit_next_rip()) {
-            (Some(gpr), Some(next)) => {
-                let hw = &self.core.hw;
-                let value = match cr {
-                    0 => hw.cr0(),
-                    3 => hw.cr3(),
-                    4 => hw.cr4(),
-                    _ => return self.raise(guest, UD, None),
-                };
-                let long = self.core.mode() == Mode::Long64;
-                let value = if long { value } else { value & 0xffff_ffff };
-                self.core.hw.gprs_mut()[usize::from(gpr & 15)] = value;
-                self.complete(guest, next);
-            }
-            // SMSW, too, reads CR0.
-            _ => self.emulate(guest, None),
-        }
+        let core = &self.core;
+        let (rip, next) = (core.hw.rip(), core.hw.exit_next_rip());
+        let operand = match gpr.zip(next) {
+            Some((gpr, next)) => Some((usize::from(gpr & 15), core.cut(next))),
+            None => core
+                .peek_in_turns(guest, rip)
+                .and_then(|code| mov_cr::parse_beginning(code, mov_cr::FROM_CR))
+                .map(|(register, length)| (register, rip.wrapping_add(length))),
+        };
+        // SMSW, too, reads CR0.
+        let Some((register, next)) = operand else { return self.emulate(guest, None) };
+        let value = match cr {
+            0 => core.hw.cr0(),
+            3 => core.hw.cr3(),
+            4 => core.hw.cr4(),
+            _ => return self.raise(guest, UD, None),
+        };
+        let long = core.mode() == Mode::Long64;
+        self.core.hw.gprs_mut()[register] = if long { value } else { value & 0xffff_ffff };
+        self.finish(guest, next);
     }
 
     /// MOV to control register `cr`, from general-purpose register `gpr` where the hardware named it.
-    #[inline(never)]
+    #[inline(always)]
     fn write_cr(&mut self, guest: &Guest<V>, cr: u8, gpr: Option<u8>) {
-        let Some((value, next)) = self.mov_to_cr_operand(guest, gpr) else { return };
+        match cr {
+            0 => self.write_paging_cr::<0>(guest, gpr),
+            3 => self.write_paging_cr::<3>(guest, gpr),
+            4 => self.write_paging_cr::<4>(guest, gpr),
+            _ => {
+                if let Some((value, next)) = self.mov_to_cr_operand(guest, gpr, None) {
+                    self.write_cr_anew(guest, cr, value, next);
+                }
+            }
+        }
+    }
+
+    /// The same of a register that kernels on shadow tables write all the time.
+    #[inline(never)]
+    fn write_paging_cr<const CR: u8>(&mut self, guest: &Guest<V>, gpr: Option<u8>) {
+        let rip = self.core.hw.rip();
+        let peeked = self.core.peek_in_turns(guest, rip);
+        let (value, next);
+        match peeked.and_then(|code| mov_cr::parse_plain(code, mov_cr::TO_CR)) {
+            Some(register) => (value, next) = (self.core.hw.gprs()[register], rip.wrapping_add(3)),
+            None => {
+                let Some(operand) = self.mov_to_cr_operand(guest, gpr, peeked) else { return };
+                (value, next) = operand;
+                if !(self.core.paging.is_shadowed() && self.core.hw.efer() & EFER_LMA != 0) {
+                    return self.write_cr_anew(guest, CR, value, next);
+                }
+            }
+        }
+        // One place for both, so that the compiler makes it part of this.
+        if self.core.goes_back(guest, CR, value) {
+            self.finish(guest, next);
+        } else {
+            self.write_cr_anew(guest, CR, value, next);
+        }
+    }
+
+    /// The same with its value and next RIP, if it is none of the writes that kernels make all the time.
+    #[inline(never)]
+    fn write_cr_anew(&mut self, guest: &Guest<V>, cr: u8, value: u64, next: u64) {
         let written = match cr {
             8 => control_regs::write_cr8(value).map(|tpr| {
                 self.core.hw.set_cr8(tpr);
@@ -515,16 +584,27 @@ impl<V: Vendor> Vcpu<V> {
             _ => self.core.write_control_register(guest, cr, value),
         };
         match written {
-            Ok(()) => self.complete(guest, next),
+            Ok(()) => self.finish(guest, next),
             Err(GeneralProtection) => self.raise(guest, GP, Some(0)),
         }
     }
 
-    /// Value and next RIP of the MOV to a control register at RIP.
-    fn mov_to_cr_operand(&mut self, guest: &Guest<V>, gpr: Option<u8>) -> Option<(u64, u64)> {
+    /// Value and next RIP of the MOV to a control register at RIP. What a peek found was not enough.
+    #[inline(never)]
+    fn mov_to_cr_operand(
+        &mut self,
+        guest: &Guest<V>,
+        gpr: Option<u8>,
+        peeked: Option<u32>,
+    ) -> Option<(u64, u64)> {
+        if let Some((register, length)) = peeked.and_then(|code| mov_cr::parse_beginning(code, mov_cr::TO_CR))
+        {
+            let hw = &self.core.hw;
+            return Some((hw.gprs()[register], hw.rip().wrapping_add(length)));
+        }
         let long = self.core.mode() == Mode::Long64;
         let (register, next) = match (gpr, self.core.hw.exit_next_rip()) {
-            (Some(register), Some(next)) => (usize::from(register), next),
+            (Some(register), Some(next)) => (usize::from(register & 15), next),
             _ => {
                 let (bytes, len) = match self.core.fetch_in_turns(guest) {
                     Ok(fetched) => fetched,
@@ -542,14 +622,14 @@ impl<V: Vendor> Vcpu<V> {
             }
         };
         let value = self.core.hw.gprs()[register];
-        Some((if long { value } else { value & 0xffff_ffff }, next))
+        Some((if long { value } else { value & 0xffff_ffff }, self.core.cut(next)))
     }
 
     /// A hardware task switch. An event that came through a task gate is delivered by it.
     #[cold]
     fn task_switch(&mut self, guest: &Guest<V>, switch: TaskSwitch) {
         let TaskSwitch { selector, cause, next_rip } = switch;
-        let Some(next_rip) = next_rip.or_else(|| self.next_rip(guest)) else { return };
+        let Some(next_rip) = next_rip.or_else(|| self.find_next_rip(guest)) else { return };
         let event = match cause {
             TaskSwitchCause::Gate => self.core.events.take_interrupted(),
             TaskSwitchCause::Call | TaskSwitchCause::Iret | TaskSwitchCause::Jump => None,
@@ -610,17 +690,50 @@ impl<V: Vendor> Core<V> {
     /// Runs the guest until it exits, with this CPU's translations up to date.
     #[inline(always)]
     pub(super) fn enter(&mut self, guest: &Guest<V>) -> Exit {
-        let exit = self.paging.run(&guest.memory, &mut self.hw);
-        self.exits += 1;
-        if self.exits.is_multiple_of(ATTENTION_INTERVAL) {
-            // Whatever a guest finds to exit for without end, it does not keep the CPU.
-            self.attention = true;
+        let ended = match self.paging.run(&guest.memory, &mut self.hw) {
+            Ok(ended) => ended,
+            Err(exit) => return exit,
+        };
+        self.exits_left -= 1;
+        if self.exits_left == 0 {
+            self.look_up();
         }
         if let Some(event) = self.hw.take_interrupted_event() {
-            self.events.interrupted(event);
-            self.attention = true;
+            self.delivery_interrupted(event);
         }
-        exit
+        self.hw.exit(ended)
+    }
+
+    /// Whatever a guest finds to exit for without end, it does not keep the CPU.
+    #[cold]
+    #[inline(never)]
+    fn look_up(&mut self) {
+        self.exits_before += ATTENTION_INTERVAL;
+        self.exits_left = ATTENTION_INTERVAL;
+        self.attention = true;
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn delivery_interrupted(&mut self, event: Event) {
+        self.events.interrupted(event);
+        self.attention = true;
+    }
+
+    /// Exits since reset.
+    fn exits(&self) -> u64 {
+        self.exits_before + (ATTENTION_INTERVAL - self.exits_left)
+    }
+
+    /// `rip` as wide as the mode has it.
+    #[inline(always)]
+    fn cut(&self, rip: u64) -> u64 {
+        let long = self.hw.efer() & EFER_LMA != 0 && self.hw.cs_attributes() & CS_LONG != 0;
+        if long {
+            rip
+        } else {
+            rip & 0xffff_ffff
+        }
     }
 
     /// The guest's TSC at the host's TSC `host`.
@@ -676,7 +789,7 @@ impl<V: Vendor> Core<V> {
             tsc,
             efer: self.hw.efer(),
             paging: self.hw.cr0() & CR0_PG != 0,
-            exits: self.exits,
+            exits: self.exits(),
             lapic: &mut self.lapic,
         };
         access(&mut self.msrs, &mut context)
@@ -800,20 +913,36 @@ impl<V: Vendor> Core<V> {
     #[inline(always)]
     pub(super) fn fetch(&mut self, guest: &Guest<V>) -> Result<InsnBytes, Fault> {
         let linear = self.linear_rip(0);
-        self.paging.fetch::<V, false>(&guest.memory, &self.hw, linear)
+        self.paging.fetch(&guest.memory, &self.hw, linear)
     }
 
-    /// The same for exits that are made in turns.
-    #[inline(always)]
+    /// The same for exits that are made in turns, if [`peek_in_turns`](Self::peek_in_turns) does not do.
     fn fetch_in_turns(&mut self, guest: &Guest<V>) -> Result<InsnBytes, Fault> {
         let linear = self.linear_rip(0);
-        self.paging.fetch::<V, true>(&guest.memory, &self.hw, linear)
+        self.paging.fetch_in_turns(&guest.memory, &self.hw, linear)
+    }
+
+    /// Whether the instruction at RIP, which is `rip`, is `opcode` in 64-bit code that the last instruction was fetched from.
+    #[inline(never)]
+    fn is_at(&self, guest: &Guest<V>, rip: u64, opcode: [u8; 2]) -> bool {
+        self.hw.cs_attributes() & CS_LONG != 0
+            && self.paging.peek(&guest.memory, &self.hw, rip) == Some(opcode)
+    }
+
+    /// The first four bytes of a supervisor's instruction at RIP, the first one lowest, in 64-bit code that
+    /// [`fetch_in_turns`](Self::fetch_in_turns) fetched from.
+    #[inline(always)]
+    fn peek_in_turns(&self, guest: &Guest<V>, rip: u64) -> Option<u32> {
+        if self.hw.cs_attributes() & CS_LONG == 0 || self.hw.cpl() != 0 {
+            return None;
+        }
+        self.paging.peek_in_turns(&guest.memory, &self.hw, rip).map(u32::from_le_bytes)
     }
 
     /// Whether the byte `ahead` of RIP can be fetched.
     fn probe_fetch(&mut self, guest: &Guest<V>, ahead: u64) -> Result<(), Fault> {
         let linear = self.linear_rip(ahead);
-        self.paging.fetch::<V, false>(&guest.memory, &self.hw, linear).map(|_| ())
+        self.paging.fetch(&guest.memory, &self.hw, linear).map(|_| ())
     }
 
     /// Instruction bytes for a report; none if they cannot be read.
@@ -842,16 +971,13 @@ impl<V: Vendor> Core<V> {
         control_regs::Limits { cr4: caps.cr4, phys_bits: caps.phys_bits, amd: caps.vendor == CpuVendor::Amd }
     }
 
-    /// MOV to CR0, CR3 or CR4.
+    /// MOV to CR0, CR3 or CR4, whatever it changes.
     pub(super) fn write_control_register(
         &mut self,
         guest: &Guest<V>,
         cr: u8,
         value: u64,
     ) -> Result<(), GeneralProtection> {
-        if self.paging.is_shadowed() && self.goes_back(guest, cr, value) {
-            return Ok(());
-        }
         let (now, limits) = (self.control_registers(), Self::control_limits(guest));
         let change = match cr {
             0 => control_regs::write_cr0(&now, value, &limits),
@@ -864,18 +990,15 @@ impl<V: Vendor> Core<V> {
 
     /// The writes that kernels make all the time, on shadow tables in long mode: another address space, CR0.WP and
     /// CR4.PGE off and on. Whether it was one, and is done.
-    #[inline]
+    #[inline(always)]
     fn goes_back(&mut self, guest: &Guest<V>, cr: u8, value: u64) -> bool {
         let (hw, efer) = (&self.hw, self.hw.efer());
-        if efer & EFER_LMA == 0 {
-            return false;
-        }
         let only = |old: u64, bit: u64| (value ^ old) & !bit == 0;
         match cr {
             0 if only(hw.cr0(), CR0_WP) && hw.cr4() & CR4_CET == 0 => {
                 let goes = self.paging.goes_back_cr0(&guest.memory, value, efer);
                 if goes {
-                    self.hw.set_cr0(value);
+                    self.hw.set_write_protection(value);
                 }
                 goes
             }
@@ -892,7 +1015,7 @@ impl<V: Vendor> Core<V> {
             4 if only(hw.cr4(), CR4_PGE) && value & !guest.cpuid.caps().cr4 == 0 => {
                 let goes = self.paging.goes_back_cr4(&guest.memory, value);
                 if goes {
-                    self.hw.set_cr4(value);
+                    self.hw.set_global_pages(value);
                 }
                 goes
             }

@@ -32,11 +32,11 @@ impl Step {
 }
 
 /// What a walk depends on beside the entries and the registers that make its context.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 struct Key {
-    linear_page: u64,
+    /// The linear page's number, and above it the privilege level: a supervisor's is the number alone.
+    page: u64,
     cr3: u64,
-    cpl: u8,
 }
 
 /// A kept walk.
@@ -45,6 +45,7 @@ struct Walk {
     key: Key,
     /// The backing as it was: the pointers are good while it is the same.
     seq: Option<InvalidationSeq>,
+    /// The first three are there always: a shorter walk has its first entry more than once.
     steps: [Step; MAX_LEVELS],
     len: usize,
     /// Host pointer to the page of code.
@@ -61,60 +62,63 @@ pub(super) struct FetchCache {
     before: Walk,
     /// All of them, each in the place that its key names.
     walks: [Walk; WALKS],
+    /// The [stamp](crate::hw::HwVcpu::control_stamp) of the registers in long mode that the walks are good with.
+    stamp: u64,
 }
+
+/// Nobody's [stamp](crate::hw::HwVcpu::control_stamp).
+pub(super) const NO_STAMP: u64 = u64::MAX;
 
 // SAFETY: the pointers are into the VM's memory, which is shared by all CPUs; they are only used under its guard.
 unsafe impl Send for FetchCache {}
 
 impl Key {
-    /// Where a walk with this key is kept.
-    fn place(&self) -> usize {
-        let mixed = (self.linear_page ^ self.cr3 >> 12).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        (mixed >> (u64::BITS - WALKS.ilog2())) as usize % WALKS
+    #[inline(always)]
+    fn new(linear: u64, cr3: u64, cpl: u8) -> Self {
+        Self { page: linear >> 12 | u64::from(cpl) << 62, cr3 }
     }
 
-    #[inline(always)]
-    fn is(&self, other: &Self) -> bool {
-        self.linear_page == other.linear_page && self.cr3 == other.cr3 && self.cpl == other.cpl
+    /// Where a walk with this key is kept.
+    fn place(&self) -> usize {
+        let mixed = (self.page ^ self.cr3 >> 12).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        (mixed >> (u64::BITS - WALKS.ilog2())) as usize % WALKS
     }
 }
 
 impl Walk {
     const NONE: Self = Self {
-        key: Key { linear_page: 0, cr3: 0, cpl: 0 },
+        key: Key { page: 0, cr3: 0 },
         seq: None,
         steps: [Step { place: core::ptr::null(), value: 0 }; MAX_LEVELS],
         len: 0,
         code: core::ptr::null(),
     };
 
-    /// Sixteen bytes of code at `linear`, if they lie in the page and the walk would lead there again.
+    /// The bytes of code at `linear`, if they lie in the page and the walk would lead there again.
     #[inline(always)]
-    fn read(&self, shared: &Shared<'_, HostMemory>, linear: u64) -> Option<[u8; 16]> {
+    fn read<const N: usize>(&self, shared: &Shared<'_, HostMemory>, linear: u64) -> Option<[u8; N]> {
         let offset = (linear & 0xfff) as usize;
-        if offset > 0xff0 || self.seq.is_none() || shared.settled() != self.seq {
+        if offset > 0x1000 - N || self.seq.is_none() || shared.settled() != self.seq {
             return None;
         }
-        // Three levels, to a large page, and four are the rule, and unrolled.
-        let [first @ .., fourth, fifth] = &self.steps;
-        let fresh = match self.len {
-            3 => first.iter().all(Step::is_fresh),
-            4 => first.iter().all(Step::is_fresh) && fourth.is_fresh(),
-            5 => first.iter().all(Step::is_fresh) && fourth.is_fresh() && fifth.is_fresh(),
-            len => first.iter().take(len).all(Step::is_fresh),
-        };
+        // Three levels, to a large page, and four are the rule.
+        let [first, second, third, fourth, fifth] = &self.steps;
+        let fresh = first.is_fresh()
+            && second.is_fresh()
+            && third.is_fresh()
+            && (self.len <= 3 || fourth.is_fresh() && (self.len <= 4 || fifth.is_fresh()));
         if !fresh {
             return None;
         }
-        // SAFETY: as in `Step::is_fresh`; the sixteen bytes lie inside the page.
-        Some(unsafe { self.code.add(offset).cast::<[u8; 16]>().read() })
+        // SAFETY: as in `Step::is_fresh`; the bytes lie inside the page.
+        Some(unsafe { self.code.add(offset).cast::<[u8; N]>().read() })
     }
 }
 
 impl FetchCache {
     /// Nothing kept.
     pub(super) const fn new() -> Self {
-        Self { last: Walk::NONE, before: Walk::NONE, walks: [Walk::NONE; WALKS] }
+        Self { last: Walk::NONE, before: Walk::NONE, walks: [Walk::NONE; WALKS], stamp: NO_STAMP }
     }
 
     /// Forgets the walks: the registers make another context now.
@@ -126,27 +130,50 @@ impl FetchCache {
         }
     }
 
-    /// Sixteen bytes of code at `linear`, if the last walk led there and they lie in one page; or, in `TURNS`, the
-    /// one before.
+    /// The walks are good with the registers of `stamp`, which are those of long mode; or [`NO_STAMP`].
+    pub(super) fn vouch(&mut self, stamp: u64) {
+        self.stamp = stamp;
+    }
+
+    /// Bytes of a supervisor's code at `linear`, if the last walk or the one before led there and they lie in one page.
+    /// `stamp` is that of the registers as they are; if the walks are good with it, they are those of long mode.
     #[inline(always)]
-    pub(super) fn read<const TURNS: bool>(
+    pub(super) fn read_in_turns<'m, const N: usize>(
         &self,
-        shared: &Shared<'_, HostMemory>,
+        shared: impl FnOnce() -> Shared<'m, HostMemory>,
         linear: u64,
         cr3: u64,
-        cpl: u8,
-    ) -> Option<[u8; 16]> {
-        let key = Key { linear_page: linear >> 12, cr3, cpl };
-        if key.is(&self.last.key) {
-            self.last.read(shared, linear)
-        } else if TURNS && key.is(&self.before.key) {
-            self.before.read(shared, linear)
+        stamp: u64,
+    ) -> Option<[u8; N]> {
+        let key = Key::new(linear, cr3, 0);
+        if stamp != self.stamp {
+            None
+        } else if key == self.last.key {
+            self.last.read(&shared(), linear)
+        } else if key == self.before.key {
+            self.before.read(&shared(), linear)
         } else {
             None
         }
     }
 
-    /// The same of the one before, and of all that are kept, which then is the last one.
+    /// Bytes of code at `linear`, if the last walk led there and they lie in one page.
+    #[inline(always)]
+    pub(super) fn read<'m, const N: usize>(
+        &self,
+        shared: impl FnOnce() -> Shared<'m, HostMemory>,
+        linear: u64,
+        cr3: u64,
+        cpl: u8,
+    ) -> Option<[u8; N]> {
+        if Key::new(linear, cr3, cpl) == self.last.key {
+            self.last.read(&shared(), linear)
+        } else {
+            None
+        }
+    }
+
+    /// Sixteen bytes, if the one before led there, or another that is kept, which then is the last one.
     pub(super) fn read_other(
         &mut self,
         shared: &Shared<'_, HostMemory>,
@@ -154,12 +181,12 @@ impl FetchCache {
         cr3: u64,
         cpl: u8,
     ) -> Option<[u8; 16]> {
-        let key = Key { linear_page: linear >> 12, cr3, cpl };
-        if key.is(&self.before.key) {
+        let key = Key::new(linear, cr3, cpl);
+        if key == self.before.key {
             return self.before.read(shared, linear);
         }
         let walk = self.walks[key.place()];
-        if !key.is(&walk.key) {
+        if key != walk.key {
             return None;
         }
         self.before = core::mem::replace(&mut self.last, walk);
@@ -176,13 +203,13 @@ impl FetchCache {
         cpl: u8,
         page: Gpa,
     ) {
-        let key = Key { linear_page: linear >> 12, cr3, cpl };
+        let key = Key::new(linear, cr3, cpl);
         let walk = &mut self.walks[key.place()];
         walk.seq = None;
         let Some((steps, len)) = recorder.steps() else { return };
         let Some(code) = shared.ram(page).and_then(|at| shared.backing().pointer(&at)) else { return };
         *walk = Walk { key, seq: shared.settled(), steps, len, code };
-        if self.before.key.is(&key) || !self.last.key.is(&key) {
+        if self.before.key == key || self.last.key != key {
             self.before = self.last;
         }
         self.last = *walk;
@@ -204,7 +231,13 @@ impl<'s, 'm> Recorder<'s, 'm> {
     }
 
     fn steps(&self) -> Option<([Step; MAX_LEVELS], usize)> {
-        (!self.spoilt.get()).then(|| *self.steps.borrow())
+        let (mut steps, len) = *self.steps.borrow();
+        if self.spoilt.get() || len == 0 {
+            return None;
+        }
+        let (known, spare) = steps.split_at_mut(len);
+        spare.fill(known[0]);
+        Some((steps, len))
     }
 }
 

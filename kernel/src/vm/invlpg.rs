@@ -4,26 +4,29 @@
 const NO_INDEX: usize = 4;
 /// Number of RBP, which as a base without displacement means one of 32 bits and no register.
 const NO_BASE: usize = 5;
+/// The opcode's bytes and a ModRM without displacement, the first one lowest.
+const INVLPG: u32 = 0x38_010f;
+/// REX with the highest bit of the register with the address.
+const REX_B: u8 = 0x41;
+
+/// The number of the register with the address, and the length, of an INVLPG that has no displacement and no prefix but
+/// REX.B. `code` has its first four bytes, the first one lowest.
+#[inline(always)]
+pub fn parse_beginning(code: u32) -> Option<(usize, u64)> {
+    let register = |code: u32| {
+        let register = (code >> 16 & 7) as usize;
+        (code & 0xf8_ffff == INVLPG && register & 6 != NO_INDEX & NO_BASE).then_some(register)
+    };
+    if let Some(register) = register(code) {
+        return Some((register, 3));
+    }
+    register(code >> 8).filter(|_| code as u8 == REX_B).map(|register| (register | 8, 4))
+}
 
 /// The linear address that the INVLPG at the start of `bytes` names, and the instruction's length. `rip` is where it begins.
 ///
 /// None if it is something else, or has a prefix other than REX. The segment is DS or SS, which begin at zero.
-#[inline]
-pub fn parse(bytes: &[u8; 16], gprs: &[u64; 16], rip: u64) -> Option<(u64, usize)> {
-    // A register without displacement is what kernels use.
-    let [first, second, third, ..] = *bytes;
-    if (first, second) == (0x0f, 0x01)
-        && third & 0xf8 == 0x38
-        && third & 7 != NO_INDEX as u8
-        && third & 7 != NO_BASE as u8
-    {
-        return Some((gprs[usize::from(third & 7)], 3));
-    }
-    parse_any(bytes, gprs, rip)
-}
-
-#[inline(never)]
-fn parse_any(bytes: &[u8], gprs: &[u64; 16], rip: u64) -> Option<(u64, usize)> {
+pub fn parse(bytes: &[u8], gprs: &[u64; 16], rip: u64) -> Option<(u64, usize)> {
     let (rex, bytes_before, bytes) = match *bytes {
         [rex @ 0x40..=0x4f, 0x0f, 0x01, ref rest @ ..] => (usize::from(rex), 3, rest),
         [0x0f, 0x01, ref rest @ ..] => (0, 2, rest),
@@ -86,6 +89,30 @@ mod tests {
         // Padding may complete an instruction, bytes that are missing may not.
         let (operand, length) = parse(&padded, &gprs, RIP)?;
         (length <= bytes.len()).then_some((operand, length))
+    }
+
+    #[test]
+    fn the_beginning_says_what_the_whole_does() {
+        let gprs = core::array::from_fn(|number| (number as u64 + 1) << 16);
+        let mut parsed = 0;
+        for prefix in [&[][..], &[0x41], &[0x40], &[0x66]] {
+            for modrm in 0..=0xff {
+                let mut bytes = [0; 16];
+                let code = [prefix, &[0x0f, 0x01, modrm]].concat();
+                bytes[..code.len()].copy_from_slice(&code);
+                let beginning = u32::from_le_bytes(*bytes.first_chunk().unwrap());
+                if let Some((register, length)) = parse_beginning(beginning) {
+                    assert_eq!(
+                        parse(&bytes, &gprs, RIP),
+                        Some((gprs[register], length as usize)),
+                        "{code:x?}"
+                    );
+                    parsed += 1;
+                }
+            }
+        }
+        assert_eq!(parsed, 12, "six registers without REX, six with REX.B");
+        assert_eq!(parse_beginning(0x22_0f01), None);
     }
 
     #[test]

@@ -3,8 +3,9 @@
 
 use super::control_regs::{CR0_WP, CR4_PGE};
 use super::emulate::{Exception, Fault};
-use super::fetch::{FetchCache, Recorder};
+use super::fetch::{FetchCache, Recorder, NO_STAMP};
 use super::memory::HostMemory;
+use super::msr::EFER_LMA;
 use super::ram::{BadGpa, GuestRam};
 use super::shadow::{Kind, Shadow};
 use crate::hw::extended;
@@ -321,6 +322,8 @@ pub struct Paging {
     context: PagingContext<Gva, Gpa>,
     /// CR0, CR4 and EFER that the context was made from.
     registers: (u64, u64, u64),
+    /// The [stamp](HwVcpu::control_stamp) of these registers, if they have one.
+    stamp: u64,
     /// The context before: kernels switch CR0.WP and CR4.SMAP back and forth.
     previous: PagingContext<Gva, Gpa>,
     cpu: GuestCpu,
@@ -351,6 +354,7 @@ impl Paging {
             cache: TableCache::new(),
             context: PagingContext::new(role),
             registers: (0, 0, 0),
+            stamp: NO_STAMP,
             previous: PagingContext::new(role),
             cpu,
             fetches: FetchCache::new(),
@@ -400,22 +404,24 @@ impl Paging {
         Ok(())
     }
 
-    /// Runs the vCPU until it exits, its translations up to date.
+    /// Runs the vCPU until it exits, its translations up to date. The reason, if it is not entered.
     #[inline(always)]
-    pub fn run<V: Vendor>(&mut self, memory: &GuestMemory<V>, hw: &mut V::Vcpu) -> Exit {
+    pub fn run<V: Vendor>(
+        &mut self,
+        memory: &GuestMemory<V>,
+        hw: &mut V::Vcpu,
+    ) -> Result<<V::Vcpu as HwVcpu>::Ended, Exit> {
         let mut entered = self.mmu.enter(&memory.vm, self.host_cpu);
         while entered.is_obsolete() {
             drop(entered);
-            if let Err(why) = self.take_new_root(memory) {
-                return why;
-            }
+            self.take_new_root(memory)?;
             entered = self.mmu.enter(&memory.vm, self.host_cpu);
         }
         // Another root is always a flush as well, for all have one tag.
         if entered.flush() != TagFlush::None {
             Self::obey(&mut self.root, entered.root().hpa.bits(), entered.flush(), hw);
         }
-        hw.run(self.host_cpu.number())
+        Ok(hw.run(self.host_cpu.number()))
     }
 
     /// Gives the hardware the root that is entered on, and flushes.
@@ -760,40 +766,80 @@ impl Paging {
             .map_err(into_fault)
     }
 
-    /// Copies instruction bytes at linear address `linear`: up to fifteen, fewer if the next page cannot be
-    /// fetched from. Fails if not even the first byte can be. The sixteenth byte is not meant to be used.
-    ///
-    /// `TURNS` is for exits that code and a handler of its faults make in turns.
+    /// The first bytes of the instruction at `linear`, if the last [`fetch`](Self::fetch) found them in their page, in this
+    /// address space and with the registers as they are, and would again; in long mode.
     #[inline(always)]
-    pub fn fetch<V: Vendor, const TURNS: bool>(
+    pub fn peek<V: Vendor, const N: usize>(
+        &self,
+        memory: &GuestMemory<V>,
+        hw: &V::Vcpu,
+        linear: u64,
+    ) -> Option<[u8; N]> {
+        let registers = fetch_registers(hw);
+        if registers != self.fetched_with || registers.2 & EFER_LMA == 0 {
+            return None;
+        }
+        self.fetches.read(|| memory.vm.shared(self.host_cpu), linear, hw.cr3(), hw.cpl())
+    }
+
+    /// The same with the last two [fetches in turns](Self::fetch_in_turns), for a supervisor.
+    #[inline(always)]
+    pub fn peek_in_turns<V: Vendor, const N: usize>(
+        &self,
+        memory: &GuestMemory<V>,
+        hw: &V::Vcpu,
+        linear: u64,
+    ) -> Option<[u8; N]> {
+        let shared = || memory.vm.shared(self.host_cpu);
+        self.fetches.read_in_turns(shared, linear, hw.cr3(), hw.control_stamp())
+    }
+
+    /// What [`fetch`](Self::fetch) does, for exits that code and a handler of its faults make in turns.
+    #[inline(never)]
+    pub fn fetch_in_turns<V: Vendor>(
         &mut self,
         memory: &GuestMemory<V>,
         hw: &V::Vcpu,
         linear: u64,
     ) -> Result<([u8; 16], usize), Fault> {
-        // What these two bits concern is no fetch, and kernels switch them back and forth.
-        let registers = (hw.cr0() & !CR0_WP, hw.cr4() & !CR4_PGE, hw.efer());
+        let fetched = self.fetch(memory, hw, linear);
+        let stamp = hw.control_stamp();
+        self.fetches.vouch(if hw.efer() & EFER_LMA == 0 || stamp == 0 { NO_STAMP } else { stamp });
+        fetched
+    }
+
+    /// Copies instruction bytes at linear address `linear`: up to fifteen, fewer if the next page cannot be
+    /// fetched from. Fails if not even the first byte can be. The sixteenth byte is not meant to be used.
+    #[inline(always)]
+    pub fn fetch<V: Vendor>(
+        &mut self,
+        memory: &GuestMemory<V>,
+        hw: &V::Vcpu,
+        linear: u64,
+    ) -> Result<([u8; 16], usize), Fault> {
+        let registers = fetch_registers(hw);
         if registers != self.fetched_with {
             self.fetched_with = registers;
             self.refresh(hw);
         }
-        let shared = memory.vm.shared(self.host_cpu);
-        match self.fetches.read::<TURNS>(&shared, linear, hw.cr3(), hw.cpl()) {
+        let shared = || memory.vm.shared(self.host_cpu);
+        match self.fetches.read(shared, linear, hw.cr3(), hw.cpl()) {
             Some(bytes) => Ok((bytes, MAX_INSN_BYTES)),
-            None => self.fetch_otherwise(&shared, hw, linear),
+            None => self.fetch_otherwise(memory, hw, linear),
         }
     }
 
     #[inline(never)]
-    fn fetch_otherwise<H: HwVcpu>(
+    fn fetch_otherwise<V: Vendor>(
         &mut self,
-        shared: &Shared<'_, HostMemory>,
-        hw: &H,
+        memory: &GuestMemory<V>,
+        hw: &V::Vcpu,
         linear: u64,
     ) -> Result<([u8; 16], usize), Fault> {
-        match self.fetches.read_other(shared, linear, hw.cr3(), hw.cpl()) {
+        let shared = memory.vm.shared(self.host_cpu);
+        match self.fetches.read_other(&shared, linear, hw.cr3(), hw.cpl()) {
             Some(bytes) => Ok((bytes, MAX_INSN_BYTES)),
-            None => self.fetch_by_walk(shared, hw, linear),
+            None => self.fetch_by_walk(&shared, hw, linear),
         }
     }
 
@@ -830,9 +876,17 @@ impl Paging {
     /// Makes the context that of the registers as they are now.
     #[inline]
     fn refresh<H: HwVcpu>(&mut self, hw: &H) {
-        let registers = (hw.cr0(), hw.cr4(), hw.efer());
+        // What the number leaves open is CR0.WP, and CR4.PGE, which no context depends on.
+        let (cr0, stamp) = (hw.cr0(), hw.control_stamp());
+        if stamp == self.stamp && cr0 == self.registers.0 {
+            return;
+        }
+        let registers = (cr0, hw.cr4(), hw.efer());
         if registers != self.registers {
             self.rebuild(registers);
+        }
+        if stamp != 0 {
+            self.stamp = stamp;
         }
     }
 
@@ -869,6 +923,12 @@ impl Drop for Paging {
             free_table_page(page);
         }
     }
+}
+
+/// CR0, CR4 and EFER as far as they concern fetches: two bits are no such, and kernels switch them back and forth.
+#[inline(always)]
+fn fetch_registers<H: HwVcpu>(hw: &H) -> (u64, u64, u64) {
+    (hw.cr0() & !CR0_WP, hw.cr4() & !CR4_PGE, hw.efer())
 }
 
 /// CR0, CR4 and EFER for the `mmu` crate.

@@ -3,6 +3,7 @@
 use super::cpuid::{CpuState as CpuidState, CpuidTable, Vendor as CpuVendor};
 use super::emulate::Emulator;
 use super::events::{Events, InterruptSource};
+use super::exits::ATTENTION_INTERVAL;
 use super::guest::Guest;
 use super::load::{self, EntryState};
 use super::msr::MsrState;
@@ -17,7 +18,8 @@ use crate::sched::HostTimer;
 use mmu::GuestCpu;
 
 const RFLAGS_IF: u64 = 1 << 9;
-/// How long a vCPU runs at most before Umbra looks again, if it was entered in the shadow of STI or MOV SS.
+/// How long a vCPU runs at most before Umbra looks again, if it was entered in the shadow of STI or MOV SS and not just
+/// before.
 const SHADOW_NS: u64 = 20_000;
 /// Entries after which a guest that does not move is taken to be out of the shadow.
 const SHADOW_TRIES: u8 = 8;
@@ -62,8 +64,9 @@ pub struct Core<V: Vendor> {
     pub(super) events: Events,
     /// What it is doing.
     pub activity: Activity,
-    /// Exits since reset.
-    pub exits: u64,
+    /// Exits since reset before the last look whether its time is up, and those until the next.
+    pub(super) exits_before: u64,
+    pub(super) exits_left: u64,
     /// Something may be due before the next entry: an event, a timer, a request.
     pub(super) attention: bool,
     /// The hardware has the local APIC's interrupt state: what `lapic` says of it is out of date.
@@ -161,7 +164,8 @@ impl<V: Vendor> Vcpu<V> {
             paging: Paging::new(&guest.memory, cpu)?,
             events: Events::default(),
             activity: Activity::WaitForSipi,
-            exits: 0,
+            exits_before: 0,
+            exits_left: ATTENTION_INTERVAL,
             attention: false,
             apic_lent: false,
             apic_enabled: false,
@@ -261,10 +265,12 @@ impl<V: Vendor> Vcpu<V> {
     /// Runs the vCPU on this CPU until it has to wait, its VM ends, or the host's TSC reaches `until`.
     /// Host interrupts are off.
     pub fn run(&mut self, guest: &Guest<V>, timer: &mut HostTimer, until: u64) -> Pause {
+        // Each vCPU of a VM has one.
+        let Some(mailbox) = guest.bus.port(self.core.index) else { return Pause::Idle };
         self.core.attention = true;
         self.core.paging.move_here();
         loop {
-            if self.core.attention || guest.has_mail(self.core.index) {
+            if self.core.attention || !mailbox.is_empty() {
                 if let Some(pause) = self.attend(guest, timer, until) {
                     return pause;
                 }
@@ -357,7 +363,9 @@ impl<V: Vendor> Vcpu<V> {
             // `sti; hlt` the interrupt would come first and HLT wait for ever. The next exit, soon, is window enough.
             core.hw.request_interrupt_window(false);
             core.attention = true;
-            deadline = deadline.min(now.saturating_add(guest.clock.rate().ticks(SHADOW_NS)));
+            // A slow processor may not get anywhere in so little time: it has twice as much each time it has not moved.
+            let patience = SHADOW_NS << SHADOW_TRIES.saturating_sub(core.shadow.1);
+            deadline = deadline.min(now.saturating_add(guest.clock.rate().ticks(patience)));
         }
         if let Some(at) = chipset_deadline {
             deadline = deadline.min(guest.clock.host_tsc_of_ns(at));

@@ -8,7 +8,7 @@ use crate::cpu::features::{self, Features};
 use crate::cpu::msr;
 use crate::hw::cr4;
 use crate::hw::shadowed::ShadowFormat;
-use crate::hw::tag::TagAllocator;
+use crate::hw::tag::{Allocation, TagAllocator};
 use crate::hw::{Capabilities, OutOfMemory, Refusal, Translation, Vendor};
 use crate::mm::{self, FrameSize, Zone};
 use crate::vm::msr::passthrough;
@@ -70,19 +70,37 @@ impl fmt::Display for Svm {
 
 /// What one CPU keeps for running guests.
 pub(super) struct SvmCpu {
-    /// Page that VMSAVE filled with the host's FS, GS, TR, LDTR and system-call MSRs.
+    /// Page that VMSAVE filled with the host's FS, GS, TR, LDTR and system-call MSRs; zero while SVM is off.
     pub(super) host_state: PhysAddr,
     /// Tags of this CPU's TLB.
     pub(super) asids: TagAllocator,
+    /// Names this CPU and the generation of its tags, as no other CPU and no other generation: one who knows it has a tag
+    /// that is good here. Zero, which nobody knows, before the first.
+    pub(super) epoch: u64,
 }
 
-struct CpuCell(UnsafeCell<Option<SvmCpu>>);
-// SAFETY: cell n is touched by CPU n alone, with interrupts off (see `this_cpu`).
+impl SvmCpu {
+    /// A CPU that no guest can run on.
+    const OFF: Self = Self { host_state: PhysAddr::zero(), asids: TagAllocator::new(2), epoch: 0 };
+
+    /// Gives a tag, as [`TagAllocator::allocate`] does, on this CPU, whose index is `cpu`.
+    #[inline]
+    pub(super) fn allocate(&mut self, cpu: usize) -> Allocation {
+        let allocation = self.asids.allocate();
+        if allocation.flush_all {
+            self.epoch = allocation.tag.generation * MAX_CPUS as u64 + cpu as u64;
+        }
+        allocation
+    }
+}
+
+struct CpuCell(UnsafeCell<SvmCpu>);
+// SAFETY: cell n is touched by CPU n alone, with interrupts off (see `with_this_cpu`).
 unsafe impl Sync for CpuCell {}
 
-static CPUS: [CpuCell; MAX_CPUS] = [const { CpuCell(UnsafeCell::new(None)) }; MAX_CPUS];
+static CPUS: [CpuCell; MAX_CPUS] = [const { CpuCell(UnsafeCell::new(SvmCpu::OFF)) }; MAX_CPUS];
 
-/// Runs `f` on this CPU's state. None if SVM was not enabled here.
+/// Runs `f` on this CPU's state. None if there are not so many CPUs.
 ///
 /// # Safety
 /// `index` is that of the CPU that calls, and interrupts are off.
@@ -90,7 +108,7 @@ static CPUS: [CpuCell; MAX_CPUS] = [const { CpuCell(UnsafeCell::new(None)) }; MA
 pub(super) unsafe fn with_this_cpu<R>(index: usize, f: impl FnOnce(&mut SvmCpu) -> R) -> Option<R> {
     // SAFETY: the caller's promise; `f` cannot reach this function again (it sees only the `SvmCpu`), so no second
     // reference exists.
-    unsafe { (*CPUS.get(index)?.0.get()).as_mut().map(f) }
+    Some(f(unsafe { &mut *CPUS.get(index)?.0.get() }))
 }
 
 /// Builds the maps that all guests share: every port exits, every MSR but the switched ones exits.
@@ -173,10 +191,10 @@ impl Vendor for Svm {
             asm!("vmsave rax", in("rax") host_state.as_u64(), options(nostack, preserves_flags));
         }
         let index = crate::cpu::number();
-        let state = SvmCpu { host_state, asids: TagAllocator::new(self.asid_count) };
+        let state = SvmCpu { host_state, asids: TagAllocator::new(self.asid_count), epoch: 0 };
         if let Some(cell) = CPUS.get(index) {
             // SAFETY: as in `with_this_cpu`; this CPU runs no guest yet.
-            unsafe { *cell.0.get() = Some(state) };
+            unsafe { *cell.0.get() = state };
         }
         Ok(())
     }

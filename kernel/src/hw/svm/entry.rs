@@ -43,18 +43,32 @@ pub(super) fn set_cr2(value: u64) {
 /// SVM is enabled on this CPU, with a valid VM_HSAVE_PA; interrupts are off; `vmcb` and `host` are physical
 /// addresses of a VMCB and of a page filled by VMSAVE on this CPU; the VMCB's second-stage tables and permission
 /// maps belong to the guest; the guest's tag was flushed as its tables require.
+#[inline(always)]
+pub(super) unsafe fn enter(gprs: *mut [u64; 16], vmcb: u64, host: u64) {
+    // SAFETY: the caller's promise. RBX and RBP are kept, all other registers are named, and the stack is as it was. The
+    // caller saves what it still needs, which is less than a function would have to.
+    unsafe {
+        asm!(
+            "call {switch}",
+            switch = sym switch,
+            inout("rax") vmcb => _,
+            inout("rdx") host => _,
+            inout("rdi") gprs => _,
+            out("rcx") _, out("rsi") _,
+            out("r8") _, out("r9") _, out("r10") _, out("r11") _,
+            out("r12") _, out("r13") _, out("r14") _, out("r15") _,
+        );
+    }
+}
+
+/// What [`enter`] calls, with the VMCB in RAX, the host's page in RDX and the registers in RDI.
 #[unsafe(naked)]
-pub(super) unsafe extern "sysv64" fn enter(gprs: *mut [u64; 16], vmcb: u64, host: u64) {
+unsafe extern "sysv64" fn switch() {
     naked_asm!(
         "push rbp",
         "push rbx",
-        "push r12",
-        "push r13",
-        "push r14",
-        "push r15",
         "push rdi",
         "push rdx",
-        "mov rax, rsi",
         "clgi",
         "sti",
         "mov rcx, [rdi + 8*1]",
@@ -76,10 +90,10 @@ pub(super) unsafe extern "sysv64" fn enter(gprs: *mut [u64; 16], vmcb: u64, host
         ".global umbra_after_vmrun",
         "umbra_after_vmrun:",
         "vmsave rax",
-        // RSP and RAX are the host's again: [rsp] is `host`, [rsp + 8] is `gprs`.
-        "mov rax, [rsp]",
+        // RSP and RAX are the host's again: `host` is on the stack, and below it `gprs`.
+        "pop rax",
         "vmload rax",
-        "mov rax, [rsp + 8]",
+        "pop rax",
         "mov [rax + 8*1], rcx",
         "mov [rax + 8*2], rdx",
         "mov [rax + 8*3], rbx",
@@ -98,11 +112,6 @@ pub(super) unsafe extern "sysv64" fn enter(gprs: *mut [u64; 16], vmcb: u64, host
         "stgi",
         // The direction flag is the guest's no more (VMRUN saved RFLAGS), but the ABI wants it clear.
         "cld",
-        "add rsp, 16",
-        "pop r15",
-        "pop r14",
-        "pop r13",
-        "pop r12",
         "pop rbx",
         "pop rbp",
         "ret",

@@ -7,14 +7,26 @@ use crate::hw::{TaskSwitch, TaskSwitchCause};
 pub mod code {
     /// Read of CR0; CRn is this plus n.
     pub const CR0_READ: u32 = 0x00;
+    /// Read of CR3.
+    pub const CR3_READ: u32 = 0x03;
+    /// Read of CR4.
+    pub const CR4_READ: u32 = 0x04;
     /// Read of CR15.
     pub const CR15_READ: u32 = 0x0f;
     /// Write of CR0; CRn is this plus n.
     pub const CR0_WRITE: u32 = 0x10;
+    /// Write of CR3.
+    pub const CR3_WRITE: u32 = 0x13;
+    /// Write of CR4.
+    pub const CR4_WRITE: u32 = 0x14;
+    /// Write of CR8.
+    pub const CR8_WRITE: u32 = 0x18;
     /// Write of CR15.
     pub const CR15_WRITE: u32 = 0x1f;
     /// Exception vector 0; vector n is this plus n.
     pub const EXCEPTION: u32 = 0x40;
+    /// #DB.
+    pub const DEBUG: u32 = EXCEPTION + 1;
     /// #PF.
     pub const PAGE_FAULT: u32 = EXCEPTION + 14;
     /// Exception vector 31.
@@ -83,6 +95,8 @@ pub mod code {
     pub const NPF: u32 = 0x400;
     /// Invalid guest state, as the low half of -1.
     pub const INVALID: u32 = u32::MAX;
+    /// Nobody's code but ours: no run was tried, for the CPU is not prepared.
+    pub const NOT_ENABLED: u32 = 0x7fff_ffff;
 }
 
 /// #DB, #AC and #MC: the exceptions that Umbra intercepts. The first two can be raised by their own delivery,
@@ -106,13 +120,14 @@ pub fn decode(exit_code: u64, info_1: u64, info_2: u64) -> Exit {
         code::PAUSE => Exit::Pause,
         // The vCPU looks at the code itself, too.
         code::IRET => Exit::NmiWindow,
-        code @ code::CR0_WRITE..=code::CR15_WRITE => {
+        // Those that there are: single values go into one table, a range takes comparisons.
+        code @ (code::CR0_WRITE | code::CR3_WRITE | code::CR4_WRITE | code::CR8_WRITE) => {
             Exit::WriteCr { cr: (code - code::CR0_WRITE) as u8, gpr: None }
         }
         code::PAGE_FAULT => Exit::PageFault(CpuPageFault { code: info_1 as u16, linear: info_2 }),
         // EXITINFO1 holds the address only with decode assists (APM 15.8.1): zero else, as for address zero.
         code::INVLPG => Exit::InvalidatePage(Invlpg { known: false, linear: 0 }),
-        code @ code::CR0_READ..=code::CR15_READ => {
+        code @ (code::CR0_READ | code::CR3_READ | code::CR4_READ) => {
             Exit::ReadCr { cr: (code - code::CR0_READ) as u8, gpr: None }
         }
         code::INVPCID => Exit::Emulate,
@@ -120,6 +135,12 @@ pub fn decode(exit_code: u64, info_1: u64, info_2: u64) -> Exit {
         code::XSETBV => Exit::Xsetbv,
         code::INVD | code::WBINVD => Exit::CacheFlush,
         code::RDPMC => Exit::Refused,
+        code @ code::CR0_WRITE..=code::CR15_WRITE => {
+            Exit::WriteCr { cr: (code - code::CR0_WRITE) as u8, gpr: None }
+        }
+        code @ code::CR0_READ..=code::CR15_READ => {
+            Exit::ReadCr { cr: (code - code::CR0_READ) as u8, gpr: None }
+        }
         code::RSM
         | code::INVLPGA
         | code::VMRUN..=code::SKINIT
@@ -129,6 +150,7 @@ pub fn decode(exit_code: u64, info_1: u64, info_2: u64) -> Exit {
         | code::RDPRU => Exit::Undefined,
         code::SHUTDOWN => Exit::Shutdown,
         code::INVALID => Exit::InvalidState("VMRUN refused the guest's state"),
+        code::NOT_ENABLED => Exit::InvalidState("SVM is not enabled on this CPU"),
         _ => Exit::Unknown(exit_code),
     }
 }
@@ -178,7 +200,7 @@ fn port_access(info: u64, next_rip: u64) -> PortAccess {
 }
 
 /// Valid bit of EVENTINJ and EXITINTINFO. APM 15.20.
-const EVENT_VALID: u64 = 1 << 31;
+pub(super) const EVENT_VALID: u64 = 1 << 31;
 /// An error code is in bits 63:32.
 const EVENT_ERROR_VALID: u64 = 1 << 11;
 const TYPE_INTERRUPT: u64 = 0;

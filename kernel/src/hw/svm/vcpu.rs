@@ -1,18 +1,21 @@
 //! A vCPU under SVM: its VMCB, the registers that the VMCB does not hold, its TLB tag.
 #![allow(unsafe_code)] // The VMCB is shared with the processor, and entering a guest is unsafe.
 
-use super::cpu::{with_this_cpu, Svm};
+use super::cpu::{with_this_cpu, Svm, SvmCpu};
 use super::entry;
-use super::exit::{code, decode, encode_event, interrupted_event, task_switch, INTERCEPTED_EXCEPTIONS};
+use super::exit::{
+    code, decode, encode_event, interrupted_event, task_switch, EVENT_VALID, INTERCEPTED_EXCEPTIONS,
+};
 use super::nmi::NmiBlock;
 use super::vmcb::{Intercepts, TlbControl, Vmcb, VmcbSegment};
 use crate::hw::shadowed::ControlRegisters;
-use crate::hw::tag::{Tag, TagAllocator};
+use crate::hw::tag::Tag;
 use crate::hw::{
     gpr, CpuState, Event, Exit, HwVcpu, OutOfMemory, Segment, SegmentName, TableRegister, TaskSwitch,
     TaskSwitchCause, Translation,
 };
 use crate::mm::{self, FrameSize, Zone};
+use crate::vm::control_regs::{CR0_WP, CR4_PGE};
 use core::ptr::NonNull;
 use x86_64::PhysAddr;
 
@@ -31,6 +34,17 @@ const PAGE_FAULT: u32 = 1 << 14;
 /// INVPCID in word 5 of the intercepts. APM table B-1.
 const INVPCID: u32 = 1 << 2;
 
+/// The exit's code and information.
+#[derive(Clone, Copy, Debug)]
+pub struct Ended {
+    code: u64,
+    info_1: u64,
+    info_2: u64,
+}
+
+/// No CPU's epoch.
+const UNSETTLED: u64 = u64::MAX;
+
 /// A vCPU under SVM.
 #[derive(Debug)]
 pub struct SvmVcpu {
@@ -42,7 +56,8 @@ pub struct SvmVcpu {
     /// Index of the CPU it last ran on, whose caches may hold its state.
     cpu: usize,
     tag: Tag,
-    flush: bool,
+    /// The [epoch](SvmCpu::epoch) that the tag is good in; [`UNSETTLED`] if something has to be flushed first.
+    settled: u64,
     nmi: NmiBlock,
     /// Where the guest's control registers are: in the VMCB, or, if shadows translate, in a page of the same layout that no
     /// processor sees. So reading one costs the same in both cases.
@@ -51,6 +66,8 @@ pub struct SvmVcpu {
     shadowed: Option<PhysAddr>,
     /// The guest's PDPTE registers in that case.
     pdptes: [u64; 4],
+    /// Times that the control registers were changed in that case.
+    changes: u64,
 }
 
 // SAFETY: the VMCB belongs to this vCPU alone, wherever it runs.
@@ -78,11 +95,12 @@ impl SvmVcpu {
             svm,
             cpu: usize::MAX,
             tag: Tag::default(),
-            flush: false,
+            settled: UNSETTLED,
             nmi: NmiBlock::default(),
             own,
             shadowed,
             pdptes: [0; 4],
+            changes: 0,
         };
         let vmcb = vcpu.vmcb_mut();
         vmcb.set_intercepts(
@@ -171,13 +189,21 @@ impl SvmVcpu {
         ControlRegisters { cr0: self.cr0(), cr3: self.cr3(), cr4: self.cr4(), efer: self.efer() }
     }
 
+    /// What has the guest's control registers, to be changed where shadows translate.
+    #[inline]
+    fn own_mut(&mut self) -> &mut Vmcb {
+        debug_assert!(self.shadowed.is_some());
+        // SAFETY: as in `own`, and `&mut self` makes the reference unique: in a vCPU whose addresses shadows translate it is
+        // not the VMCB.
+        unsafe { self.own.as_mut() }
+    }
+
     /// Changes the guest's control registers where shadows translate: `change` gets them.
     fn change_controls(&mut self, change: impl FnOnce(&mut ControlRegisters)) {
         let mut guest = self.controls();
         change(&mut guest);
-        // SAFETY: as in `own`, and `&mut self` makes the reference unique: in a vCPU whose addresses shadows translate it is
-        // not the VMCB.
-        let own = unsafe { self.own.as_mut() };
+        self.changes += 1;
+        let own = self.own_mut();
         own.set_cr0(guest.cr0);
         own.set_cr3(guest.cr3);
         own.set_cr4(guest.cr4);
@@ -198,10 +224,9 @@ impl SvmVcpu {
     /// instruction itself, INT n, INT3 and INTO behind it.
     #[cold]
     fn task_switch(&self, info_1: u64, info_2: u64) -> Exit {
-        const VALID: u64 = 1 << 31;
         let switch = task_switch(info_1, info_2);
         let info = self.vmcb().control.exit_int_info;
-        if info & VALID == 0 {
+        if info & EVENT_VALID == 0 {
             return Exit::TaskSwitch(switch);
         }
         let next_rip = interrupted_event(info).map(|_| self.rip());
@@ -223,37 +248,37 @@ impl SvmVcpu {
             nmi = NmiBlock::at_iret(vmcb);
             true
         } else {
-            exit_code == u64::from(code::EXCEPTION + 1) && nmi.swallows_debug(vmcb)
+            exit_code == u64::from(code::DEBUG) && nmi.swallows_debug(vmcb)
         };
         self.nmi = nmi;
         ended
     }
 
-    /// Moves to this CPU, or takes a new tag, or flushes the old one; says what the next VMRUN flushes.
+    /// Moves to this CPU, or flushes the tag, or takes a new one; false if no guest can run here.
     #[cold]
-    fn retag(&mut self, cpu: usize, asids: &mut TagAllocator) -> TlbControl {
+    #[inline(never)]
+    fn settle(&mut self, cpu: usize, state: &mut SvmCpu) -> bool {
         if self.cpu != cpu {
+            if state.host_state.is_null() {
+                return false;
+            }
             self.cpu = cpu;
             self.tag = Tag::default();
             self.vmcb_mut().mark_all_dirty();
         }
-        let flush = core::mem::take(&mut self.flush);
-        if asids.is_current(self.tag) {
-            if !flush {
-                return TlbControl::Nothing;
-            }
-            if self.svm.flush_by_asid {
-                return TlbControl::ThisGuest;
-            }
-        }
-        let allocation = asids.allocate();
-        self.tag = allocation.tag;
-        self.vmcb_mut().set_asid(allocation.tag.number);
-        if allocation.flush_all {
-            TlbControl::All
+        if self.svm.flush_by_asid && state.asids.is_current(self.tag) {
+            self.vmcb_mut().control.tlb_control = TlbControl::ThisGuest as u8;
         } else {
-            TlbControl::Nothing
+            let allocation = state.allocate(cpu);
+            self.tag = allocation.tag;
+            let vmcb = self.vmcb_mut();
+            vmcb.set_asid(allocation.tag.number);
+            if allocation.flush_all {
+                vmcb.control.tlb_control = TlbControl::All as u8;
+            }
         }
+        self.settled = state.epoch;
+        true
     }
 }
 
@@ -299,40 +324,50 @@ impl HwVcpu for SvmVcpu {
         &mut self.gprs
     }
 
-    #[inline]
-    fn run(&mut self, cpu: usize) -> Exit {
+    type Ended = Ended;
+
+    #[inline(always)]
+    fn run(&mut self, cpu: usize) -> Ended {
         // SAFETY: the trait's contract: `cpu` is this CPU, and interrupts are off.
         let host = unsafe {
             with_this_cpu(cpu, |state| {
-                let settled = self.cpu == cpu && !self.flush && state.asids.is_current(self.tag);
-                let control = if settled { TlbControl::Nothing } else { self.retag(cpu, &mut state.asids) };
-                self.vmcb_mut().control.tlb_control = control as u8;
-                state.host_state
+                (self.settled == state.epoch || self.settle(cpu, state)).then_some(state.host_state)
             })
         };
-        let Some(host) = host else { return Exit::InvalidState("SVM is not enabled on this CPU") };
+        let Some(host) = host.flatten() else {
+            return Ended { code: code::NOT_ENABLED.into(), info_1: 0, info_2: 0 };
+        };
         let (rax, rsp) = (self.gprs[gpr::RAX], self.gprs[gpr::RSP]);
         let save = &mut self.vmcb_mut().save;
         save.rax = rax;
         save.rsp = rsp;
         // SAFETY: SVM is enabled here, since this CPU has its state; callers keep interrupts off; the VMCB, its
-        // tables and maps are this guest's; the tag was flushed as `retag` says.
+        // tables and maps are this guest's; the tag was flushed as `settle` says.
         unsafe { entry::enter(&raw mut self.gprs, self.vmcb_pa.as_u64(), host.as_u64()) };
         let vmcb = self.vmcb_mut();
         vmcb.mark_all_clean();
         vmcb.control.event_inj = 0;
+        vmcb.control.tlb_control = TlbControl::Nothing as u8;
         let (rax, rsp) = (vmcb.save.rax, vmcb.save.rsp);
         let control = &vmcb.control;
-        let (exit_code, info_1, info_2) = (control.exit_code, control.exit_info_1, control.exit_info_2);
+        let ended =
+            Ended { code: control.exit_code, info_1: control.exit_info_1, info_2: control.exit_info_2 };
         self.gprs[gpr::RAX] = rax;
         self.gprs[gpr::RSP] = rsp;
-        if self.nmi != NmiBlock::Open && self.ended_nmi_handler(exit_code) {
-            return Exit::NmiWindow;
+        ended
+    }
+
+    #[inline(always)]
+    fn exit(&mut self, ended: Ended) -> Exit {
+        let Ended { code, info_1, info_2 } = ended;
+        // Comparisons of what `decode` looks at become part of its table.
+        match code as u32 {
+            code::IRET | code::DEBUG if self.nmi != NmiBlock::Open && self.ended_nmi_handler(code) => {
+                Exit::NmiWindow
+            }
+            code::TASK_SWITCH => self.task_switch(info_1, info_2),
+            _ => decode(code, info_1, info_2),
         }
-        if exit_code == u64::from(code::TASK_SWITCH) {
-            return self.task_switch(info_1, info_2);
-        }
-        decode(exit_code, info_1, info_2)
     }
 
     #[inline]
@@ -360,6 +395,18 @@ impl HwVcpu for SvmVcpu {
             None => self.vmcb_mut().set_cr0(cr0),
         }
     }
+    #[inline]
+    fn control_stamp(&self) -> u64 {
+        self.changes
+    }
+    #[inline]
+    fn set_write_protection(&mut self, cr0: u64) {
+        self.own_mut().set_cr0(cr0);
+        // The processor's CR0.WP is always set: where the guest's is not, reads have to be told.
+        let vmcb = self.vmcb_mut();
+        let told = if cr0 & CR0_WP == 0 { CR0 } else { 0 };
+        vmcb.set_cr_reads(vmcb.cr_reads() & !CR0 | told);
+    }
     fn cr2(&self) -> u64 {
         self.vmcb().cr2()
     }
@@ -380,8 +427,7 @@ impl HwVcpu for SvmVcpu {
     fn set_cr3(&mut self, cr3: u64) {
         match self.shadowed {
             // The processor is given another, whatever this one is.
-            // SAFETY: as in `change_controls`.
-            Some(_) => unsafe { self.own.as_mut() }.set_cr3(cr3),
+            Some(_) => self.own_mut().set_cr3(cr3),
             None => self.vmcb_mut().set_cr3(cr3),
         }
     }
@@ -394,6 +440,13 @@ impl HwVcpu for SvmVcpu {
             Some(_) => self.change_controls(|guest| guest.cr4 = cr4),
             None => self.vmcb_mut().set_cr4(cr4),
         }
+    }
+    #[inline]
+    fn set_global_pages(&mut self, cr4: u64) {
+        self.own_mut().set_cr4(cr4);
+        // The processor has the same bit.
+        let vmcb = self.vmcb_mut();
+        vmcb.set_cr4(vmcb.cr4() & !CR4_PGE | cr4 & CR4_PGE);
     }
     #[inline]
     fn cr8(&self) -> u8 {
@@ -548,7 +601,7 @@ impl HwVcpu for SvmVcpu {
             vmcb.set_cr4(cr4);
             vmcb.set_efer(efer | EFER_SVME);
         }
-        self.flush = true;
+        self.settled = UNSETTLED;
     }
 
     fn load_state(&mut self, state: &CpuState) {
@@ -590,6 +643,13 @@ impl HwVcpu for SvmVcpu {
         self.vmcb_mut().control.interrupt_shadow = 0;
     }
     #[inline]
+    fn end_instruction(&mut self, next_rip: u64) -> u64 {
+        let vmcb = self.vmcb_mut();
+        vmcb.save.rip = next_rip;
+        vmcb.control.interrupt_shadow = 0;
+        vmcb.save.rflags
+    }
+    #[inline]
     fn inject(&mut self, event: Event) {
         if event == Event::Nmi {
             self.set_nmis_blocked(true);
@@ -602,7 +662,12 @@ impl HwVcpu for SvmVcpu {
     }
     #[inline]
     fn take_interrupted_event(&mut self) -> Option<Event> {
-        let event = interrupted_event(core::mem::take(&mut self.vmcb_mut().control.exit_int_info));
+        // Each exit writes the field (APM 15.7.2), and it is asked for once.
+        let info = self.vmcb().control.exit_int_info;
+        if info & EVENT_VALID == 0 {
+            return None;
+        }
+        let event = interrupted_event(info);
         if event == Some(Event::Nmi) {
             self.set_nmis_blocked(false);
         }
@@ -652,18 +717,18 @@ impl HwVcpu for SvmVcpu {
             self.vmcb_mut().set_cr3(root);
         } else {
             self.vmcb_mut().set_n_cr3(root);
-            self.flush = true;
+            self.settled = UNSETTLED;
         }
     }
     fn flush_page(&mut self, linear: u64) {
         // A tag that is not valid here, or is about to be flushed, has nothing to lose; if it is another vCPU's by now,
         // that one walks its tables once more.
-        if !self.flush {
+        if self.settled != UNSETTLED {
             // SAFETY: SVM is enabled on the CPU that runs a vCPU, and the number is one of its ASIDs.
             unsafe { entry::invalidate_page(linear, self.tag.number) };
         }
     }
     fn flush_tlb(&mut self) {
-        self.flush = true;
+        self.settled = UNSETTLED;
     }
 }

@@ -574,6 +574,13 @@ impl HwVcpu for VmxVcpu {
         &mut self.gprs
     }
 
+    type Ended = Exit;
+
+    #[inline(always)]
+    fn exit(&mut self, ended: Exit) -> Exit {
+        ended
+    }
+
     #[inline(always)]
     fn run(&mut self, cpu: usize) -> Exit {
         if !self.settle_form() {
@@ -649,6 +656,11 @@ impl HwVcpu for VmxVcpu {
         } else {
             self.write_cr0(self.form, cr0);
         }
+    }
+    fn set_write_protection(&mut self, cr0: u64) {
+        // The processor's CR0.WP is always set, and the guest's own bits are where they were.
+        self.cr0_shadow = cr0;
+        self.region.set(vmcs::CR0_SHADOW, cr0);
     }
     fn cr2(&self) -> u64 {
         self.registers.cr2()

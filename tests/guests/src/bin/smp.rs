@@ -28,14 +28,15 @@ static PLAIN: guests::Racy<u64> = guests::Racy::new(0);
 fn run() {
     let cpus = if fw_cfg::present() { usize::from(fw_cfg::cpus()) } else { 1 };
     // Without its own processors each case would wait in vain.
-    let others = if cpus > 1 && !platform::bochs_svm() { smp::start(cpus - 1) } else { 0 };
+    let uninterrupted = platform::bochs_svm() || platform::bochs_vmx() && platform::no_preemption_timer();
+    let others = if cpus > 1 && !uninterrupted { smp::start(cpus - 1) } else { 0 };
     let with = |name: &str, run: &dyn Fn(&mut Case, usize)| {
         case(name, |t| {
             if cpus == 1 {
                 return t.skip("one CPU");
             }
-            if t.skip_on_bochs_svm("a guest that spins with IF clear is not interrupted, nor can others run")
-            {
+            let wrong = "a guest that spins with IF clear is not interrupted, nor can others run";
+            if t.skip_on_bochs_svm(wrong) || t.skip_on_bochs_without_timer(wrong) {
                 return;
             }
             reset();

@@ -10,7 +10,7 @@ use guests::modes::{self, Mode, Outcome, Registers, PAYLOAD, SCRATCH};
 use guests::prelude::*;
 use guests::report::{case, Case};
 use guests::trap::{BP, DB, DF, GP, NMI, NP, PF, SS, TS, UD};
-use guests::{dev, main, payload};
+use guests::{dev, main, payload, platform};
 
 main!(run);
 
@@ -332,7 +332,7 @@ impl World {
         t.eq("error code", record.top, error);
         t.eq("back link", peek::<u16>(TSS_C), B);
         // TCG goes back to the instruction that caused the switch, as for a fault before it.
-        if !guests::platform::tcg() {
+        if !platform::tcg() {
             t.eq("saved EIP of the task that failed", peek::<u32>(TSS_B + 0x20), self.b.eip);
         }
         t.eq("its saved ESP", peek::<u32>(TSS_B + 0x38), self.b.gprs[ESP]);
@@ -491,8 +491,17 @@ fn step_on(has_code: bool, skip: u8) -> [u8; 9] {
     [pop, 0x83, 0x05, low, high, 0, 0, skip, 0xcf]
 }
 
+/// Skips what comes through a task gate by an instruction, where Bochs says that it was the exception before. True when
+/// skipped.
+fn skip_by_instruction(t: &mut Case) -> bool {
+    platform::shadow() && t.skip_on_bochs_svm("INT n leaves the event before it in EXITINTINFO")
+}
+
 fn interrupts() {
     each("gate.int_n", |t, mode| {
+        if skip_by_instruction(t) {
+            return;
+        }
         let world = World::new(mode, &[0xcd, 0x21, 0xc3], &IRET);
         modes::set_gate32(0x21, task_gate(B, GATE));
         let (outcome, record) = world.good(t);
@@ -504,13 +513,16 @@ fn interrupts() {
         t.eq("ESP, nothing pushed", record.gprs[ESP], STACK_B);
     });
     each("gate.breakpoint", |t, mode| {
+        if skip_by_instruction(t) {
+            return;
+        }
         let world = World::new(mode, &[0xcc, 0xc3], &IRET);
         modes::set_gate32(BP, task_gate(B, GATE));
         world.good(t);
         t.eq("saved EIP, behind INT3", saved(TSS_A, 0x20), CAUSE + 1);
     });
     each("gate.int1", |t, mode| {
-        if t.skip_on_tcg("INT1 is undefined") {
+        if t.skip_on_tcg("INT1 is undefined") || skip_by_instruction(t) {
             return;
         }
         let world = World::new(mode, &[0xf1, 0xc3], &IRET);
@@ -519,6 +531,9 @@ fn interrupts() {
         t.eq("saved EIP, behind INT1", saved(TSS_A, 0x20), CAUSE + 1);
     });
     each("gate.into", |t, mode| {
+        if skip_by_instruction(t) {
+            return;
+        }
         // mov al, 0x7f; inc al; into; ret
         let world = World::new(mode, &[0xb0, 0x7f, 0xfe, 0xc0, 0xce, 0xc3], &IRET);
         modes::set_gate32(guests::trap::OF, task_gate(B, GATE));
@@ -540,7 +555,7 @@ fn interrupts() {
         t.eq("ESP", record.gprs[ESP], STACK_B - 4);
         t.eq("EAX afterwards", outcome.registers.eax, 0x1000u32);
         // TCG never sets it.
-        if !guests::platform::tcg() {
+        if !platform::tcg() {
             t.eq("saved RF", saved(TSS_A, 0x24) & RF, RF);
         }
     });
@@ -858,6 +873,9 @@ fn ring_3() {
         t.eq("CS inside", record.segments[CS], USER_CODE32);
     });
     each("ring_3.int_n", |t, mode| {
+        if skip_by_instruction(t) {
+            return;
+        }
         let world = World::new(mode, &jump(B), &[0xcd, 0x21]);
         world.b.user().write32(TSS_B);
         modes::set_gate32(0x21, task_gate(A, GATE | 0x60));
