@@ -227,7 +227,7 @@ impl Guest {
             Op::WrmsrEfer { vcpu, nxe } => world.wrmsr_efer(vcpu, nxe),
             Op::Invlpg { vcpu, at } => world.invlpg(vcpu, place(world, at)),
             Op::Rewrite { vcpu, table, index, flags, flush, how } => {
-                let at = (4 + table) << 12 | index * 8;
+                let at = ((4 + table) << 12) + index * 8;
                 let frame = world.ram().get(at).unwrap_or(0) & 0xffff_f000;
                 let _ = world.guest_store_as(vcpu, at, 8, frame | flags, how);
                 if flush {
