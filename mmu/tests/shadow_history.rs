@@ -458,6 +458,24 @@ fn c2_every_loss_of_a_writable_leaf_kicks_who_may_have_it() {
     }
 }
 
+/// A3: SMEP and SMAP make a user's page less than the same page of the supervisor. After a flush, one that became the user's is
+/// not the supervisor's by what was mapped before.
+#[test]
+fn a3_a_page_that_becomes_the_users_is_no_longer_mapped_as_the_supervisors() {
+    let mut world = world(Machine { smep: true, smap: true, ..BASE });
+    let fetch = |world: &mut World| world.access(0, 0x3_0008, What::Fetch, Who::Supervisor);
+    let read = |world: &mut World| world.access(0, 0x3_0008, What::Read, Who::Supervisor);
+    world.emulate(0x4000 + 4 * 8, 8, 0x4063);
+    world.emulate(0x4000 + 0x30 * 8, 8, 0x3_0063);
+    assert_eq!((fetch(&mut world), read(&mut world)), (Ended::At(0x3_0008), Ended::At(0x3_0008)));
+    // By a store of its own: the table is unsync.
+    assert_eq!(world.guest_store(0, 0x4000 + 0x3f * 8, 0x3_f063), Ended::At(0x4000 + 0x3f * 8));
+    assert_eq!(world.guest_store(0, 0x4000 + 0x30 * 8, 0x3_0067), Ended::At(0x4000 + 0x30 * 8));
+    world.flush(0);
+    assert_eq!((fetch(&mut world), read(&mut world)), (Ended::Fault(0x11), Ended::Fault(1)));
+    world.finish();
+}
+
 /// C2: where one leaf takes another's place for the same page, W goes with a flush.
 #[test]
 fn c2_a_page_that_changes_hands_is_flushed_when_w_goes() {

@@ -8,7 +8,7 @@ use proptest::prelude::*;
 use support::flat::FlatRam;
 use support::manual::guest::BASE;
 use support::manual::{Machine, What, Who};
-use support::shadow::{How, World};
+use support::shadow::{How, Vcpu, World};
 
 const PCIDE: u64 = 1 << 17;
 const PGE: u64 = 1 << 7;
@@ -63,6 +63,20 @@ pub(crate) enum Op {
     Invlpg {
         vcpu: usize,
         at: usize,
+    },
+    /// Other flags for a page of a lowest table, and INVLPG of its address, if not forgotten.
+    Rewrite {
+        vcpu: usize,
+        table: u64,
+        index: u64,
+        flags: u64,
+        flush: bool,
+        how: How,
+    },
+    /// Bits that kernels clear and set again: CR0.WP, or CR4.PGE.
+    Toggle {
+        vcpu: usize,
+        pge: bool,
     },
     Invpcid {
         vcpu: usize,
@@ -212,6 +226,22 @@ impl Guest {
             }
             Op::WrmsrEfer { vcpu, nxe } => world.wrmsr_efer(vcpu, nxe),
             Op::Invlpg { vcpu, at } => world.invlpg(vcpu, place(world, at)),
+            Op::Rewrite { vcpu, table, index, flags, flush, how } => {
+                let at = ((4 + table) << 12) + index * 8;
+                let frame = world.ram().get(at).unwrap_or(0) & 0xffff_f000;
+                let _ = world.guest_store_as(vcpu, at, 8, frame | flags, how);
+                if flush {
+                    world.invlpg(vcpu, table << 21 | index << 12 | 0x18);
+                }
+            }
+            Op::Toggle { vcpu, pge: true } => {
+                let Vcpu { m, cr4, .. } = world.vcpus[vcpu];
+                world.mov_to_cr4(vcpu, m, cr4 ^ PGE);
+            }
+            Op::Toggle { vcpu, pge: false } => {
+                let m = world.vcpus[vcpu].m;
+                world.mov_to_cr0(vcpu, m.pg, !m.wp, self.m.lma);
+            }
             Op::Invpcid { vcpu, kind, pcid, at } => {
                 let pcid = if world.vcpus[vcpu].cr4 & PCIDE != 0 { pcid } else { 0 };
                 let address = Gva::new(place(world, at));
@@ -298,6 +328,30 @@ fn ops() -> impl Strategy<Value = Op> {
     ]
 }
 
+/// What kernels do all the time, which short ways are for: pages of two lowest tables change their rights.
+fn kernel_ops() -> impl Strategy<Value = Op> {
+    let vcpu = || prop_oneof![3 => Just(0usize), 1 => Just(1)];
+    // The lowest tables of the first address space.
+    let page = || (0..2u64, 0..11u64);
+    let flags = prop_oneof![
+        6 => Just(0x67u64), 6 => Just(0x65), 2 => Just(0x27), 1 => Just(0x25), 2 => Just(7), 1 => Just(0x61), 2 => Just(0),
+        1 => Just(1 << 63 | 0x67)
+    ];
+    let whats = prop_oneof![2 => Just(What::Read), 3 => Just(What::Write), 1 => Just(What::Fetch)];
+    let whos = prop_oneof![Just(Who::User), Just(Who::Supervisor)];
+    prop_oneof![
+        24 => (vcpu(), page(), whats, whos, hows()).prop_map(|(vcpu, (table, index), what, who, how)| {
+            Op::Access { vcpu, at: (table * 11 + index) as usize, what, who, how }
+        }),
+        24 => (vcpu(), page(), flags, prop::bool::weighted(0.9), hows()).prop_map(
+            |(vcpu, (table, index), flags, flush, how)| Op::Rewrite { vcpu, table, index, flags, flush, how }
+        ),
+        6 => (vcpu(), prop::bool::weighted(0.3)).prop_map(|(vcpu, pge)| Op::Toggle { vcpu, pge }),
+        1 => (vcpu(), 0..2usize).prop_map(|(vcpu, root)| Op::MovToCr3 { vcpu, root, pcid: 0, no_flush: false }),
+        1 => ops(),
+    ]
+}
+
 fn tags() -> impl Strategy<Value = Tags> {
     prop_oneof![Just(Tags::One), Just(Tags::PerRoot)]
 }
@@ -308,6 +362,11 @@ proptest! {
     #[test]
     fn any_sequence_in_long_mode(quota in 16..40usize, tags in tags(), ops in prop::collection::vec(ops(), 1..120)) {
         FOUR.run(quota, tags, &ops);
+    }
+
+    #[test]
+    fn any_sequence_of_what_kernels_do(quota in 24..40usize, ops in prop::collection::vec(kernel_ops(), 1..160)) {
+        FOUR.run(quota, Tags::One, &ops);
     }
 
     #[test]

@@ -108,6 +108,7 @@ mod tests {
             &["bench", "exits", "--json"],
             &["bench", "exits", "--emulator", "bochs", "--cpu", "ryzen"],
             &["bench", "mmu", "--json"],
+            &["bench", "mmu", "--kvm"],
             &["bench", "mmu-host"],
             &["bench", "mmu-host", "--json"],
             &["check"],

@@ -299,7 +299,8 @@ impl Range {
             return;
         }
         if state.compare_exchange(UNUSED, ZEROING, Ordering::Acquire, Ordering::Acquire).is_ok() {
-            let start = chunk.frame() + (offset % CHUNK >> self.granule_shift << self.granule_shift);
+            let in_granule = offset & ((1 << self.granule_shift) - 1);
+            let start = chunk.frame() + offset % CHUNK - in_granule;
             // SAFETY: the granule lies in frames that this range owns, and ZEROING makes us its only user.
             unsafe { mm::phys::zero(PhysAddr::new(start), 1 << self.granule_shift) };
             state.store(READY, Ordering::Release);

@@ -159,11 +159,6 @@ pub trait EntryFormat: Copy + fmt::Debug + Send + Sync {
     /// What the leaf `entry` in a table at `level` says; `None` if it is no leaf, or not one that
     /// [`make_leaf`](Self::make_leaf) makes.
     fn leaf(&self, entry: u64, level: Level) -> Option<Leaf>;
-    /// The frame of the leaf `entry` of a lowest table; `None` if it may say less than it did once, or is no leaf.
-    #[inline]
-    fn leaf_frame(&self, entry: u64) -> Option<Pfn> {
-        self.leaf(entry, Level::L1).map(|leaf| leaf.pfn)
-    }
     /// Whether the leaf `entry` permits the access; fetches only if by whomever.
     fn permits(&self, entry: u64, access: AccessKind) -> bool;
 

@@ -461,6 +461,8 @@ mutants! {
         SeenOtherMode = "seen_other_mode" by ["c5_mov_to_cr0", "vcpu", "shadow"];
         /// Of an entry that was changed, W alone is looked at.
         DifferByMore = "differ_by_more" by ["shadow", "sync", "vcpu"];
+        /// A leaf for the supervisor stays when the guest's page becomes a user's.
+        SyncKeepsSupervisor = "sync_keeps_supervisor" by ["a_page_that_becomes", "shadow"];
         /// What a guest's flush took away is not flushed from other TLBs when the host relies on that.
         OwedForgotten = "owed_forgotten" by ["shadow", "vcpu"];
         /// A fault with CR0.WP clear leaves the vCPU on the root for WP set.

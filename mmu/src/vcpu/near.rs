@@ -42,7 +42,7 @@ impl Mmu {
             if had_leaf {
                 self.forget(address);
             } else {
-                // What the current root does not have, its tag does not either.
+                // The fault itself took the address from the tag, which cannot have found it in the root again.
                 self.leave_behind(address);
             }
         }

@@ -50,12 +50,18 @@ impl Seen {
 impl Mmu {
     /// Whether nothing but the registers decides which root the vCPU runs on.
     #[inline]
-    pub(super) fn follows_registers(&self) -> bool {
+    fn follows_registers(&self) -> bool {
         self.is_shadow()
             && self.tags == Tags::One
             && self.context == 0
             && self.mode == VcpuMode { smm: false, nested: false }
             && self.nested.is_none()
+    }
+
+    /// Whether the vCPU runs on a root that nothing but its registers decides, PAE's pointers not among them.
+    #[inline]
+    pub(super) fn is_plain(&self) -> bool {
+        bits(&self.state.regs).is_some() && self.follows_registers() && !self.has_work()
     }
 
     /// Notes the registers with the current root.
@@ -103,7 +109,7 @@ impl Mmu {
         guard: &mut Exclusive<'m, B>,
         cr4: Cr4,
     ) -> Option<ShadowDone<()>> {
-        if self.state.regs.cr4 ^ cr4 == Cr4::PGE && self.follows_registers() && !self.has_work() {
+        if self.state.regs.cr4 ^ cr4 == Cr4::PGE && self.is_plain() {
             return self.toggle_global(kind, guard, cr4);
         }
         let pcid = if cr4.contains(Cr4::PCIDE) { self.state.cr3 as u16 & 0xfff } else { 0 };

@@ -24,7 +24,7 @@ impl Mmu {
     #[inline]
     pub fn mov_to_cr0_wp(&mut self, cr0: Cr0) -> bool {
         let (old, on) = (self.state.regs.cr0, cr0.contains(Cr0::WP));
-        if ((cr0 ^ old) & (Cr0::WP | Cr0::PG)) != Cr0::WP || !self.follows_registers() || self.has_work() {
+        if ((cr0 ^ old) & (Cr0::WP | Cr0::PG)) != Cr0::WP || !self.is_plain() {
             return false;
         }
         if on {

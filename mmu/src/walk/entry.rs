@@ -62,7 +62,7 @@ impl LowestEntries {
         (before ^ raw) & !more == 0 && (before & raw) & PRESENT != 0 && !self.role.is_ept()
     }
 
-    /// Whether `raw`, of which the other two functions say the same, permits writes, and was written.
+    /// Whether `raw`, which maps a page and is none of EPT, permits writes and was written: only then a leaf has W.
     #[inline(always)]
     pub(crate) const fn is_written(&self, raw: u64) -> bool {
         raw & (WRITE | DIRTY) == WRITE | DIRTY

@@ -77,7 +77,8 @@ pub struct World {
     pub done_near: usize,
     /// Faults always take a walk, as after something changed by nobody who says so.
     pub walks: bool,
-    tries: usize,
+    /// How often a short way was asked for: each third time it is not tried.
+    pub tries: usize,
     /// By CPU, vCPU and the number of the vCPU's tag.
     tlbs: HashMap<(usize, usize, u8), Tlb>,
     /// Whether the second slot is there, and read-only.

@@ -3,10 +3,11 @@
 
 use std::process::ExitCode;
 
-use anyhow::Result;
+use anyhow::{bail, Result};
 
 use super::grouped;
 use super::guest::{self, virtualization, Cost};
+use super::kvm::Kvm;
 use crate::emulator::Kind;
 use crate::say;
 
@@ -22,10 +23,13 @@ pub struct Options {
     /// The emulator's processor [default: the one that offers most]
     #[arg(long, value_name = "MODEL")]
     cpu: Option<String>,
+    /// Measures KVM, too, in the same emulator, in place of the figures known for it
+    #[arg(long)]
+    kvm: bool,
 }
 
 /// An operation; what it costs under KVM in QEMU, with nested and with shadow paging: Linux 6.1 with `mitigations=off` on
-/// QEMU 7.2, as the guest's RDTSC counts; and what it may cost here with shadow tables.
+/// QEMU 7.2, as another guest's RDTSC counts; and what it may cost here with shadow tables.
 struct Operation {
     key: &'static str,
     name: &'static str,
@@ -54,22 +58,36 @@ const OPERATIONS: [Operation; 11] = [
 /// The two ways, as umbra.toml and the keys of JSON have them.
 const WAYS: [&str; 2] = ["direct", "shadow"];
 
+/// The keys of JSON for KVM's.
+const KVM_WAYS: [&str; 2] = ["kvm_npt", "kvm_shadow"];
+
 /// Boots the guest that measures once for each way, and prints what it reports.
 pub(super) fn bench(options: &Options) -> Result<ExitCode> {
-    let Options { json, emulator, cpu } = options;
+    let Options { json, emulator, cpu, kvm } = options;
+    if *kvm && *emulator != Kind::Qemu {
+        bail!("KVM is measured in QEMU only; leave out --kvm or --emulator bochs");
+    }
+    let kvm = kvm.then(Kvm::ensure).transpose()?;
+    let keys = OPERATIONS.map(|operation| operation.key);
     let mut costs = Vec::new();
     let mut on = "";
     for way in WAYS {
         let log = guest::run("bench_mmu", &format!("mmu = \"{way}\"\n"), *emulator, cpu.as_deref())?;
-        costs.push(guest::costs_in(&log, &OPERATIONS.map(|operation| operation.key))?);
+        costs.push(guest::costs_in(&log, &keys)?);
         on = virtualization(&log);
     }
-    let rows: Vec<[Cost; 2]> =
-        costs[0].iter().zip(&costs[1]).map(|(&direct, &shadow)| [direct, shadow]).collect();
+    let rows = in_pairs(&costs[0], &costs[1]);
+    let kvm = kvm.map(|kvm| kvm.run("bench_mmu", &keys, cpu.as_deref())).transpose()?;
+    let kvm = kvm.map(|[nested, shadow]| in_pairs(&nested, &shadow));
     if *json {
-        println!("{}", to_json(&rows));
+        println!("{}", to_json(&rows, kvm.as_deref()));
     } else {
-        print!("{}", table(&rows, &format!("on {}, {on}", emulator.name()), *emulator));
+        let beside = match &kvm {
+            _ if *emulator != Kind::Qemu => Beside::Nothing,
+            None => Beside::Known,
+            Some(kvm) => Beside::Measured(kvm),
+        };
+        print!("{}", table(&rows, &format!("on {}, {on}", emulator.name()), &beside));
         say!(
             "cache and TLB misses are not in these figures: {} counts instructions, it does not time",
             emulator.name()
@@ -80,6 +98,10 @@ pub(super) fn bench(options: &Options) -> Result<ExitCode> {
         return Ok(ExitCode::FAILURE);
     }
     Ok(ExitCode::SUCCESS)
+}
+
+fn in_pairs(one: &[Cost], other: &[Cost]) -> Vec<[Cost; 2]> {
+    one.iter().zip(other).map(|(&one, &other)| [one, other]).collect()
 }
 
 /// What a guest's paging must not do: exit where there is a second stage.
@@ -113,38 +135,59 @@ pub fn above_target_in_log(log: &str) -> Result<Option<String>> {
     Ok((!said.is_empty()).then(|| said.join(", ")))
 }
 
-/// One line, its keys in the table's order.
-fn to_json(rows: &[[Cost; 2]]) -> String {
+/// One line, its keys in the table's order; KVM's after Umbra's, if they were measured.
+fn to_json(rows: &[[Cost; 2]], kvm: Option<&[[Cost; 2]]>) -> String {
     let cost = |way: &str, cost: &Cost| {
         format!(r#""{way}":{{"instructions":{},"exits":{}}}"#, cost.instructions, cost.exits)
     };
-    let member = |(operation, [direct, shadow]): (&Operation, &[Cost; 2])| {
-        format!(r#""{}":{{{},{}}}"#, operation.key, cost(WAYS[0], direct), cost(WAYS[1], shadow))
+    let pair = |ways: [&str; 2], [one, other]: &[Cost; 2]| [cost(ways[0], one), cost(ways[1], other)];
+    let member = |(at, (operation, row)): (usize, (&Operation, &[Cost; 2]))| {
+        let mut costs = pair(WAYS, row).to_vec();
+        costs.extend(kvm.map(|kvm| pair(KVM_WAYS, &kvm[at])).into_iter().flatten());
+        format!(r#""{}":{{{}}}"#, operation.key, costs.join(","))
     };
-    let members: Vec<_> = OPERATIONS.iter().zip(rows).map(member).collect();
+    let members: Vec<_> = OPERATIONS.iter().zip(rows).enumerate().map(member).collect();
     format!("{{{}}}", members.join(","))
 }
 
-/// The costs under a line that says what they were counted `on`. KVM's, and the targets, are for QEMU and stand beside those
-/// only.
-fn table(rows: &[[Cost; 2]], on: &str, emulator: Kind) -> String {
+/// What stands beside Umbra's costs. KVM's, and the targets, are for QEMU and stand beside those only.
+enum Beside<'a> {
+    Nothing,
+    /// The targets, and the figures of [`OPERATIONS`].
+    Known,
+    /// The targets, and what was measured in the same run.
+    Measured(&'a [[Cost; 2]]),
+}
+
+/// The costs under a line that says what they were counted `on`.
+fn table(rows: &[[Cost; 2]], on: &str, beside: &Beside<'_>) -> String {
     let mut text = format!(
         "{on}\n{:<30} {:>8} {:>5} {:>8} {:>5}",
         "operation: instructions, exits", "direct", "", "shadow", ""
     );
-    let beside = emulator == Kind::Qemu;
-    if beside {
-        text += &format!(" {:>8} {:>5}   {:>8} {:>8}", "target", "", "KVM npt", "no npt");
-    }
+    text += &match beside {
+        Beside::Nothing => String::new(),
+        Beside::Known => format!(" {:>8} {:>5}   {:>8} {:>8}", "target", "", "KVM npt", "no npt"),
+        Beside::Measured(_) => {
+            format!(" {:>8} {:>5}   {:>8} {:>5} {:>8}", "target", "", "KVM npt", "", "no npt")
+        }
+    };
     text.truncate(text.trim_end().len());
     text.push('\n');
-    for (operation, [direct, shadow]) in OPERATIONS.iter().zip(rows) {
+    for (at, (operation, [direct, shadow])) in OPERATIONS.iter().zip(rows).enumerate() {
         let cost = |cost: &Cost| format!(" {:>8} {:>5}", grouped(cost.instructions), cost.exits);
         text += &format!("{:<30}{}{}", operation.name, cost(direct), cost(shadow));
-        if beside {
-            let [nested, without] = operation.kvm.map(grouped);
-            text += &format!("{}   {nested:>8} {without:>8}", cost(&operation.target));
-        }
+        text += &match beside {
+            Beside::Nothing => String::new(),
+            Beside::Known => {
+                let [nested, without] = operation.kvm.map(grouped);
+                format!("{}   {nested:>8} {without:>8}", cost(&operation.target))
+            }
+            Beside::Measured(kvm) => {
+                let [nested, without] = &kvm[at];
+                format!("{}  {}{}", cost(&operation.target), cost(nested), cost(without))
+            }
+        };
         text.push('\n');
     }
     text
@@ -162,7 +205,7 @@ mod tests {
 
     #[test]
     fn json_is_one_line_with_every_key() {
-        let json = to_json(&rows());
+        let json = to_json(&rows(), None);
         assert!(!json.contains('\n'));
         let value: Value = serde_json::from_str(&json).unwrap();
         assert_eq!(
@@ -170,6 +213,15 @@ mod tests {
             json!({ "direct": { "instructions": 2, "exits": 0 }, "shadow": { "instructions": 1002, "exits": 1 } })
         );
         assert_eq!(value.as_object().unwrap().len(), OPERATIONS.len());
+    }
+
+    #[test]
+    fn kvm_has_members_of_its_own_in_json() {
+        let kvm = rows().into_iter().map(|[one, other]| [other, one]).collect::<Vec<_>>();
+        let value: Value = serde_json::from_str(&to_json(&rows(), Some(&kvm))).unwrap();
+        assert_eq!(value["invlpg"]["kvm_npt"], json!({ "instructions": 1002, "exits": 1 }));
+        assert_eq!(value["invlpg"]["kvm_shadow"], value["invlpg"]["direct"]);
+        assert!(value.as_object().unwrap().values().all(|member| member.as_object().unwrap().len() == 4));
     }
 
     #[test]
@@ -206,12 +258,16 @@ mod tests {
 
     #[test]
     fn the_table_has_a_line_for_each_operation() {
-        let text = table(&rows(), "on QEMU, SVM", Kind::Qemu);
+        let text = table(&rows(), "on QEMU, SVM", &Beside::Known);
         assert_eq!(text.lines().count(), 2 + OPERATIONS.len());
         let line = text.lines().find(|line| line.starts_with("INVLPG")).unwrap();
         let words: Vec<_> = line.split_whitespace().collect();
         assert_eq!(words, ["INVLPG", "2", "0", "1,002", "1", "700", "1", "3", "3,450"]);
-        let text = table(&rows(), "on Bochs, VMX", Kind::Bochs);
+        let text = table(&rows(), "on QEMU, SVM", &Beside::Measured(&rows()));
+        let line = text.lines().find(|line| line.starts_with("INVLPG")).unwrap();
+        let words: Vec<_> = line.split_whitespace().collect();
+        assert_eq!(words, ["INVLPG", "2", "0", "1,002", "1", "700", "1", "2", "0", "1,002", "1"]);
+        let text = table(&rows(), "on Bochs, VMX", &Beside::Nothing);
         assert!(!text.contains("KVM") && text.lines().all(|line| line == line.trim_end()), "{text}");
     }
 }

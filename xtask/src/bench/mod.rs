@@ -2,6 +2,7 @@
 
 mod exits;
 mod guest;
+mod kvm;
 pub mod mmu;
 mod mmu_host;
 

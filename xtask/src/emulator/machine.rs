@@ -52,6 +52,9 @@ pub enum Boot {
     /// QEMU loads a Multiboot 1 kernel in Umbra's place, without a bundle, and gives it the exit port of the test
     /// guests: what such a guest does on the bare machine is what it should do under Umbra.
     Bare,
+    /// QEMU loads a Linux kernel in Umbra's place, and an initial ramdisk in the bundle's. It is told to be quiet, to trust
+    /// the processor, and to end when it panics.
+    Linux,
 }
 
 /// What an image is on, for the firmware that starts it.

@@ -16,3 +16,12 @@ pub struct Linux {
     /// BusyBox, statically linked.
     pub busybox: PathBuf,
 }
+
+/// The same Linux as a hypervisor.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KvmHost {
+    /// The kernel and BusyBox.
+    pub linux: Linux,
+    /// The kernel's modules of KVM, in the order in which they are loaded.
+    pub modules: Vec<PathBuf>,
+}

@@ -126,7 +126,7 @@ impl Options {
             Kind::Bochs => Component::Bochs,
         });
         match self.boot() {
-            Boot::Pvh | Boot::Bare => {}
+            Boot::Pvh | Boot::Bare | Boot::Linux => {}
             Boot::Iso | Boot::Pxe => needed.push(Component::Grub),
             Boot::Uefi | Boot::PxeUefi => needed.extend([Component::Uefi, Component::Grub]),
         }

@@ -22,6 +22,8 @@ pub enum Component {
     Dnsmasq,
     /// The Linux guest.
     Linux,
+    /// Linux with KVM, to be measured beside Umbra.
+    Kvm,
     /// What counts the instructions of a program.
     Valgrind,
     /// The linter of Debian's compiler, where that is the one that builds for the bare-metal target.
@@ -45,6 +47,7 @@ impl Component {
                 ("dnsmasq", "it serves machines that boot over the network, for `pxe --serve` and its test")
             }
             Self::Linux => ("Linux guest", "it is the guest that `run` boots"),
+            Self::Kvm => ("Linux with KVM", "it is measured by `bench mmu --kvm`"),
             Self::Valgrind => ("valgrind", "it counts instructions of `bench mmu-host`"),
             Self::Clippy => ("clippy for Debian's compiler", "it checks the bare-metal crates"),
         }
@@ -80,6 +83,7 @@ impl Component {
             }
             Self::Dnsmasq => no_program("dnsmasq"),
             Self::Linux => host.linux().err(),
+            Self::Kvm => host.kvm().err(),
             Self::Valgrind => no_program("valgrind"),
             Self::Clippy if host.compiler() == Some(Compiler::Debian) => no_file("/usr/bin/cargo-clippy"),
             // rustup brings its own.
@@ -112,7 +116,7 @@ impl Component {
             (Self::Dnsmasq, Apt) => &["dnsmasq-base"],
             (Self::Dnsmasq, Dnf | Pacman | Brew) => &["dnsmasq"],
             // Downloaded and unpacked into the cache, not installed; see `linux`.
-            (Self::Linux, _) => &[],
+            (Self::Linux | Self::Kvm, _) => &[],
             (Self::Valgrind, Apt | Dnf | Pacman) => &["valgrind"],
             (Self::Valgrind, Brew) => &[],
             (Self::Clippy, Apt) => &["rust-web-clippy"],

@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime};
 use super::linux;
 use crate::emulator;
 use crate::exec::{find_program, CommandLine};
-use crate::guest::Linux;
+use crate::guest::{KvmHost, Linux};
 use crate::toolchain::{self, Compiler};
 use crate::{grub, sys};
 
@@ -61,6 +61,8 @@ pub(super) trait Host {
     fn has_mkimage(&self) -> bool;
     /// The Linux guest in the cache, or why there is none.
     fn linux(&self) -> Result<Linux, String>;
+    /// Linux with KVM in the cache, or why there is none.
+    fn kvm(&self) -> Result<KvmHost, String>;
     /// The package manager.
     fn package_manager(&self) -> Option<PackageManager>;
     /// How packages can be installed.
@@ -96,6 +98,10 @@ impl Host for ThisHost {
 
     fn linux(&self) -> Result<Linux, String> {
         linux::cached()
+    }
+
+    fn kvm(&self) -> Result<KvmHost, String> {
+        linux::cached_with_kvm()
     }
 
     fn package_manager(&self) -> Option<PackageManager> {

@@ -17,7 +17,7 @@ pub use self::component::Component;
 use self::host::{Host, PackageManager, ThisHost};
 use self::plan::{Plan, Step};
 use crate::exec::CommandLine;
-use crate::guest::Linux;
+use crate::guest::{KvmHost, Linux};
 use crate::toolchain::{self, Compiler};
 use crate::{paths, say};
 
@@ -30,12 +30,18 @@ pub struct Ready {
     compiler: Option<Compiler>,
     /// The Linux guest, if it was asked for and this machine can have one.
     pub linux: Option<Linux>,
+    kvm: Option<KvmHost>,
 }
 
 impl Ready {
     /// The compiler for the bare-metal target.
     pub fn compiler(&self) -> Result<Compiler> {
         self.compiler.context("no compiler for the bare-metal target was asked for")
+    }
+
+    /// Linux with KVM.
+    pub fn kvm(&self) -> Result<&KvmHost> {
+        self.kvm.as_ref().context("KVM was not asked for")
     }
 }
 
@@ -54,6 +60,7 @@ pub fn ensure(needed: &[Component]) -> Result<Ready> {
     Ok(Ready {
         compiler: wants(Component::Target).then(|| host.compiler()).flatten(),
         linux: wants(Component::Linux).then(|| host.linux().ok()).flatten(),
+        kvm: wants(Component::Kvm).then(|| host.kvm().ok()).flatten(),
     })
 }
 
@@ -107,7 +114,9 @@ fn describe(step: &Step) -> String {
             format!("run `rustup target add x86_64-unknown-none`, or else install by apt: {packages}")
         }
         Step::Install(packages) => format!("install by apt: {}", packages.join(" ")),
-        Step::DownloadLinux => "download Debian's cloud kernel and BusyBox into the cache".into(),
+        Step::DownloadLinux => {
+            "download Debian's cloud kernel with its KVM and BusyBox into the cache (30 MB)".into()
+        }
     }
 }
 
@@ -132,8 +141,11 @@ fn execute(plan: &Plan, host: &impl Host) -> Result<()> {
             Step::AddTarget { instead } => add_target(instead, &apt)?,
             Step::Install(packages) => apt.install(packages)?,
             Step::DownloadLinux => {
-                if let Err(error) = linux::download(&apt) {
-                    say!("there will be no Linux guest: {error:#}");
+                let lacks_kvm = plan.missing.iter().any(|missing| missing.component == Component::Kvm);
+                match linux::download(&apt) {
+                    Err(error) if lacks_kvm => return Err(error.context("there is no Linux with KVM")),
+                    Err(error) => say!("there will be no Linux guest: {error:#}"),
+                    Ok(()) => {}
                 }
             }
         }

@@ -17,7 +17,7 @@ pub(super) enum Step {
     AddTarget { instead: Vec<&'static str> },
     /// Install packages by apt.
     Install(Vec<&'static str>),
-    /// Download and unpack the Linux guest.
+    /// Download and unpack Linux, as a guest and with KVM.
     DownloadLinux,
 }
 
@@ -89,7 +89,7 @@ impl Plan {
                 self.by_hand.push(format!("this user cannot install packages; run: {command}"));
             }
         }
-        if self.lacks(Component::Linux) {
+        if self.lacks(Component::Linux) || self.lacks(Component::Kvm) {
             self.steps.push(Step::DownloadLinux);
         }
     }
@@ -107,10 +107,9 @@ impl Plan {
                     self.by_hand.push(format!("run: {}", manager.install_command(&packages)));
                 }
             }
-            None if self
-                .missing
-                .iter()
-                .any(|m| Some(m.component) != except && m.component != Component::Linux) =>
+            None if self.missing.iter().any(|m| {
+                Some(m.component) != except && !matches!(m.component, Component::Linux | Component::Kvm)
+            }) =>
             {
                 let commands: Vec<String> =
                     [PackageManager::Dnf, PackageManager::Pacman, PackageManager::Brew]
@@ -130,6 +129,9 @@ impl Plan {
             self.no_linux =
                 Some("the Linux guest comes from Debian's packages, and there is no apt here".into());
         }
+        if self.lacks(Component::Kvm) {
+            self.by_hand.push("Linux with KVM comes from Debian's packages: there is no apt here".into());
+        }
     }
 }
 
@@ -138,7 +140,7 @@ mod tests {
     use std::path::Path;
 
     use super::*;
-    use crate::guest::Linux;
+    use crate::guest::{KvmHost, Linux};
     use crate::toolchain::Compiler;
 
     /// A machine with nothing but a package manager and rustup, unless said otherwise.
@@ -147,6 +149,7 @@ mod tests {
         files: Vec<&'static str>,
         compiler: Option<Compiler>,
         linux: bool,
+        kvm: bool,
         manager: Option<PackageManager>,
         rights: Rights,
     }
@@ -158,6 +161,7 @@ mod tests {
                 files: vec![],
                 compiler: None,
                 linux: false,
+                kvm: false,
                 manager: Some(PackageManager::Apt),
                 rights: Rights::Root,
             }
@@ -183,6 +187,11 @@ mod tests {
         fn linux(&self) -> Result<Linux, String> {
             let linux = Linux { kernel: "k".into(), busybox: "b".into() };
             self.linux.then_some(linux).ok_or_else(|| "it is not in the cache".into())
+        }
+        fn kvm(&self) -> Result<KvmHost, String> {
+            let linux = self.linux()?;
+            let kvm = KvmHost { linux, modules: vec!["m".into()] };
+            self.kvm.then_some(kvm).ok_or_else(|| "a module is missing".into())
         }
         fn package_manager(&self) -> Option<PackageManager> {
             self.manager
@@ -286,6 +295,21 @@ mod tests {
             assert_eq!(plan.steps, [Step::AddTarget { instead: vec![] }]);
             assert_eq!(plan.by_hand, [format!("run: {command}")]);
             assert!(plan.no_linux.is_some());
+        }
+    }
+
+    #[test]
+    fn kvm_comes_with_linux_and_from_debian_only() {
+        for linux in [false, true] {
+            let plan = Plan::make(&[Component::Linux, Component::Kvm], &Fake { linux, ..Fake::default() });
+            assert_eq!(plan.steps, [Step::DownloadLinux]);
+        }
+        let host = Fake { linux: true, kvm: true, ..Fake::default() };
+        assert_eq!(Plan::make(&[Component::Kvm], &host), Plan::default());
+        for manager in [Some(PackageManager::Brew), None] {
+            let plan = Plan::make(&[Component::Kvm], &Fake { manager, ..Fake::default() });
+            assert_eq!(plan.steps, []);
+            assert_eq!(plan.by_hand, ["Linux with KVM comes from Debian's packages: there is no apt here"]);
         }
     }
 

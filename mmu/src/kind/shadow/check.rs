@@ -6,7 +6,7 @@ use crate::addr::{Gfn, Gpa};
 use crate::format::{Entry, EntryFormat};
 use crate::level::{Level, PageSize, ENTRIES};
 use crate::memory::{Backing, Exclusive, Held, LogBy, Resolved, SlotFlags, VmMemory};
-use crate::role::PageRole;
+use crate::role::{PageRole, RoleFlags};
 use crate::sync::Ordering;
 use crate::tables::TableMemory;
 use crate::walk::LowestEntries;
@@ -289,6 +289,9 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         }
         if (user && !prot.contains(Prot::USER)) || (leaf.execute && !prot.contains(Prot::EXECUTE)) {
             return Err("B3: more than the guest permits");
+        }
+        if !leaf.user && limit.user && guest.flags().contains(RoleFlags::WP) {
+            return Err("B3: the supervisor's for a user's");
         }
         // Without CR0.WP a supervisor's page may be writable although the guest's entry is not.
         if writes && (user || guest.is_ept()) && !prot.contains(Prot::WRITE) {

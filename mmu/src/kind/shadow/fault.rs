@@ -101,8 +101,9 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         access: Access,
     ) -> Result<ShadowFault, ShadowFault> {
         let mut page = self.root_page(guard, root).ok_or(ShadowFault::NoRoot)?;
-        // What was protected before must be so on every CPU, or what is read now may change unseen.
-        if !self.settle(guard) {
+        // What was protected before must be so on every CPU, or what is read now may change unseen. What is owed can wait for
+        // the end: a guest that owes ever more would keep other vCPUs waiting.
+        if !self.is_settled(guard) {
             return Err(ShadowFault::Wait);
         }
         let root_role = self.role(page).filter(|_| !self.is_empty_root(page)).ok_or(ShadowFault::NoRoot)?;

@@ -48,7 +48,8 @@ impl Near {
     /// Whether this is about `address` below `root`.
     #[inline(always)]
     pub(crate) fn is_for(&self, root: Root, address: Gva) -> bool {
-        self.region == region(address) && self.root == root
+        // It is kept with its root, so the vCPU runs on that one, or on none.
+        self.region == region(address) && self.root.hpa == root.hpa
     }
 
     /// Whether both are about the same addresses.
@@ -150,10 +151,10 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
                 let Resolved::Ram { pfn, .. } = resolved else { return None };
                 (pfn, None)
             }
-            // It was resolved for that, and nothing has been invalidated since.
+            // Resolved when it was made, and nothing has been invalidated since.
             Kept::Leaf(same) if same == gfn => {
                 let old = self.value(entry);
-                (self.format.leaf_frame(old)?, Some(old))
+                (self.format.leaf(old, Level::L1)?.pfn, Some(old))
             }
             _ => return None,
         };
@@ -200,10 +201,12 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
     /// The guest has flushed the address behind an entry that is `raw`; what was noted of it.
     #[inline(always)]
     fn flush_near<B: Backing>(&mut self, table: &LowestTable<'_, '_, B>, index: usize, raw: u64) -> Kept {
-        let Note { kept, seen, .. } = *self.note(number(table.lowest.page, index));
+        let (entry, entries) = (number(table.lowest.page, index), &table.lowest.entries);
+        let Note { kept, seen, .. } = *self.note(entry);
         if raw != seen || raw == 0 {
-            let by_write = table.lowest.entries.differ_by_write(seen, raw);
-            if !(by_write && self.renew_write(table, index, kept, raw)) {
+            if !entries.is_accessed(raw) && !mutant::is(Mutant::RenewUnused) {
+                self.drop_entry(table.memory, entry);
+            } else if !(entries.differ_by_write(seen, raw) && self.renew_write(table, index, kept, raw)) {
                 self.renew(table, index, kept, raw);
             }
             self.done_flush();
@@ -249,14 +252,13 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
             && self.ops.acknowledged >= self.ops.barrier
     }
 
-    /// The guest has flushed an entry that is `raw` now, and was not. What the guest has used of it before is mapped
-    /// at once: most often it is about to be used.
+    /// The guest has flushed an entry that is `raw` now, and was not. It has used it before, so it is mapped at once: most
+    /// often it is about to be used.
     #[inline(never)]
     fn renew<B: Backing>(&mut self, table: &LowestTable<'_, '_, B>, index: usize, kept: Kept, raw: u64) {
         let (memory, lowest) = (table.memory, table.lowest);
         let entry = number(lowest.page, index);
-        let used = lowest.entries.is_accessed(raw) || mutant::is(Mutant::RenewUnused);
-        match (lowest.entries.read(raw).filter(|_| used), kept) {
+        match (lowest.entries.read(raw), kept) {
             (None, Kept::Nothing) => return,
             (None, _) => return self.drop_entry(memory, entry),
             (Some(_), Kept::Device(_) | Kept::Link(_)) => return self.sync_from(table, index),

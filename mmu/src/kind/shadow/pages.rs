@@ -113,9 +113,9 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         match kept {
             Kept::Nothing | Kept::Device(_) => {}
             Kept::Leaf(gfn) => {
-                if let Some(role) = self.role(page) {
+                if let Some(role) = &self.page(page).role {
                     self.counters.leaves(self.ops.cpu, role.level, -1);
-                    self.lose_dirty(pages, &role, gfn, old);
+                    self.lose_dirty(pages, role, gfn, old);
                 }
                 self.took_away(FlushSite::ShadowDropLeaf);
             }

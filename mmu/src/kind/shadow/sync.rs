@@ -48,7 +48,7 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
 
     /// Brings the translation of one address below `root` up to date: INVLPG, which concerns every root that the vCPU
     /// keeps, for global pages are not told apart. The address has to be flushed from the vCPU's tag as well; other
-    /// vCPUs may have what was taken away until they flush, or until the next operation of another kind.
+    /// vCPUs may have what was taken away until they flush, or until an operation requests the flush that is owed.
     pub fn sync_address<'m, B: Backing + 'm>(
         &mut self,
         guard: &mut Exclusive<'m, B>,
@@ -243,6 +243,10 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         let mut leaf = old;
         let says = (prot, caching(Some(guest), raw, Level::L1));
         let now = self.compose(Some(guest), says, (leaf.pfn, leaf.size), leaf.writability);
+        // Under SMEP, SMAP or protection keys a user's page is not more than the supervisor's, but another.
+        if now.user && !leaf.user && !mutant::is(Mutant::SyncKeepsSupervisor) {
+            return self.drop_entry(memory, entry);
+        }
         leaf.user &= now.user;
         leaf.execute &= now.execute;
         leaf.execute_user &= now.execute_user;
