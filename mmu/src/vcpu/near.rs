@@ -60,7 +60,7 @@ impl Mmu {
     ) -> Option<()> {
         match self.near(address) {
             Some(near) if kind.sync_near(guard, near, address) => {}
-            _ => return self.invlpg_afar(kind, guard, address),
+            _ => return self.flush_at_once(kind, guard, address, FlushSite::Invlpg),
         }
         if !mutant::drops(FlushSite::Invlpg) {
             self.forget(address);
@@ -68,52 +68,38 @@ impl Mmu {
         Some(())
     }
 
-    #[inline(never)]
-    fn invlpg_afar<'m, F: EntryFormat, M: TableMemory, B: Backing + 'm>(
-        &mut self,
-        kind: &mut ShadowMmu<'_, F, M>,
-        guard: &mut Exclusive<'m, B>,
-        address: Gva,
-    ) -> Option<()> {
-        if self.has_work() {
-            return None;
-        }
-        if self.role.check_canonical(address).is_err() || mutant::drops(FlushSite::Invlpg) {
-            return Some(());
-        }
-        self.sync_and_forget(kind, guard, address);
-        Some(())
-    }
-
     /// [`page_fault`](Self::page_fault), in the same way.
-    #[inline(never)]
     pub fn page_fault_at_once<'m, F: EntryFormat, M: TableMemory, B: Backing + 'm>(
         &mut self,
         kind: &mut ShadowMmu<'_, F, M>,
         guard: &mut Exclusive<'m, B>,
         address: Gva,
     ) -> Option<()> {
-        if self.has_work() {
-            return None;
-        }
-        if mutant::drops(FlushSite::PageFault) {
-            return Some(());
-        }
-        self.sync_and_forget(kind, guard, address);
-        Some(())
+        self.flush_at_once(kind, guard, address, FlushSite::PageFault)
     }
 
-    fn sync_and_forget<'m, F: EntryFormat, M: TableMemory, B: Backing + 'm>(
+    /// Both, wherever the address is.
+    #[inline(never)]
+    fn flush_at_once<'m, F: EntryFormat, M: TableMemory, B: Backing + 'm>(
         &mut self,
         kind: &mut ShadowMmu<'_, F, M>,
         guard: &mut Exclusive<'m, B>,
         address: Gva,
-    ) {
+        site: FlushSite,
+    ) -> Option<()> {
+        if self.has_work() {
+            return None;
+        }
+        // INVLPG may name one that is not canonical, which has no translation.
+        if self.role.check_canonical(address).is_err() || mutant::drops(site) {
+            return Some(());
+        }
         match self.near(address) {
             Some(near) if kind.sync_near(guard, near, address) => {}
             _ => kind.sync_address(guard, self.root, address),
         }
         self.forget(address);
+        Some(())
     }
 
     /// The current root is up to date for `address`, which the guest has flushed: the others are behind, and so is

@@ -3,6 +3,7 @@
 use std::fs;
 
 use anyhow::{bail, ensure, Context, Result};
+use xtask::bench::mmu;
 use xtask::bundle::Bundle;
 use xtask::emulator::{BochsCpu, Icount, Machine};
 use xtask::paths;
@@ -186,20 +187,24 @@ fn report(ctx: &Ctx, machine: &Machine, guest: &str, config: &str, more_words: &
 
 /// With nested paging a guest's own paging is the processor's affair: nothing that `bench mmu` counts exits.
 fn no_exits(ctx: &Ctx, machine: &Machine) -> Result<Cases> {
-    let bundle = bundle(ctx, "bench_mmu", platform_word(machine), "mmu = \"direct\"\n")?;
-    let log = ctx.boot(machine, &bundle)?.end()?.log;
-    if let Some(why) = xtask::bench::mmu::exits_in_log(&log)? {
-        bail!("{why}");
-    }
-    Ok(Cases::passed())
+    bench_mmu(ctx, machine, "mmu = \"direct\"", mmu::exits_in_log)
 }
 
 /// Counted by the emulator, and so the same each time: what a guest's own paging costs on shadow tables.
 fn costs_on_shadows(ctx: &Ctx) -> Result<Cases> {
     let machine = Machine { icount: Icount::On, cpus: 1, ..ctx.machine() };
-    let bundle = bundle(ctx, "bench_mmu", platform_word(&machine), SHADOW)?;
-    let log = ctx.boot(&machine, &bundle)?.end()?.log;
-    match xtask::bench::mmu::above_target_in_log(&log)? {
+    bench_mmu(ctx, &machine, SHADOW, mmu::above_target_in_log)
+}
+
+/// Runs the guest of `bench mmu`, in whose log `wrong` finds what must not be there.
+fn bench_mmu(
+    ctx: &Ctx,
+    machine: &Machine,
+    config: &str,
+    wrong: fn(&str) -> Result<Option<String>>,
+) -> Result<Cases> {
+    let bundle = bundle(ctx, "bench_mmu", platform_word(machine), config)?;
+    match wrong(&ctx.boot(machine, &bundle)?.end()?.log)? {
         Some(why) => bail!("{why}"),
         None => Ok(Cases::passed()),
     }

@@ -467,20 +467,14 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
             return;
         }
         let Some(lowest) = self.lowest(page) else { return };
-        let (table, first) = (lowest.find(memory), index & !(AROUND - 1));
-        self.prefetch_some(&table, first, &table.read_some(first));
+        self.prefetch_around(&lowest.find(memory), index);
     }
 
-    /// Maps what the guest has used before of `entries`, which are behind those of the shadow from `first` on, while no
-    /// invalidation is in progress.
+    /// The same while no invalidation is in progress.
     #[inline(always)]
-    pub(super) fn prefetch_some<B: Backing>(
-        &mut self,
-        table: &LowestTable<'_, '_, B>,
-        first: usize,
-        entries: &[u64; AROUND],
-    ) {
-        for (at, &raw) in entries.iter().enumerate() {
+    pub(super) fn prefetch_around<B: Backing>(&mut self, table: &LowestTable<'_, '_, B>, index: usize) {
+        let first = index & !(AROUND - 1);
+        for (at, &raw) in table.read_some::<AROUND>(first).iter().enumerate() {
             self.prefetch_from(table, first + at, raw);
         }
     }
@@ -548,7 +542,7 @@ fn walk_caching(guest: Option<&CpuRole>, walk: &GuestWalk<Gpa>) -> Caching {
 }
 
 /// Entries of which a fault maps those that the guest has used.
-pub(super) const AROUND: usize = 8;
+const AROUND: usize = 8;
 
 /// Whether the access is one that no entry can permit without permitting too much: a supervisor's write, with CR0.WP
 /// clear, to a read-only page of the user. As a supervisor's page it would be out of reach for SMAP, which was

@@ -81,21 +81,21 @@ impl<'m, B: Backing> LowestTable<'_, 'm, B> {
         }
     }
 
-    /// Replaces the entry behind the one at `index` of the shadow page if it is `current`; whether it was. In a table of
-    /// words, in a slot that may be written.
+    /// Replaces the entry of eight bytes behind the one at `index` of the shadow page if it is `current`; whether it was,
+    /// and may be written.
     #[inline(always)]
     pub(super) fn mark(&self, index: usize, current: u64, new: u64) -> bool {
-        let Some(place) = self.place.filter(|place| !place.flags().contains(SlotFlags::READ_ONLY)) else {
+        if self.place.as_ref().is_none_or(|place| place.flags().contains(SlotFlags::READ_ONLY)) {
             return false;
-        };
-        match self.words {
-            Some(words) => words[index % ENTRIES]
+        }
+        match (self.words, self.place(index)) {
+            (Some(words), _) => words[index % ENTRIES]
                 .compare_exchange(current, new, Ordering::SeqCst, Ordering::Acquire)
                 .is_ok(),
-            None => {
-                let at = place.forward((index * size_of::<u64>()) as u64 % PAGE_SIZE).ram();
-                self.memory.backing().compare_exchange_u64(&at, current, new) == Ok(current)
+            (None, Some(at)) => {
+                self.memory.backing().compare_exchange_u64(&at.ram(), current, new) == Ok(current)
             }
+            (None, None) => false,
         }
     }
 

@@ -3,7 +3,6 @@
 //! Writes to the tables above a lowest one are tracked, so as long as the links of the shadow stand, the guest's
 //! entries above say what they said when the links were made. What is left of a walk is its last entry.
 use super::compose::caching;
-use super::fault::AROUND;
 use super::lowest::{Lowest, LowestTable};
 use super::sites::FlushSite;
 use super::{is_nested, number, space, Kept, Note, ShadowMmu};
@@ -12,7 +11,7 @@ use crate::addr::{Gpa, Gva};
 use crate::format::{EntryFormat, Writability};
 use crate::kind::Root;
 use crate::level::{Level, PageSize};
-use crate::memory::{Backing, Exclusive, Held, Resolved, SlotFlags, VmMemory};
+use crate::memory::{Backing, Exclusive, Held, Resolved, SlotFlags, SlotHit, VmMemory};
 use crate::mutant::{self, Mutant};
 use crate::role::RoleFlags;
 use crate::tables::TableMemory;
@@ -42,6 +41,13 @@ pub enum NearFault {
 #[inline(always)]
 const fn region(address: Gva) -> u64 {
     address.bits() >> 21
+}
+
+/// Whether nobody has to notice writes to the page, as long as no slot is logged.
+#[inline(always)]
+fn is_written_freely<B: Backing>(memory: &VmMemory<B>, hit: &SlotHit<'_>) -> bool {
+    (!hit.flags().contains(SlotFlags::READ_ONLY) || mutant::is(Mutant::NearReadOnly))
+        && (!memory.is_tracked(hit) || mutant::is(Mutant::NearTracked))
 }
 
 impl Near {
@@ -93,12 +99,8 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
     ) -> Option<(NearFault, bool)> {
         self.begin(guard);
         let memory = Held::<B>::memory(guard);
-        let quiet = self.is_still(guard, near)
-            && !memory.invalidations().any_in_progress()
-            && !memory.is_logging()
-            // What was protected before must be so on every CPU, or what is read now may change unseen.
-            && self.is_settled(guard);
-        if !quiet {
+        // What was protected before must be so on every CPU, or what is read now may change unseen.
+        if !(self.is_still(guard, near) && self.is_settled(guard) && self.is_quiet(memory)) {
             return None;
         }
         self.ops.last_near = (near.lowest.page, self.ops.now);
@@ -120,8 +122,7 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         self.touch(near.lowest.page);
         // What the guest has not used before is most often new, and what it has used around it is there.
         if near.lowest.entries.is_accessed(raw) {
-            let first = index & !(AROUND - 1);
-            self.prefetch_some(&table, first, &table.read_some(first));
+            self.prefetch_around(&table, index);
         }
         self.done_flush();
         Some((NearFault::Mapped, true))
@@ -139,9 +140,7 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
         let (memory, Lowest { page, role, guest, entries, .. }) = (table.memory, table.lowest);
         let (entry, found) = (number(*page, index), entries.read(raw)?);
         let hit = memory.find_slot(space(role), found.page)?;
-        if hit.flags().contains(SlotFlags::READ_ONLY) && !mutant::is(Mutant::NearReadOnly)
-            || memory.is_tracked(&hit) && !mutant::is(Mutant::NearTracked)
-        {
+        if !is_written_freely(memory, &hit) {
             return None;
         }
         let (gfn, kept) = (found.page.gfn(), self.note(entry).kept);
@@ -235,8 +234,7 @@ impl<F: EntryFormat, M: TableMemory> ShadowMmu<'_, F, M> {
             && self.is_quiet(memory)
             && self.format.writability(value) == Some(Writability::Tracked)
             && !self.format.is_access_tracked(value)
-            && (!hit.flags().contains(SlotFlags::READ_ONLY) || mutant::is(Mutant::NearReadOnly))
-            && (!memory.is_tracked(&hit) || mutant::is(Mutant::NearTracked));
+            && is_written_freely(memory, &hit);
         if may {
             self.write(entry, self.format.with_writability(value, Writability::Writable));
             self.note_seen(entry, raw);
